@@ -1,0 +1,1 @@
+"""The ctpipe command: parse, call, print."""

@@ -1,0 +1,1 @@
+"""Latent diffusion: U-Net, objectives, streaming, training, sampling. Knows nothing of DICOM or HU."""

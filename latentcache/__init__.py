@@ -1,0 +1,1 @@
+"""What a latent is: records, Zarr layout, manifest, snapshots, keys, statistics."""

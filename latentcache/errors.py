@@ -1,0 +1,42 @@
+"""Errors that a user can act on: the value found, what was expected, and the remedy."""
+
+from __future__ import annotations
+
+
+class CtpipeError(Exception):
+    """Base of every error that ctpipe raises on purpose. The command line prints it without a traceback."""
+
+
+class InputError(CtpipeError, ValueError):
+    """A user's input is unusable.
+
+    Args:
+        found: What was found; never patient data.
+        expected: What would have been accepted.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(self, found: str, *, expected: str, remedy: str) -> None:
+        super().__init__(f"{found}; expected {expected}. {remedy}")
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.found, self.expected, self.remedy))
+
+
+def _rebuild(kind: type[InputError], found: str, expected: str, remedy: str) -> InputError:
+    return kind(found, expected=expected, remedy=remedy)
+
+
+class StoreError(InputError):
+    """The latent store cannot be used as asked: newer format, another secret, a lease held, a half copy."""
+
+
+class CorruptLatentError(InputError):
+    """Bytes of a committed latent do not match their checksum. Names the series key."""
+
+
+class NonFiniteError(InputError):
+    """A tensor holds NaN or infinity. Names the step, the series key and the tensor."""

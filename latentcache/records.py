@@ -1,0 +1,125 @@
+"""The rows that ctpipe keeps: a series found, a thick/thin pair, a committed latent, and what an encode key hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SeriesRole = Literal["thick", "thin", "other"]
+LatentRole = Literal["thin", "thick", "thick_on_thin"]
+Split = Literal["train", "val", "test", ""]
+
+FORMAT_VERSION = 1
+LATENT_CHANNELS = 4
+COMPRESSION = 4
+"""Voxels per latent along each axis; latent slice j covers slices 4j..4j+3 and is centred at 4j+1.5."""
+
+
+@dataclass(frozen=True)
+class SeriesRecord:
+    """A catalog row. Holds no patient data: keys, geometry and acquisition facts from an allow-list only.
+
+    ``affine_lps`` maps homogeneous voxel indices in (z, y, x) order to LPS millimetres (x, y, z), row by row
+    (16 numbers). ``z_mm`` are the projections of each slice's ImagePositionPatient on the slice normal, ascending.
+    """
+
+    series_key: str
+    study_key: str
+    patient_key: str
+    category: str
+    role: SeriesRole
+    status: Literal["ok", "quarantined"]
+    reason: str
+    n_slices: int
+    shape_zyx: tuple[int, int, int]
+    spacing_mm_zyx: tuple[float, float, float]
+    thickness_mm: float
+    affine_lps: tuple[float, ...]
+    z_mm: tuple[float, ...]
+    frame_key: str
+    """HMAC of FrameOfReferenceUID; equal within one frame of reference."""
+    acquisition_key: str
+    kernel: str
+    modality: str
+    transfer_syntax: str
+    flags: tuple[str, ...] = ()
+    split: Split = ""
+    source_digest: str = ""
+    """Hash over the CRC-32 and size of every member, so that a changed archive is noticed without reading pixels."""
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """A thick and a thin series of one acquisition. ``overlap_mm`` is the common extent along the slice normal."""
+
+    pair_key: str
+    study_key: str
+    patient_key: str
+    category: str
+    thick_key: str
+    thin_key: str
+    overlap_mm: tuple[float, float]
+    split: Split
+    evidence: str
+    """JSON object: scores of every criterion, other candidates, and the pixel proof once encoded."""
+
+
+@dataclass(frozen=True)
+class LatentRecord:
+    """A manifest row: one committed latent of shape (4, d, h, w), float16, raw posterior mean.
+
+    ``key`` is the series key for roles ``thin`` and ``thick`` and the pair key for ``thick_on_thin``.
+    ``valid_zyx`` is the shape of the volume before padding; ``z0_mm`` the position of latent slice 0's centre and
+    ``dz_mm`` the distance between latent slices. ``mean`` and ``std`` are per channel over the valid latents.
+    """
+
+    key: str
+    encode_key: str
+    role: LatentRole
+    shape: tuple[int, int, int, int]
+    dtype: str
+    path: str
+    z0_mm: float
+    dz_mm: float
+    valid_zyx: tuple[int, int, int]
+    crc32c: tuple[int, ...]
+    """One checksum for every inner chunk along depth, so that a window is checked without reading the whole."""
+    sha256: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    round_trip_psnr: float | None
+    source_digest: str
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Everything that changes a latent's bytes; its hash is the encode key and stands in the store in clear."""
+
+    vae_sha256: str
+    vae_architecture: dict[str, Any]
+    window_center: float
+    window_width: float
+    normalisation: str = "unit-symmetric"
+    preprocessing_version: int = 1
+    numerics_version: int = 1
+    pad_multiple_zyx: tuple[int, int, int] = (4, 32, 32)
+    posterior: Literal["mean", "mean+logvar"] = "mean"
+    dtype: str = "float16"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no white space."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Encoding:
+        raw = json.loads(text)
+        raw["pad_multiple_zyx"] = tuple(raw["pad_multiple_zyx"])
+        return cls(**raw)
+
+    @property
+    def encode_key(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]

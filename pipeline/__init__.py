@@ -1,0 +1,1 @@
+"""Archive to latents and back to DICOM: reading, pairing, windowing, the VAE, decoding, evaluation."""

@@ -1,0 +1,59 @@
+"""Hounsfield units to the unit interval [-1, 1] and back. Only the VAE module knows about [0, 1]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache.errors import InputError
+
+NAMED_WINDOWS = {"soft-tissue": (40.0, 400.0), "maisi": (0.0, 2000.0), "lung": (-600.0, 1500.0)}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A display window in HU (DICOM PS3.3 C.11.2): values are clipped to center -/+ width / 2."""
+
+    center: float = 40.0
+    width: float = 400.0
+
+    def __post_init__(self) -> None:
+        if not self.width > 0:
+            raise InputError(f"window width {self.width}", expected="a width above 0 HU", remedy="Give --window C:W.")
+
+    @property
+    def lower(self) -> float:
+        return self.center - self.width / 2
+
+    @property
+    def upper(self) -> float:
+        return self.center + self.width / 2
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """A name (soft-tissue, maisi, lung) or ``C:W``, e.g. ``40:400``."""
+        if text in NAMED_WINDOWS:
+            return cls(*NAMED_WINDOWS[text])
+        try:
+            center, width = (float(part) for part in text.split(":"))
+        except ValueError:
+            raise InputError(
+                f"window {text!r}",
+                expected=f"one of {', '.join(NAMED_WINDOWS)} or C:W in HU",
+                remedy="For example --window soft-tissue or --window 40:400.",
+            ) from None
+        return cls(center, width)
+
+    def to_unit(self, hu: NDArray[Any]) -> NDArray[np.float32]:
+        """HU to [-1, 1], clipped; float32."""
+        unit = hu.astype(np.float32)
+        unit -= np.float32(self.center)
+        unit *= np.float32(2.0 / self.width)
+        return np.clip(unit, -1.0, 1.0, out=unit)
+
+    def from_unit(self, unit: NDArray[Any]) -> NDArray[np.float32]:
+        """[-1, 1] to HU, not clipped; float32."""
+        return np.asarray(unit, dtype=np.float32) * np.float32(self.width / 2) + np.float32(self.center)
