@@ -64,6 +64,9 @@ class PairRecord:
     split: Split
     evidence: str
     """JSON object: scores of every criterion, other candidates, and the pixel proof once encoded."""
+    status: Literal["ok", "quarantined"] = "ok"
+    """``quarantined`` once the pixels contradict the headers (the thin series does not average to the thick one)."""
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,38 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`. Both make .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test test-all lint real clean
+
+.venv/.run: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("ctpipe needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Run make PYTHON=python3.12") if not (3, 11) <= sys.version_info < (3, 14) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.run
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ray,pacs]'
+	touch $@
+
+demo: .venv/.run
+	$(BIN)/ctpipe demo demo-out
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -m "not slow and not real"
+
+real: .venv/.dev
+	$(BIN)/python -m pytest -m "real and not slow"
+
+test-all: .venv/.dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv demo-out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,201 @@
+"""Wiring without logic: runs pure stage functions over items, in threads through dask, on a dask cluster, or on Ray.
+
+Every backend obeys one contract, ``stream``: ``prepare(item)`` runs on CPU workers ahead of time, ``run(state,
+prepared)`` runs where the state that ``setup(device)`` made lives (one a device), and outcomes arrive in order of
+completion. An item that fails is an outcome with an error, never an exception, so the rest of a batch goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from latentcache.errors import CtpipeError, InputError
+
+log = logging.getLogger("ctpipe.engine")
+
+T = TypeVar("T")
+P = TypeVar("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+EngineName = Literal["dask", "ray", "inline"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to spread work.
+
+    Attributes:
+        name: ``dask`` (embedded threads, or a cluster when ``scheduler`` is given), ``ray``, or ``inline`` (one thread,
+            nothing imported: for tests and debugging).
+        devices: One entry a state: torch device names. Two GPUs are ``("cuda:0", "cuda:1")``.
+        prefetch: Items prepared ahead of each device; bounds memory.
+        attempts: Tries an item gets before it is set aside. Errors meant for users are not tried again.
+        scheduler: Address of a dask scheduler, e.g. ``tcp://host:8786``.
+        ray_address: Address of a Ray cluster, ``auto``, or None to start Ray on this machine.
+        timeout_s: Seconds an item may take on Ray or a dask cluster before it is set aside; None for no limit.
+    """
+
+    name: EngineName = "dask"
+    devices: tuple[str, ...] = ("cpu",)
+    prefetch: int = 1
+    attempts: int = 2
+    scheduler: str | None = None
+    ray_address: str | None = None
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("dask", "ray", "inline"):
+            raise InputError(f"engine {self.name!r}", expected="dask, ray or inline", remedy="Use --engine dask.")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T, R]):
+    """What became of one item: a value, or the reason why there is none."""
+
+    item: T
+    value: R | None = None
+    error: str | None = None
+    error_kind: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    attempts: int = 1
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+
+@dataclass(frozen=True)
+class Stage(Generic[T, P, S, R]):
+    """The three functions of a stage. All must be picklable for the cluster engines."""
+
+    prepare: Callable[[T], P]
+    setup: Callable[[str], S]
+    run: Callable[[S, P], R]
+
+
+def attempt(item: T, attempts: int, action: Callable[[dict[str, float]], R]) -> Outcome[T, R]:
+    """Run ``action`` up to ``attempts`` times. Errors meant for users end it at once: a retry would not help."""
+    for number in itertools.count(1):
+        seconds: dict[str, float] = {}
+        try:
+            return Outcome(item, action(seconds), seconds=seconds, attempts=number)
+        except CtpipeError as error:
+            return Outcome(item, error=str(error), error_kind=type(error).__name__, seconds=seconds, attempts=number)
+        except MemoryError:
+            reason = "out of memory; give fewer --workers or a smaller --memory-gib"
+            return Outcome(item, error=reason, error_kind="MemoryError", seconds=seconds, attempts=number)
+        except Exception as error:
+            if number >= attempts:
+                log.error(
+                    "item set aside after %d attempts: %s",
+                    number,
+                    type(error).__name__,
+                    exc_info=log.isEnabledFor(logging.DEBUG),
+                )
+                reason = f"{type(error).__name__} (unexpected; run with --debug for the traceback)"
+                return Outcome(item, error=reason, error_kind=type(error).__name__, seconds=seconds, attempts=number)
+    raise AssertionError("unreachable")
+
+
+def timed(seconds: dict[str, float], name: str, action: Callable[[], R]) -> R:
+    """Run ``action`` and note its wall time under ``name``."""
+    start = time.perf_counter()
+    try:
+        return action()
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
+    """Run a stage over items and yield outcomes as they complete, holding a bounded number in memory."""
+    if options.name == "inline":
+        yield from _inline(items, stage, options)
+    elif options.name == "ray":
+        from pipeline.engine_ray import ray_stream
+
+        yield from ray_stream(items, stage, options)
+    elif options.scheduler:
+        from pipeline.engine_dask import cluster_stream
+
+        yield from cluster_stream(items, stage, options)
+    else:
+        yield from _embedded_dask(items, stage, options)
+
+
+def _inline(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
+    state = stage.setup(options.devices[0])
+    for item in items:
+        yield attempt(item, options.attempts, _chain(item, stage, lambda work: work(state)))
+
+
+def _chain(
+    item: T, stage: Stage[T, P, S, R], on_device: Callable[[Callable[[S], R]], R]
+) -> Callable[[dict[str, float]], R]:
+    """prepare, then run on a device that ``on_device`` lends; times both, waiting not counted."""
+
+    def action(seconds: dict[str, float]) -> R:
+        prepared = timed(seconds, "prepare", lambda: stage.prepare(item))
+        return on_device(lambda state: timed(seconds, "run", lambda: stage.run(state, prepared)))
+
+    return action
+
+
+def _embedded_dask(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
+    """Threads of dask's local scheduler: each carries one item from prepare to run, and waits there for a device.
+
+    A thread beyond the number of devices prepares its item while the devices are busy, so that at most
+    ``devices * (1 + prefetch)`` prepared items exist. Windows of items keep the graph, and the driver's memory, flat.
+    """
+    import dask
+    from dask.threaded import get
+
+    states: queue.SimpleQueue[S] = queue.SimpleQueue()
+    for device in options.devices:
+        states.put(stage.setup(device))
+
+    def on_device(work: Callable[[S], R]) -> R:
+        state = states.get()
+        try:
+            return work(state)
+        finally:
+            states.put(state)
+
+    threads = len(options.devices) * (1 + options.prefetch)
+    done: queue.SimpleQueue[Outcome[T, R] | BaseException | None] = queue.SimpleQueue()
+    stopping = threading.Event()
+
+    def carry(item: T) -> None:
+        if not stopping.is_set():
+            done.put(attempt(item, options.attempts, _chain(item, stage, on_device)))
+
+    def drive(window: list[T]) -> None:
+        graph = {("carry", n): (carry, dask.core.quote(item)) for n, item in enumerate(window)}
+        try:
+            get(graph, list(graph), num_workers=threads)
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
+            done.put(error)
+        finally:
+            done.put(None)
+
+    source = iter(items)
+    while window := list(itertools.islice(source, 64 * len(options.devices))):
+        driver = threading.Thread(target=drive, args=(window,), name="ctpipe-dask", daemon=True)
+        driver.start()
+        try:
+            while (outcome := done.get()) is not None:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                yield outcome
+        except BaseException:
+            stopping.set()
+            raise
+        finally:
+            driver.join()

@@ -1,0 +1,59 @@
+"""Charts of the report as inline SVG, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, ACCENT, QUIET = "#1f2933", "#0b6e99", "#9aa5b1"
+
+
+def bar_chart(title: str, rows: Sequence[tuple[str, float]]) -> str:
+    """Horizontal bars with their values; the axis starts below the smallest so that differences show, and says so."""
+    figure = Figure(figsize=(7, 0.45 * max(1, len(rows)) + 1.1), layout="constrained")
+    axes = figure.add_subplot()
+    names, values = [r[0] for r in rows], [r[1] for r in rows]
+    colours = [ACCENT if "model" in name else QUIET for name in names]
+    axes.barh(range(len(rows)), values, color=colours)
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    if values:
+        low, high = min(values), max(values)
+        axes.set_xlim(low - 0.15 * max(high - low, 1), high + 0.12 * max(high - low, 1))
+        axes.set_xlabel("axis does not start at 0", fontsize=8, color=INK)
+    for i, value in enumerate(values):
+        axes.text(value, i, f" {value:.2f}", va="center", fontsize=9, color=INK)
+    return _svg(figure, title)
+
+
+def line_chart(title: str, points: Sequence[tuple[float, float]]) -> str:
+    """One curve against the training step."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([p[0] for p in points], [p[1] for p in points], color=ACCENT, linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    return _svg(figure, title)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an SVG element with an accessible name."""
+    for axes in figure.axes:
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    # Ids repeat between figures of one page; prefix them so that clip paths and glyphs stay apart.
+    prefix = re.sub(r"\W+", "", title)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
+    text = re.sub(r'xlink:href="#', f'xlink:href="#{prefix}-', text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

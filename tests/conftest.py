@@ -1,0 +1,24 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of genuine CT: CTPIPE_REAL_DATA, else ../shared/data/real beside the project; skips where there is none."""
+    folder = Path(os.environ.get("CTPIPE_REAL_DATA") or ROOT.parent / "shared" / "data" / "real")
+    if not folder.is_dir():
+        pytest.skip("no genuine CT here: set CTPIPE_REAL_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return ROOT
