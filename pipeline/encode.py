@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -108,7 +108,7 @@ def make_encoding(vae: Encoder, window: Window) -> Encoding:
 def plan(
     series: Sequence[SeriesRecord],
     pairs: Sequence[PairRecord],
-    have: set[tuple[str, str]],
+    have: Set[tuple[str, str]],
     encode_key: str,
     pointer: Callable[[str], SeriesPointer],
     roles: Sequence[LatentRole] = ("thin", "thick", "thick_on_thin"),

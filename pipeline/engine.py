@@ -35,21 +35,29 @@ class EngineOptions:
     Attributes:
         name: ``dask`` (embedded threads, or a cluster when ``scheduler`` is given), ``ray``, or ``inline`` (one thread,
             nothing imported: for tests and debugging).
-        devices: One entry a state: torch device names. Two GPUs are ``("cuda:0", "cuda:1")``.
+        devices: One entry a state: torch device names. Two GPUs are ``("cuda:0", "cuda:1")``. On a cluster only their
+            number and kind count; each worker sees its own devices.
+        gpus_per_worker: Share of a GPU that one Ray actor reserves.
         prefetch: Items prepared ahead of each device; bounds memory.
         attempts: Tries an item gets before it is set aside. Errors meant for users are not tried again.
         scheduler: Address of a dask scheduler, e.g. ``tcp://host:8786``.
         ray_address: Address of a Ray cluster, ``auto``, or None to start Ray on this machine.
-        timeout_s: Seconds an item may take on Ray or a dask cluster before it is set aside; None for no limit.
+        timeout_s: Seconds an item may take on Ray before its worker is killed and it is set aside; None for no limit.
+            Threads and dask workers cannot be interrupted.
     """
 
     name: EngineName = "dask"
     devices: tuple[str, ...] = ("cpu",)
+    gpus_per_worker: float = 1.0
     prefetch: int = 1
     attempts: int = 2
     scheduler: str | None = None
     ray_address: str | None = None
     timeout_s: float | None = None
+
+    @property
+    def wants_gpu(self) -> bool:
+        return any(device.startswith("cuda") for device in self.devices)
 
     def __post_init__(self) -> None:
         if self.name not in ("dask", "ray", "inline"):
@@ -133,10 +141,10 @@ def stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions)
 def _inline(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
     state = stage.setup(options.devices[0])
     for item in items:
-        yield attempt(item, options.attempts, _chain(item, stage, lambda work: work(state)))
+        yield attempt(item, options.attempts, chain(item, stage, lambda work: work(state)))
 
 
-def _chain(
+def chain(
     item: T, stage: Stage[T, P, S, R], on_device: Callable[[Callable[[S], R]], R]
 ) -> Callable[[dict[str, float]], R]:
     """prepare, then run on a device that ``on_device`` lends; times both, waiting not counted."""
@@ -174,7 +182,7 @@ def _embedded_dask(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
 
     def carry(item: T) -> None:
         if not stopping.is_set():
-            done.put(attempt(item, options.attempts, _chain(item, stage, on_device)))
+            done.put(attempt(item, options.attempts, chain(item, stage, on_device)))
 
     def drive(window: list[T]) -> None:
         graph = {("carry", n): (carry, dask.core.quote(item)) for n, item in enumerate(window)}

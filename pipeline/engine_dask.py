@@ -1,0 +1,110 @@
+"""The engine on a dask cluster: each worker process keeps one state, and reads the next item while it computes."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from latentcache.errors import InputError
+from pipeline.engine import EngineOptions, Outcome, Stage, attempt, chain
+
+T = TypeVar("T")
+P = TypeVar("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+_states: dict[str, tuple[threading.Lock, Any]] = {}
+_making = threading.Lock()
+
+
+def node_facts() -> dict[str, str]:
+    """What must be equal on every node."""
+    return {"ctpipe": version("ctpipe"), "python": ".".join(platform.python_version_tuple()[:2])}
+
+
+def check_nodes(facts: dict[str, dict[str, str]]) -> None:
+    """Raises InputError when a node runs another ctpipe or Python than the driver; ``facts`` by node address."""
+    mine = node_facts()
+    for node, theirs in facts.items():
+        if theirs != mine:
+            raise InputError(
+                f"node {node} runs ctpipe {theirs['ctpipe']} on Python {theirs['python']}",
+                expected=f"ctpipe {mine['ctpipe']} on Python {mine['python']} as on the driver",
+                remedy="Start every node from the same image.",
+            )
+
+
+def _carry(item: T, stage: Stage[T, P, S, R], device: str, attempts: int, token: str) -> Outcome[T, R]:
+    """On a worker: one item from prepare to run; other threads of the worker prepare meanwhile."""
+    with _making:
+        if token not in _states:
+            _states.clear()
+            _states[token] = (threading.Lock(), stage.setup(device))
+        lock, state = _states[token]
+
+    def on_device(work: Callable[[S], R]) -> R:
+        with lock:
+            return work(state)
+
+    return attempt(item, attempts, chain(item, stage, on_device))
+
+
+def cluster_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
+    """Run a stage on the workers of ``options.scheduler``.
+
+    A worker that dies takes its item to another one; an item that kills ``attempts`` workers is set aside.
+
+    Raises:
+        InputError: The scheduler cannot be reached, has no workers, or a node runs another version.
+    """
+    import uuid
+
+    import dask
+    from distributed import Client, Future, KilledWorker, as_completed
+
+    with dask.config.set({"distributed.scheduler.allowed-failures": options.attempts}):
+        try:
+            client = Client(options.scheduler, set_as_default=False, timeout="20s")
+        except (OSError, TimeoutError) as error:
+            raise InputError(
+                "the dask scheduler does not answer",
+                expected="a scheduler at --dask-scheduler",
+                remedy="Start it first.",
+            ) from error
+    with client:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        if not workers:
+            raise InputError("a dask cluster without workers", expected="at least one", remedy="Start dask workers.")
+        check_nodes(client.run(node_facts))
+        device = "cuda" if options.wants_gpu else "cpu"
+        token = uuid.uuid4().hex
+        source = iter(items)
+        asked: dict[Future, T] = {}
+
+        def submit(item: T) -> Future:
+            future = client.submit(_carry, item, stage, device, options.attempts, token, pure=False)
+            asked[future] = item
+            return future
+
+        running = as_completed(loop=client.loop)
+        for item in itertools.islice(source, len(workers) * (1 + options.prefetch)):
+            running.add(submit(item))
+        for future in running:
+            item = asked.pop(future)
+            yield _result(item, future, options.attempts, KilledWorker)
+            for following in itertools.islice(source, 1):
+                running.add(submit(following))
+
+
+def _result(item: T, future: Any, attempts: int, killed: type[Exception]) -> Outcome[T, Any]:
+    """The outcome that a worker returned, or the one for an item that no worker survived."""
+    try:
+        outcome: Outcome[T, Any] = future.result()
+        return outcome
+    except killed:
+        reason = f"{attempts} workers died on it, most likely out of memory; give workers more memory"
+        return Outcome(item, error=reason, error_kind="WorkerDied", attempts=attempts)

@@ -1,0 +1,127 @@
+"""The engine's contract on a dask cluster and on Ray, with workers that die, hang and cannot start."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from latentcache.errors import InputError
+from pipeline.engine import EngineOptions, Stage, stream
+from pipeline.engine_dask import check_nodes, node_facts
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def prepare(item: int) -> int:
+    if item == 5:
+        raise InputError("item 5", expected="another", remedy="Skip it.")
+    return item
+
+
+def run(state: str, item: int, *, folder: str = "") -> int:
+    if item == 7:
+        os._exit(9)
+    if item == 3 and folder:
+        mark = Path(folder) / "tried"
+        if not mark.exists():
+            mark.touch()
+            os._exit(9)
+    if item == 11:
+        time.sleep(600)
+    assert state == "state of cpu"
+    return item * item
+
+
+def setup(device: str) -> str:
+    return f"state of {device}"
+
+
+def setup_without_store(device: str) -> str:
+    raise InputError("no store at this path", expected="a store that workers see", remedy="Use a shared path.")
+
+
+@pytest.fixture(scope="module")
+def dask_scheduler() -> Iterator[str]:
+    import cloudpickle
+    from distributed import LocalCluster
+
+    # Workers cannot import a test module: its functions travel by value.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None, silence_logs=50) as cluster:
+            yield cluster.scheduler_address
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    yield
+    ray.shutdown()
+
+
+def test_dask_cluster_gives_every_item_one_outcome(dask_scheduler: str) -> None:
+    stage = Stage(prepare=prepare, setup=setup, run=run)
+    items = [i for i in range(40) if i not in (7, 11)]
+    outcomes = list(stream(items, stage, EngineOptions(scheduler=dask_scheduler)))
+    assert sorted(o.item for o in outcomes) == items
+    assert {o.item for o in outcomes if not o.ok} == {5}
+    assert all(o.value == o.item**2 for o in outcomes if o.ok)
+    assert all({"prepare", "run"} <= set(o.seconds) for o in outcomes if o.ok)
+
+
+def test_ray_outlives_a_dead_worker_a_poison_pill_and_a_hanging_item(ray_session: None, tmp_path: Path) -> None:
+    stage = Stage(prepare=prepare, setup=setup, run=functools.partial(run, folder=str(tmp_path)))
+    options = EngineOptions(name="ray", devices=("cpu", "cpu"), timeout_s=8.0)
+    outcomes = {o.item: o for o in stream(range(20), stage, options)}
+    assert sorted(outcomes) == list(range(20))
+    assert {i: o.error_kind for i, o in outcomes.items() if not o.ok} == {
+        5: "InputError",
+        7: "WorkerDied",
+        11: "Timeout",
+    }
+    assert outcomes[3].value == 9
+    assert "2 workers died" in str(outcomes[7].error)
+
+
+def test_ray_says_why_a_worker_cannot_start(ray_session: None) -> None:
+    stage = Stage(prepare=prepare, setup=setup_without_store, run=run)
+    with pytest.raises(InputError, match=r"no store at this path|could not start"):
+        list(stream([1], stage, EngineOptions(name="ray")))
+
+
+def test_ray_without_gpus_says_so_before_any_work(ray_session: None) -> None:
+    stage = Stage(prepare=prepare, setup=setup, run=run)
+    with pytest.raises(InputError, match=r"0 GPUs; expected at least 2"):
+        list(stream([1], stage, EngineOptions(name="ray", devices=("cuda:0", "cuda:1"))))
+
+
+def test_nodes_of_another_version_are_named() -> None:
+    with pytest.raises(InputError, match=r"node n2 runs ctpipe 9\.9"):
+        check_nodes({"n1": node_facts(), "n2": {**node_facts(), "ctpipe": "9.9"}})
+
+
+def test_a_scheduler_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("Timed out trying to connect")
+
+    monkeypatch.setattr(distributed, "Client", unreachable)
+    with pytest.raises(InputError, match="dask scheduler does not answer"):
+        list(stream([1], Stage(prepare, setup, run), EngineOptions(scheduler="tcp://127.0.0.1:1")))
