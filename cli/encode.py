@@ -22,6 +22,7 @@ def encode(
     dask_scheduler: Annotated[str | None, typer.Option(help="A dask scheduler, e.g. tcp://host:8786.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster's address, or `auto`.")] = None,
     roles: Annotated[str, typer.Option(help="Latents wanted, by comma.")] = "thin,thick,thick_on_thin",
+    pad_in_plane: Annotated[int, typer.Option(help="Pad rows and columns to a multiple; 64 for latent patch 2.")] = 32,
     memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Arithmetic threads a device; pinned, for equal bytes.")] = 2,
     prefetch: Annotated[int, typer.Option(min=0, help="Series read ahead of each device.")] = 1,
@@ -54,6 +55,7 @@ def encode(
         roles=parse_roles(roles),
         round_trip_fraction=round_trip,
         memory_gib=memory_gib,
+        pad_in_plane=pad_in_plane,
         torch_threads=threads,
     )
     options = EngineOptions(

@@ -18,6 +18,8 @@ from pipeline.volume import SeriesPointer, Volume
 
 PREPROCESSING_VERSION = 1
 NUMERICS_VERSION = 1
+PAD_MULTIPLE_ZYX = (4, 32, 32)
+"""In-plane what the U-Net needs: 8 latents; 64 voxels with latent patch 2, which --pad-in-plane gives."""
 
 
 class Encoder(Protocol):
@@ -25,9 +27,8 @@ class Encoder(Protocol):
 
     sha256: str
     architecture: dict[str, Any]
-    pad_multiple_zyx: tuple[int, int, int]
 
-    def encode(self, unit: Any) -> Any: ...
+    def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int]) -> Any: ...
 
     def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any: ...
 
@@ -92,7 +93,7 @@ class Encoded:
     pair: PairRecord | None = None
 
 
-def make_encoding(vae: Encoder, window: Window) -> Encoding:
+def make_encoding(vae: Encoder, window: Window, pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX) -> Encoding:
     """The record whose hash is the encode key."""
     return Encoding(
         vae_sha256=vae.sha256,
@@ -101,7 +102,7 @@ def make_encoding(vae: Encoder, window: Window) -> Encoding:
         window_width=window.width,
         preprocessing_version=PREPROCESSING_VERSION,
         numerics_version=NUMERICS_VERSION,
-        pad_multiple_zyx=vae.pad_multiple_zyx,
+        pad_multiple_zyx=pad_multiple_zyx,
     )
 
 
@@ -163,7 +164,13 @@ def prepare(task: EncodeTask, *, threads: int = 2) -> Prepared:
 
 
 def encode_one(
-    vae: Encoder, window: Window, store: Staging, prepared: Prepared, *, round_trip_fraction: float = 0.02
+    vae: Encoder,
+    window: Window,
+    store: Staging,
+    prepared: Prepared,
+    *,
+    round_trip_fraction: float = 0.02,
+    pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
 ) -> Encoded:
     """Encode and stage every latent that the task wants. The only place where the encoder runs.
 
@@ -187,7 +194,7 @@ def encode_one(
             assert volume is not None
             hu, geometry = volume.hu, volume.geometry
         unit = window.to_unit(hu)
-        latent = np.asarray(vae.encode(unit), dtype=np.float32)
+        latent = np.asarray(vae.encode(unit, pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
         psnr = _round_trip_psnr(vae, latent, unit) if _sampled(want, round_trip_fraction) else None
         dz = geometry.spacing_mm_zyx[0]
         records.append(

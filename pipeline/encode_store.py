@@ -10,7 +10,7 @@ from typing import Any
 
 from latentcache.commit import Writer
 from latentcache.errors import InputError
-from latentcache.records import Encoding, LatentRole
+from latentcache.records import COMPRESSION, Encoding, LatentRole
 from latentcache.store import LatentStore
 from pipeline import encode
 from pipeline.encode import Encoded, Encoder, EncodeTask, Prepared
@@ -30,8 +30,8 @@ class EncodeSettings:
         roles: Latents wanted.
         round_trip_fraction: Share of latents whose round trip is measured.
         memory_gib: Budget of the VAE's executor on each device; None lets it choose.
+        pad_in_plane: Rows and columns are padded to a multiple of this; 64 for U-Nets with latent patch 2.
         torch_threads: Threads of one device's arithmetic; pinned, because the count changes low bits of latents.
-        tiling: ``exact``, or ``sliding`` for the sliding window that others use.
     """
 
     vae: str = "tiny"
@@ -39,8 +39,13 @@ class EncodeSettings:
     roles: tuple[LatentRole, ...] = ("thin", "thick", "thick_on_thin")
     round_trip_fraction: float = 0.02
     memory_gib: float | None = None
+    pad_in_plane: int = 32
     torch_threads: int = 2
     reader_threads: int = 2
+
+    @property
+    def pad_multiple_zyx(self) -> tuple[int, int, int]:
+        return (COMPRESSION, self.pad_in_plane, self.pad_in_plane)
 
 
 @dataclass
@@ -77,7 +82,14 @@ def _store_for_staging(url: str) -> LatentStore:
 def run_task(vae: Encoder, prepared: Prepared, *, store_url: str, settings: EncodeSettings) -> Encoded:
     """The stage's device part: encode and stage one task's latents."""
     store = _store_for_staging(store_url)
-    return encode.encode_one(vae, settings.window, store, prepared, round_trip_fraction=settings.round_trip_fraction)
+    return encode.encode_one(
+        vae,
+        settings.window,
+        store,
+        prepared,
+        round_trip_fraction=settings.round_trip_fraction,
+        pad_multiple_zyx=settings.pad_multiple_zyx,
+    )
 
 
 def plan_tasks(
@@ -108,7 +120,7 @@ def encode_store(
     store = LatentStore.open(store_url)
     private = PrivateStore.open(store_url, private_url)
     probe = load_encoder("cpu", settings)
-    encoding: Encoding = encode.make_encoding(probe, settings.window)
+    encoding: Encoding = encode.make_encoding(probe, settings.window, settings.pad_multiple_zyx)
     del probe
     tasks, already = plan_tasks(store, private, encoding.encode_key, settings.roles)
     if not store.series():

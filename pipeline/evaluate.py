@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,8 @@ BASELINES: tuple[ZMethod, ...] = ("nearest", "linear", "cubic", "lanczos")
 class CaseScores:
     """Scores of one pair. ``scores[method]`` has psnr_db and ssim in the window, mae_hu there, and bias by tissue.
 
-    A method that could not be scored stands in ``failures`` with its reason and never in a mean.
+    Identical volumes have no PSNR: ``psnr_db`` is None and ``identical`` true. A method that could not be scored stands
+    in ``failures`` with its reason and never in a mean.
     """
 
     key: str
@@ -75,7 +74,8 @@ def score(
             clipped = np.clip(volume.astype(np.float32), window.lower, window.upper)
             value = metrics.psnr(clipped, clipped_truth, data_range=window.width)
             scores[name] = {
-                "psnr_db": value,
+                "psnr_db": value if math.isfinite(value) else None,
+                "identical": not math.isfinite(value),
                 "ssim": metrics.ssim(clipped, clipped_truth, data_range=window.width),
                 "mae_hu": metrics.mean_absolute_error(clipped, clipped_truth),
                 "bias": metrics.bias_by_tissue(clipped, clipped_truth),
@@ -92,7 +92,7 @@ def summarise(cases: Iterable[CaseScores]) -> dict[str, Any]:
     names = dict.fromkeys(name for case in cases for name in case.scores)
     for name in names:
         rows = [case.scores[name] for case in cases if name in case.scores]
-        finite = [row["psnr_db"] for row in rows if math.isfinite(row["psnr_db"])]
+        finite = [row["psnr_db"] for row in rows if not row["identical"]]
         out["methods"][name] = {
             "psnr_db": float(np.mean(finite)) if finite else None,
             "ssim": float(np.mean([row["ssim"] for row in rows])),
@@ -102,18 +102,3 @@ def summarise(cases: Iterable[CaseScores]) -> dict[str, Any]:
         }
     out["failures"] = {case.key: case.failures for case in cases if case.failures}
     return out
-
-
-def write_evaluation(
-    folder: Path, cases: Iterable[CaseScores], facts: Mapping[str, Any], views: Callable[[], None] | None = None
-) -> dict[str, Any]:
-    """Write ``metrics.json`` into ``folder``, whole or not at all; returns what was written."""
-    cases = list(cases)
-    document = {**facts, **summarise(cases), "by_case": [asdict(case) for case in cases]}
-    folder.mkdir(parents=True, exist_ok=True)
-    if views is not None:
-        views()
-    draft = folder / ".metrics.json.part"
-    draft.write_text(json.dumps(document, indent=1, sort_keys=True, default=float), encoding="utf-8")
-    draft.replace(folder / "metrics.json")
-    return document

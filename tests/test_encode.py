@@ -30,9 +30,9 @@ class SliceMeans:
 
     sha256 = "0" * 64
     architecture: dict[str, Any] = {"kind": "mean of four"}  # noqa: RUF012
-    pad_multiple_zyx = (4, 32, 32)
 
-    def encode(self, unit: np.ndarray) -> np.ndarray:
+    def encode(self, unit: np.ndarray, *, pad_multiple_zyx: tuple[int, int, int]) -> np.ndarray:
+        assert pad_multiple_zyx == (4, 32, 32)
         padded = np.pad(unit, ((0, -len(unit) % 4), (0, 24), (0, 24)), mode="edge")
         means = padded.mean(axis=(1, 2)).reshape(-1, 4).mean(axis=1)
         return np.broadcast_to(means[None, :, None, None], (4, len(means), 8, 8)).astype(np.float32)
