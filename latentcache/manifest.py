@@ -1,0 +1,244 @@
+"""Fragments and snapshots: which files make version n of a store.
+
+A fragment is an immutable Parquet file with rows of one table. A snapshot is an immutable JSON file that lists the
+fragments of all tables, with their sizes and SHA-256. Readers hold a snapshot and are never disturbed by later ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from latentcache.errors import StoreError
+from latentcache.location import Location
+from latentcache.records import FORMAT_VERSION
+from latentcache.schema import KINDS, SCHEMAS, UNIQUE, Kind, check_schema
+
+SNAPSHOTS = "snapshots"
+COMPACT_AT = 16
+"""Fragments of one size class at which a commit merges them: opening a store stays cheap after 10,000 commits."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A Parquet file of one table."""
+
+    path: str
+    rows: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Version ``number`` of a store."""
+
+    number: int
+    fragments: dict[Kind, tuple[Fragment, ...]] = field(default_factory=lambda: dict.fromkeys(KINDS, ()))
+
+    def to_json(self) -> bytes:
+        body: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "number": self.number,
+            "fragments": {kind: [asdict(f) for f in self.fragments[kind]] for kind in KINDS},
+        }
+        body["sha256"] = _digest(body)
+        return json.dumps(body, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, path: str) -> Snapshot:
+        """Raises StoreError for a damaged file or another format version."""
+        try:
+            body = json.loads(data)
+            seal = body.pop("sha256")
+            version = body["format_version"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path) from error
+        check_version(version)
+        if seal != _digest(body):
+            raise _damaged(path)
+        lists = {kind: tuple(Fragment(**f) for f in body["fragments"][kind]) for kind in KINDS}
+        return cls(body["number"], lists)
+
+    def rows(self, kind: Kind) -> int:
+        return sum(f.rows for f in self.fragments[kind])
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: str) -> StoreError:
+    return StoreError(
+        f"{path} is damaged",
+        expected="a file whose checksum holds",
+        remedy="Restore it from a copy of the store, or open an earlier snapshot.",
+    )
+
+
+def check_version(found: object) -> None:
+    """Refuse any format version but this one, with the way on.
+
+    Raises:
+        StoreError: The store is older or newer.
+    """
+    if found == FORMAT_VERSION:
+        return
+    newer = isinstance(found, int) and found > FORMAT_VERSION
+    raise StoreError(
+        f"a store of format version {found}",
+        expected=f"version {FORMAT_VERSION}",
+        remedy="Update ctpipe: the store was written by a newer one." if newer else "Run `ctpipe migrate STORE`.",
+    )
+
+
+def snapshot_path(number: int) -> str:
+    return f"{SNAPSHOTS}/{number:08d}.json"
+
+
+def snapshot_numbers(location: Location) -> list[int]:
+    """Numbers of all snapshots, ascending."""
+    names = (entry.path.rsplit("/", 1)[-1] for entry in location.list(SNAPSHOTS))
+    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+
+
+def load_snapshot(location: Location, number: int | None = None) -> Snapshot:
+    """One snapshot, the current one by default.
+
+    Raises:
+        StoreError: No such snapshot, or a damaged or foreign one.
+    """
+    if number is None:
+        numbers = snapshot_numbers(location)
+        if not numbers:
+            raise StoreError(
+                f"{location.url} holds no snapshot",
+                expected="at least the first one, made with the store",
+                remedy="The copy is incomplete: copy the folder snapshots/ last, after everything else.",
+            )
+        number = numbers[-1]
+    path = snapshot_path(number)
+    try:
+        data = location.read(path)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"snapshot {number} does not exist",
+            expected="a snapshot that the store still keeps",
+            remedy="`ctpipe status STORE` lists them; removed patients and gc --expire take old ones away.",
+        ) from error
+    return Snapshot.from_json(data, path)
+
+
+def write_fragment(location: Location, kind: Kind, table: pa.Table) -> Fragment:
+    """Write rows as a new fragment; nothing refers to it until a snapshot does."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", store_schema=True)
+    data = sink.getvalue().to_pybytes()
+    path = f"{kind}/{uuid.uuid4().hex}.parquet"
+    location.put_once(path, [data])
+    return Fragment(path, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def read_fragment(location: Location, kind: Kind, fragment: Fragment, columns: Sequence[str] | None = None) -> pa.Table:
+    """A fragment's rows; its bytes are checked first.
+
+    Raises:
+        StoreError: The file is missing, damaged or of another format.
+    """
+    try:
+        data = location.read(fragment.path)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{fragment.path} is missing, though the snapshot lists it",
+            expected="every fragment of the snapshot",
+            remedy="The store is a partial copy: copy it again, snapshots/ last.",
+        ) from error
+    if len(data) != fragment.size or hashlib.sha256(data).hexdigest() != fragment.sha256:
+        raise _damaged(fragment.path)
+    file = pq.ParquetFile(pa.BufferReader(data))
+    check_schema(kind, file.schema_arrow, fragment.path)
+    return file.read(columns=None if columns is None else list(columns))
+
+
+def read_table(location: Location, snapshot: Snapshot, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:
+    """All rows of a table in a snapshot, each identity once (see schema.UNIQUE), in order of first appearance."""
+    identity = UNIQUE[kind]
+    wanted = None if columns is None else list(dict.fromkeys([*columns, *identity]))
+    parts = [read_fragment(location, kind, f, wanted) for f in snapshot.fragments[kind]]
+    schema = SCHEMAS[kind]
+    if wanted is not None:
+        schema = pa.schema([schema.field(name) for name in wanted], schema.metadata)
+    table = pa.concat_tables([part.select(schema.names).cast(schema) for part in parts] or [schema.empty_table()])
+    if len(parts) > 1 and identity:
+        table = unique_rows(table, kind)
+    return table if columns is None else table.select(list(columns))
+
+
+def unique_rows(table: pa.Table, kind: Kind) -> pa.Table:
+    """One row an identity: of catalog and pairs the last, of the manifest the first; in order of first appearance."""
+    codes = row_codes(table, UNIQUE[kind])
+    _, first = np.unique(codes, return_index=True)
+    if len(first) == len(codes):
+        return table
+    if kind == "manifest":
+        return table.take(pa.array(np.sort(first)))
+    _, last = np.unique(codes[::-1], return_index=True)
+    return table.take(pa.array((len(codes) - 1 - last)[np.argsort(first)]))
+
+
+def row_codes(table: pa.Table, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """One integer a row, equal where the named columns are equal."""
+    codes = np.zeros(table.num_rows, np.int64)
+    for name in names:
+        column = pc.dictionary_encode(table.column(name)).combine_chunks()
+        part = column if isinstance(column, pa.DictionaryArray) else column.chunk(0)
+        codes = codes * max(len(part.dictionary), 1) + part.indices.to_numpy(zero_copy_only=False)
+    return codes
+
+
+def extend(location: Location, base: Snapshot, added: dict[Kind, pa.Table]) -> Snapshot:
+    """The next snapshot: ``base`` with rows added, the newest fragments merged where they have become many.
+
+    Writes the new fragments; nothing refers to them until the snapshot is committed.
+    """
+    lists = dict(base.fragments)
+    for kind, table in added.items():
+        if table.num_rows == 0:
+            continue
+        kept = _kept(lists[kind], table.num_rows)
+        for fragment in reversed(lists[kind][kept:]):
+            table = pa.concat_tables([read_fragment(location, kind, fragment), table])
+        if UNIQUE[kind]:
+            table = unique_rows(table, kind)
+        lists[kind] = (*lists[kind][:kept], write_fragment(location, kind, table))
+    return Snapshot(base.number + 1, lists)
+
+
+def _kept(fragments: Sequence[Fragment], added: int) -> int:
+    """How many of the oldest fragments stay as they are when a fragment of ``added`` rows joins.
+
+    Of every size class (powers of COMPACT_AT) fewer than COMPACT_AT fragments are kept, so that n commits leave
+    O(log n) classes and rewrite each row O(log n) times.
+    """
+    kept, rows, size = len(fragments), added, COMPACT_AT
+    while True:
+        tail = kept
+        while tail > 0 and fragments[tail - 1].rows < size:
+            tail -= 1
+        if kept - tail + (rows < size) >= COMPACT_AT:
+            rows += sum(f.rows for f in fragments[tail:kept])
+            kept = tail
+        elif rows < size:
+            return kept
+        if tail == 0:
+            return kept
+        size *= COMPACT_AT

@@ -1,0 +1,418 @@
+"""LatentStore: one directory, or one prefix of an object store, that goes through every command."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from latentcache.arrays import Latent, read_latent, write_latent
+from latentcache.commit import Writer
+from latentcache.errors import InputError, NonFiniteError, StoreError
+from latentcache.index import COLUMNS, KeyIndex
+from latentcache.location import Location, open_location
+from latentcache.manifest import Snapshot, check_version, load_snapshot, read_table, snapshot_path
+from latentcache.records import (
+    FORMAT_VERSION,
+    LATENT_CHANNELS,
+    Encoding,
+    LatentRecord,
+    LatentRole,
+    PairRecord,
+    SeriesRecord,
+)
+from latentcache.schema import Kind, from_table
+from latentcache.statistics import Moments, merge_all, valid_latents
+
+STORE = "store.json"
+_KEY = re.compile(r"[0-9a-f]{16}")
+_ROLES = ("thin", "thick", "thick_on_thin")
+
+
+class LatentStore:
+    """A store at one snapshot. Readers never see it change unless they call ``refresh`` or write through it."""
+
+    def __init__(self, location: Location, header: dict[str, Any], snapshot: Snapshot, pinned: bool = False) -> None:
+        self.location = location
+        self.secret_fingerprint: str = header["secret_fingerprint"]
+        self.split_seed: int = header["split_seed"]
+        self._snapshot = snapshot
+        self._pinned = pinned
+        self._tables: dict[Kind, pa.Table] = {}
+        self._index: KeyIndex | None = None
+        self._writer: Writer | None = None
+
+    @classmethod
+    def create(cls, url: str | Path, *, secret_fingerprint: str, split_seed: int = 0) -> LatentStore:
+        """Make an empty store.
+
+        Raises:
+            StoreError: There is one already.
+        """
+        return cls._create_at(open_location(url), secret_fingerprint, split_seed)
+
+    @classmethod
+    def _create_at(cls, location: Location, secret_fingerprint: str, split_seed: int) -> LatentStore:
+        header = {
+            "format_version": FORMAT_VERSION,
+            "secret_fingerprint": secret_fingerprint,
+            "split_seed": int(split_seed),
+        }
+        empty = Snapshot(0)
+        # store.json comes last: a store that has one is whole, and a creation that was killed can be repeated.
+        try:
+            location.put_once(snapshot_path(0), [empty.to_json()])
+        except FileExistsError:
+            load_snapshot(location, 0)
+        try:
+            location.put_once(STORE, [json.dumps(header, indent=1).encode()])
+        except FileExistsError as error:
+            raise StoreError(
+                f"there is a store at {location.url} already",
+                expected="a place without one",
+                remedy="Open it, or choose another place.",
+            ) from error
+        return cls(location, header, empty)
+
+    @classmethod
+    def open(cls, url: str | Path, snapshot: int | None = None) -> LatentStore:
+        """Open a store at its current snapshot, or pinned at a given one.
+
+        Raises:
+            StoreError: No store, a newer or older format, a damaged or partial copy, or no such snapshot.
+        """
+        return cls._open_at(open_location(url), snapshot)
+
+    @classmethod
+    def _open_at(cls, location: Location, snapshot: int | None = None) -> LatentStore:
+        try:
+            data = location.read(STORE)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(
+                f"there is no store at {location.url}",
+                expected=f"a folder or prefix with {STORE}",
+                remedy="Make one with `ctpipe ingest DATASET STORE`; if this is a copy, copy it whole.",
+            ) from error
+        try:
+            header = json.loads(data)
+            version = header["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{STORE} cannot be read", expected="a JSON object", remedy="Restore it from a copy of the store."
+            ) from error
+        check_version(version)
+        return cls(location, header, load_snapshot(location, snapshot), pinned=snapshot is not None)
+
+    @staticmethod
+    def exists(url: str | Path) -> bool:
+        """Whether there is a store, of whatever version, at this place."""
+        try:
+            open_location(url).size(STORE)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers get the store by its URL and snapshot."""
+        return (LatentStore.open, (self.url, self.snapshot if self._pinned else None))
+
+    @property
+    def url(self) -> str:
+        return self.location.url
+
+    @property
+    def snapshot(self) -> int:
+        """Number of the snapshot that this object shows."""
+        return self._snapshot.number
+
+    @property
+    def current_snapshot(self) -> Snapshot:
+        """The snapshot that this object shows, with its fragments."""
+        return self._snapshot
+
+    def refresh(self) -> int:
+        """Move to the current snapshot, unless pinned; returns its number."""
+        if not self._pinned:
+            self.advance(load_snapshot(self.location))
+        return self.snapshot
+
+    def advance(self, snapshot: Snapshot) -> None:
+        """Show a newer snapshot (the writer calls this after a commit)."""
+        if snapshot.number != self._snapshot.number:
+            self._snapshot, self._tables, self._index = snapshot, {}, None
+
+    # -- tables -------------------------------------------------------------------------------------------------------
+
+    def table(self, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of a table in this snapshot. Few columns of a large manifest are read alone."""
+        if kind in self._tables:
+            whole = self._tables[kind]
+            return whole if columns is None else whole.select(list(columns))
+        if columns is not None:
+            return read_table(self.location, self._snapshot, kind, columns)
+        self._tables[kind] = read_table(self.location, self._snapshot, kind)
+        return self._tables[kind]
+
+    def catalog_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        return self.table("catalog", columns)
+
+    def pairs_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        return self.table("pairs", columns)
+
+    def manifest_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        return self.table("manifest", columns)
+
+    def series(self) -> list[SeriesRecord]:
+        return from_table(self.catalog_table(), SeriesRecord)
+
+    def pairs(self) -> list[PairRecord]:
+        return from_table(self.pairs_table(), PairRecord)
+
+    def append_catalog(self, series: Sequence[SeriesRecord], pairs: Sequence[PairRecord] = ()) -> None:
+        """Add or replace catalog and pair rows in one snapshot. Driver only; takes the lease."""
+        if self._writer is not None:
+            self._writer.append_catalog(series, pairs)
+            return
+        with self.writer() as writer:
+            writer.append_catalog(series, pairs)
+
+    # -- encodings ----------------------------------------------------------------------------------------------------
+
+    def register_encoding(self, encoding: Encoding) -> str:
+        """Keep an encoding in clear under its key; repeating it is harmless."""
+        key = encoding.encode_key
+        try:
+            self.location.put_once(f"encodings/{key}.json", [encoding.to_json().encode()])
+        except FileExistsError:
+            self.encoding(key)
+        return key
+
+    def encoding(self, encode_key: str) -> Encoding:
+        """Raises StoreError if the store has no such encoding, or its file is damaged."""
+        return _encoding(self.location, encode_key)
+
+    def encode_keys(self) -> list[str]:
+        """Keys of all registered encodings."""
+        return sorted(e.path.split("/")[-1][:-5] for e in self.location.list("encodings") if e.path.endswith(".json"))
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def stage(
+        self,
+        array: NDArray[np.float16],
+        *,
+        encode_key: str,
+        key: str,
+        role: LatentRole,
+        z0_mm: float,
+        dz_mm: float,
+        valid_zyx: tuple[int, int, int],
+        source_digest: str,
+        round_trip_psnr: float | None = None,
+    ) -> LatentRecord:
+        """Write a latent durably under a fresh path of its own. It exists once a driver commits the returned row.
+
+        Args:
+            array: (C, d, h, w) float16, raw posterior mean.
+
+        Raises:
+            InputError: Wrong type, shape, key or geometry.
+            NonFiniteError: NaN or infinity in the latent.
+        """
+        encoding = self.encoding(encode_key)
+        shape = _checked(array, encoding, key, role, dz_mm, valid_zyx)
+        array = np.ascontiguousarray(array)
+        d, h, w = valid_latents(valid_zyx)
+        moments = Moments.of(array[:, :d, :h, :w])
+        path = f"latents.zarr/{encode_key}/{key}/{role}/{uuid.uuid4().hex}"
+        written = write_latent(self.location, path, array)
+        return LatentRecord(
+            key=key,
+            encode_key=encode_key,
+            role=role,
+            shape=shape,
+            dtype="float16",
+            path=path,
+            z0_mm=float(z0_mm),
+            dz_mm=float(dz_mm),
+            valid_zyx=(int(valid_zyx[0]), int(valid_zyx[1]), int(valid_zyx[2])),
+            crc32c=written.crc32c,
+            sha256=written.sha256,
+            mean=tuple(float(v) for v in moments.mean),
+            std=tuple(float(v) for v in moments.std),
+            round_trip_psnr=None if round_trip_psnr is None else float(round_trip_psnr),
+            source_digest=source_digest,
+        )
+
+    def writer(self) -> Writer:
+        """The committing driver: ``with store.writer() as writer: writer.commit(records)``.
+
+        Raises:
+            StoreError: On entry, if a living driver holds the lease or the store is pinned.
+        """
+        return Writer(self)
+
+    def attach(self, writer: Writer) -> None:
+        """A writer opened: bring this object to the current snapshot."""
+        if self._pinned or self._writer is not None:
+            raise StoreError(
+                "this store object is " + ("pinned at a snapshot" if self._pinned else "being written already"),
+                expected="an unpinned store with no open writer",
+                remedy="Open the store again without a snapshot, or use the writer that is open.",
+            )
+        self.refresh()
+        self._writer = writer
+
+    def detach(self, writer: Writer) -> None:
+        """The writer closed."""
+        if self._writer is writer:
+            self._writer = None
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def records(self, encode_key: str | None = None, role: LatentRole | None = None) -> list[LatentRecord]:
+        """Committed latents, optionally of one encoding and role. For many rows prefer ``manifest_table``."""
+        table = self.manifest_table()
+        for name, value in (("encode_key", encode_key), ("role", role)):
+            if value is not None:
+                table = table.filter(pc.equal(table.column(name), value))
+        return from_table(table, LatentRecord)
+
+    def find(self, key: str, role: LatentRole, encode_key: str | None = None) -> LatentRecord | None:
+        """One committed latent, or None.
+
+        Raises:
+            InputError: Several encodings hold it and none was asked for.
+        """
+        if self._index is None:
+            self._index = KeyIndex(self.manifest_table(COLUMNS))
+        rows = self._index.rows(key, role, encode_key)
+        if len(rows) > 1:
+            raise InputError(
+                f"{len(rows)} encodings of {key} {role}",
+                expected="one encode key",
+                remedy="Name the encode key; mixing encodings would mix unlike latents.",
+            )
+        return from_table(self.manifest_table().slice(rows[0], 1), LatentRecord)[0] if rows else None
+
+    def read(self, record: LatentRecord, depth: slice | None = None, out: Latent | None = None) -> Latent:
+        """A latent, or the slices ``depth`` of it, as (C, d, h, w) float16; checked against the row's CRC-32C.
+
+        Args:
+            out: Contiguous float16 array to fill instead of a new one.
+
+        Raises:
+            CorruptLatentError: Bytes are missing or changed; names the key.
+        """
+        name = f"{record.key} {record.role}"
+        return read_latent(self.location, record.path, record.shape, record.crc32c, depth, out, name=name)
+
+    def whitening(self, encode_key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and population std per channel over the training split's thin latents, merged from the rows.
+
+        Raises:
+            InputError: There are none.
+        """
+        catalog = self.catalog_table(("series_key", "split"))
+        train = catalog.filter(pc.equal(catalog.column("split"), "train")).column("series_key")
+        table = self.manifest_table(("encode_key", "key", "role", "valid_zyx", "mean", "std"))
+        chosen = pc.and_(pc.equal(table.column("encode_key"), encode_key), pc.equal(table.column("role"), "thin"))
+        table = table.filter(pc.and_(chosen, pc.is_in(table.column("key"), value_set=train.combine_chunks())))
+        if table.num_rows == 0:
+            raise InputError(
+                f"no thin latents of the training split under encode key {encode_key}",
+                expected="at least one",
+                remedy="Run `ctpipe encode STORE` first, or choose another encode key (`ctpipe status STORE`).",
+            )
+        valid, mean, std = (np.array(table.column(n).to_pylist()) for n in ("valid_zyx", "mean", "std"))
+        moments = merge_all(np.prod(-(-valid // 4), axis=1), mean, std)
+        return moments.mean, moments.std
+
+    def generated(self, generation_key: str, create: bool = False) -> LatentStore:
+        """The store of latents that a model sampled, of the same form, below this one.
+
+        Raises:
+            StoreError: There is none and ``create`` is false.
+        """
+        if not _KEY.fullmatch(generation_key):
+            raise _bad_key("generation key", generation_key)
+        location = self.location.child(f"generated/{generation_key}")
+        if create:
+            try:
+                return self._create_at(location, self.secret_fingerprint, self.split_seed)
+            except StoreError:
+                pass  # sampled before: go on with it
+        return self._open_at(location)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_encoding(url: str, encode_key: str, text: str) -> Encoding:
+    encoding = Encoding.from_json(text)
+    if encoding.encode_key != encode_key:
+        raise StoreError(
+            f"encodings/{encode_key}.json does not hash to its name",
+            expected="the encoding that the key was made from",
+            remedy="Restore the file from a copy of the store.",
+        )
+    return encoding
+
+
+def _encoding(location: Location, encode_key: str) -> Encoding:
+    try:
+        text = location.read(f"encodings/{encode_key}.json").decode()
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"no encoding {encode_key} in this store",
+            expected="a registered encode key",
+            remedy="Run `ctpipe status STORE` to see the keys; register the encoding before staging latents.",
+        ) from error
+    return _cached_encoding(location.url, encode_key, text)
+
+
+def _checked(
+    array: NDArray[Any], encoding: Encoding, key: str, role: str, dz_mm: float, valid_zyx: tuple[int, int, int]
+) -> tuple[int, int, int, int]:
+    """Refuse what must never be cached."""
+    if not _KEY.fullmatch(key):
+        raise _bad_key("latent key", key)
+    if role not in _ROLES:
+        raise InputError(f"latent role {role!r}", expected=", ".join(_ROLES), remedy="Use one of these.")
+    channels = LATENT_CHANNELS * (2 if encoding.posterior == "mean+logvar" else 1)
+    if array.dtype != np.float16 or array.ndim != 4 or array.shape[0] != channels:
+        raise InputError(
+            f"latent {key} {role} is {array.dtype} of shape {array.shape}",
+            expected=f"float16 of shape ({channels}, d, h, w)",
+            remedy="Encode with the VAE of this encoding; one store holds latents of one channel count an encoding.",
+        )
+    valid = valid_latents(valid_zyx)
+    if min(valid) < 1 or any(n > have for n, have in zip(valid, array.shape[1:], strict=True)) or not dz_mm > 0:
+        raise InputError(
+            f"latent {key} {role}: valid_zyx {valid_zyx} and dz_mm {dz_mm} with latents of {array.shape[1:]}",
+            expected="at least one voxel, no more than four a latent along each axis, and a positive spacing",
+            remedy="Pass the volume's shape before padding and the distance between latent slices.",
+        )
+    if not np.isfinite(array).all():
+        raise NonFiniteError(
+            f"latent {key} {role} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite",
+            expected="finite float16 values",
+            remedy="Encode in float32 or bfloat16, and look at the series for values outside the window.",
+        )
+    channels, depth, height, width = array.shape
+    return (channels, depth, height, width)
+
+
+def _bad_key(what: str, found: str) -> InputError:
+    return InputError(
+        f"{what} of {len(found)} characters",
+        expected="16 lower-case hexadecimal digits",
+        remedy="Use the keyed hash; names and numbers of patients must not reach the store.",
+    )
