@@ -1,0 +1,305 @@
+"""What a training run is: data, model, objective, losses, optimiser, validation and budget, and the presets.
+
+A run's configuration is a preset, then a YAML file, then ``--set section.key=value``; a key that does not exist is an
+error that names the nearest one. Configs of the model stand beside the model in ``model_config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from diffusion.classic_config import from_classic, is_classic
+from diffusion.config_keys import apply, known_keys, nearest, parse_overrides
+from diffusion.model_config import MODEL_PRESETS, UNetConfig
+from latentcache.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a batch is made of. Depths and crops are in latents (4 voxels along each axis).
+
+    Attributes:
+        encode_key: Which latents; none takes the store's only encode key.
+        alignment: ``pixel``: the thick HU interpolated, then encoded; ``latent``: the thick latent, interpolated.
+        window: Depth of random windows; none trains on whole volumes, cropped to a multiple of ``depth_bucket``.
+        crop: Side of a random in-plane crop; none takes the whole plane.
+        windows_per_volume: Samples that a pair gives in an epoch.
+        batch_size: Samples of one forward pass on one device; memory follows from it, results do not.
+        readers: Threads that read ahead; ``read_ahead``: batches that they may be ahead.
+    """
+
+    encode_key: str | None = None
+    alignment: Literal["pixel", "latent"] = "pixel"
+    window: int | None = None
+    depth_bucket: int = 8
+    crop: int | None = None
+    windows_per_volume: int = 1
+    batch_size: int = 1
+    readers: int = 4
+    read_ahead: int = 4
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """``name``: epsilon, v, flow or bridge; ``settings``: what that objective takes, e.g. ``min_snr_gamma``."""
+
+    name: str = "bridge"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The image losses, on a latent slab decoded through the frozen VAE decoder every ``every`` steps.
+
+    Attributes:
+        perceptual_weight: Weight of the VGG19 feature distance; 0 switches it off.
+        vgg19_weights: torchvision's VGG19 state dict; needed where ``perceptual_weight`` is not 0.
+        ms_ssim_weight: Weight of 1 - MS-SSIM; 0 switches it off.
+        slice_fraction: Share of the slab's slices that the perceptual term looks at.
+        slab: Latent slices that are decoded; ``crop``: in-plane side of what is decoded, none for the whole plane.
+    """
+
+    perceptual_weight: float = 0.0
+    vgg19_weights: str | None = None
+    ms_ssim_weight: float = 0.0
+    every: int = 10
+    slice_fraction: float = 0.2
+    slab: int = 4
+    crop: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with warm-up, then a cosine or constant learning rate.
+
+    Attributes:
+        epochs: Length of the run and of the cosine, unless ``steps`` is given.
+        samples_per_step: Samples of one optimiser step over all devices and accumulated batches (batch 2 with
+            accumulation 8 is 16), so that the number of devices changes no result.
+        final_fraction: Where the cosine ends, as a share of ``learning_rate``.
+        ema_std: Relative width of the power-function EMA (Karras et al. 2023, section 3.1); 0 switches it off.
+        precision: ``auto`` is bf16 autocast on a GPU and fp32 on a CPU.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_fraction: float = 0.01
+    epochs: int = 100
+    steps: int | None = None
+    samples_per_step: int = 8
+    clip_norm: float = 1.0
+    ema_std: float = 0.1
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """When the held-out pairs are looked at, and what follows from it.
+
+    Attributes:
+        every_epochs: 0 switches validation off, and with it early stopping and the best checkpoint.
+        images_every: Every so many validations, held-out pairs are sampled and decoded too; 0 never.
+        max_batches: Batches of the latent validation loss; none takes the whole split.
+        metric: What ``best`` and early stopping look at: ``val_loss`` or a figure of the image validation.
+        patience: Validations without improvement before the run stops; 0 never stops early.
+    """
+
+    every_epochs: int = 1
+    images_every: int = 5
+    max_batches: int | None = None
+    metric: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    patience: int = 0
+    pairs: int = 2
+    sampler: str | None = None
+    sampling_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """Where a session of the run stops early, and how often it saves.
+
+    Neither limit changes a learning rate or an order: the weights after step N are the same whatever stopped the run,
+    and a longer session goes on from there. ``max_seconds`` decides by the clock how many steps are taken, so two runs
+    under it agree step for step but need not end at the same step.
+    """
+
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    checkpoint_every_steps: int = 500
+    log_every_steps: int = 1
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """``strategy``: ``ddp`` copies the model to every device, ``fsdp`` shards weights, gradients and optimiser."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    preset: str = "medium"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: UNetConfig = field(default_factory=UNetConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        preset="tiny",
+        model=MODEL_PRESETS["tiny"],
+        data=DataConfig(window=8, windows_per_volume=8, batch_size=4, readers=1, read_ahead=2),
+        optimiser=OptimiserConfig(
+            learning_rate=1e-3, schedule="constant", warmup_steps=20, epochs=10_000, samples_per_step=4
+        ),
+        validation=ValidationConfig(every_epochs=20, images_every=0),
+        budget=BudgetConfig(max_seconds=150.0, checkpoint_every_steps=100),
+    ),
+    "medium": TrainConfig(
+        preset="medium",
+        model=replace(MODEL_PRESETS["medium"], activation_checkpointing=True),
+        losses=LossConfig(ms_ssim_weight=0.1, crop=32),
+        budget=BudgetConfig(checkpoint_every_steps=500),
+    ),
+    "classic": TrainConfig(
+        preset="classic",
+        model=MODEL_PRESETS["classic"],
+        data=DataConfig(alignment="latent", batch_size=2),
+        objective=ObjectiveConfig("epsilon"),
+        losses=LossConfig(perceptual_weight=0.1, ms_ssim_weight=0.1),
+        optimiser=OptimiserConfig(learning_rate=1e-4, epochs=100, samples_per_step=16),
+    ),
+}
+"""``tiny`` trains on a laptop's CPU in minutes; ``medium`` is the recommended run; ``classic`` has the settings of the
+system that this one replaces (epsilon, 100 epochs, batch 2 with accumulation 8, both image losses)."""
+
+
+def train_preset(name: str) -> TrainConfig:
+    """A preset by name.
+
+    Raises:
+        InputError: No preset of that name.
+    """
+    if name not in PRESETS:
+        raise InputError(
+            f"preset {name}",
+            expected=f"one of {', '.join(PRESETS)}",
+            remedy=f"The nearest is {nearest(name, PRESETS)}.",
+        )
+    return PRESETS[name]
+
+
+def load_config(
+    preset: str | None = None,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    base: TrainConfig | None = None,
+) -> tuple[TrainConfig, list[str]]:
+    """A preset, then a YAML file (ours or the classic form), then ``section.key=value`` overrides.
+
+    Args:
+        base: Stands in for the preset: the configuration that a resumed run kept.
+
+    Returns:
+        The configuration, and notes that a person should read: what a classic file said that has no place here.
+
+    Raises:
+        InputError: An unreadable file, an unknown key or a value of the wrong kind.
+    """
+    values: dict[str, Any] = {}
+    notes: list[str] = []
+    named: str | None = None
+    if file is not None:
+        values = read_yaml(Path(file))
+        if is_classic(values):
+            values, notes = from_classic(values, Path(file).name)
+        named = values.pop("preset", None)
+    config = base or train_preset(preset or named or "medium")
+    config = apply(config, values, f"the file {Path(file).name}" if file else "the preset")
+    config = apply(config, parse_overrides(overrides, known_keys(TrainConfig)), "--set")
+    check(config)
+    return config, notes
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"the configuration file cannot be read ({type(error).__name__})",
+            expected="a YAML file",
+            remedy="Check the path given with --config, and its indentation.",
+        ) from error
+    if not isinstance(values, Mapping):
+        raise InputError(
+            "a configuration file without keys", expected="a YAML mapping", remedy="For example: data: {window: 16}."
+        )
+    return dict(values)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values that would only fail later, or silently do nothing.
+
+    Raises:
+        InputError: The value, what is expected, and the key to set.
+    """
+    multiple = config.model.in_plane_multiple
+    crops = {"data.crop": config.data.crop}
+    for key, crop in crops.items():
+        if crop is not None and (crop < multiple or crop % multiple):
+            raise InputError(
+                f"{key} = {crop}",
+                expected=f"a multiple of {multiple} latents, the U-Net's in-plane step",
+                remedy=f"Use --set {key}={max(multiple, crop // multiple * multiple)}.",
+            )
+    at_least_one = {
+        "data.batch_size": config.data.batch_size,
+        "data.windows_per_volume": config.data.windows_per_volume,
+        "data.window": 1 if config.data.window is None else config.data.window,
+        "data.depth_bucket": config.data.depth_bucket,
+        "optimiser.samples_per_step": config.optimiser.samples_per_step,
+        "optimiser.epochs": config.optimiser.epochs,
+        "losses.every": config.losses.every,
+        "losses.slab": config.losses.slab,
+        "budget.checkpoint_every_steps": config.budget.checkpoint_every_steps,
+        "budget.log_every_steps": config.budget.log_every_steps,
+    }
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise InputError(f"{key} = {value}", expected="1 or more", remedy=f"Use --set {key}=1 or a larger number.")
+    if config.losses.perceptual_weight > 0 and not config.losses.vgg19_weights:
+        raise InputError(
+            f"losses.perceptual_weight = {config.losses.perceptual_weight} without VGG19 weights",
+            expected="torchvision's VGG19 state dict (vgg19-*.pth)",
+            remedy="Name the file with --set losses.vgg19_weights=FILE, or --set losses.perceptual_weight=0.",
+        )
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """JSON-ready; :func:`from_dict` reads it back."""
+    return asdict(config)
+
+
+def from_dict(values: Mapping[str, Any], where: str = "config.json") -> TrainConfig:
+    """A configuration that a run wrote."""
+    return apply(TrainConfig(), values, where)

@@ -1,0 +1,98 @@
+"""Starting the processes that train together: torchrun on one machine, Ray Train on a cluster. Both run the same loop.
+
+Ray is imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from latentcache.errors import InputError
+
+
+def is_worker() -> bool:
+    """Whether a launcher started this process already."""
+    return "RANK" in os.environ
+
+
+def check_gpus(wanted: int) -> None:
+    """Refuse more GPUs than there are.
+
+    Raises:
+        InputError: How many are wanted and present.
+    """
+    present = torch.cuda.device_count()
+    if wanted > present:
+        raise InputError(
+            f"--gpus {wanted}",
+            expected=f"at most {present}, the CUDA devices that torch sees here",
+            remedy="Ask for fewer, check CUDA_VISIBLE_DEVICES and the driver, or use --gpus 0 for the CPU.",
+        )
+
+
+def torchrun_command(processes: int, program: Sequence[str]) -> list[str]:
+    """The command that starts ``program`` once a process on this machine and ends when all have."""
+    own = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "--no-python",
+    ]
+    return [*own, *program]
+
+
+def become_torchrun(processes: int, program: Sequence[str]) -> None:
+    """Replace this process by torchrun, so that signals of whoever started it reach the ranks. Does not return."""
+    command = torchrun_command(processes, program)
+    os.execv(command[0], command)
+
+
+def train_on_ray(
+    worker: Callable[[dict[str, Any]], Mapping[str, Any]],
+    settings: dict[str, Any],
+    workers: int,
+    *,
+    use_gpu: bool = True,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Run ``worker(settings)`` in ``workers`` Ray Train processes that share one process group.
+
+    Args:
+        worker: A picklable function; the first rank's return value is passed back. Store and run directory must be
+            reachable from every node.
+        address: A running cluster, ``auto``, or none for one embedded in this process.
+
+    Raises:
+        InputError: Ray is not installed.
+    """
+    try:
+        import ray
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise InputError(
+            "Ray Train is not installed", expected="ray[train]", remedy="Install ctpipe[ray], or use --gpus alone."
+        ) from error
+    if not ray.is_initialized():
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+
+    def loop(config: dict[str, Any]) -> None:
+        figures = dict(worker(config))
+        ray.train.report({"figures": figures})
+
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=RunConfig(storage_path=settings.get("ray_storage")),
+    )
+    metrics = trainer.fit().metrics or {}
+    figures: dict[str, Any] = metrics.get("figures", {})
+    return figures

@@ -1,0 +1,97 @@
+"""The processes that train together: who this one is, and the few things they agree on."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+COLLECTIVE_TIMEOUT = timedelta(hours=4)
+"""Ranks wait this long for one that validates or saves."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size``; every one has one device."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def default_device(local_rank: int = 0) -> torch.device:
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def join() -> World:
+    """This process's place, from the variables that torchrun and Ray Train set; alone where there are none.
+
+    Joins the process group (NCCL between GPUs, gloo between CPUs) unless a launcher already has.
+    """
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World(device=default_device())
+    device = default_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave() -> None:
+    """Leave the process group, if any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def spread(module: nn.Module, world: World, strategy: Literal["ddp", "fsdp"]) -> nn.Module:
+    """The module as all ranks train it: itself, a DDP wrapper around it, or itself sharded in place (FSDP2).
+
+    FSDP2 shards every large child and the root, so that weights, gradients and the optimiser's moments are each kept
+    once over all ranks.
+    """
+    if world.size == 1:
+        return module
+    if strategy == "fsdp":
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for child in _large_children(module):
+            fully_shard(child, mesh=mesh)
+        return cast(nn.Module, fully_shard(module, mesh=mesh))
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices)
+
+
+def _large_children(module: nn.Module, at_least: int = 1_000_000) -> list[nn.Module]:
+    """Direct children, lists opened, that hold enough parameters to be worth a collective of their own."""
+    children: list[nn.Module] = []
+    for child in module.children():
+        children += list(child) if isinstance(child, nn.ModuleList) else [child]
+    return [c for c in children if sum(p.numel() for p in c.parameters()) >= at_least]
+
+
+def gradients_meet(model: nn.Module, meet: bool) -> AbstractContextManager[None]:
+    """Whether this backward pass exchanges gradients between ranks: only the last of a step needs to."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(meet)
+    elif isinstance(model, DistributedDataParallel) and not meet:
+        return cast(AbstractContextManager[None], model.no_sync())
+    return nullcontext()
