@@ -1,0 +1,207 @@
+"""The VAE: a volume in [-1, 1] to latents and back.
+
+Only this module and those it owns (`vae_*`) know that the network works on [0, 1], that lengths are padded to what the
+network halves, and how a volume that does not fit in memory at once is run (`vae_stream`).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from latentcache.errors import InputError, NonFiniteError
+from pipeline.vae_executor import SlabExecutor
+from pipeline.vae_stream import Field, Stored, Stream
+from pipeline.vae_weights import TINY, VaeWeights, load_weights
+
+PAD_MULTIPLE_ZYX = (4, 32, 32)
+SLAB_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+"""One slab of one activation. On a CPU small enough that the allocator reuses the memory instead of mapping it anew."""
+
+
+def load_vae(
+    spec: str | Path,
+    device: str | torch.device = "cpu",
+    memory_gib: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Vae:
+    """Load a VAE for inference.
+
+    Args:
+        spec: ``tiny`` (the one that ships with ctpipe) or a checkpoint (see `vae_weights.load_weights`).
+        memory_gib: Most memory that encode and decode may take on ``device``; None: what is free.
+        dtype: Of the activations; None: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        InputError: The checkpoint is not that of a MAISI autoencoder.
+    """
+    weights = load_weights(TINY if spec == "tiny" else Path(spec))
+    return Vae(weights, torch.device(device), memory_gib=memory_gib, dtype=dtype)
+
+
+class Vae:
+    """A frozen autoencoder.
+
+    Attributes:
+        sha256: Of the weights' file.
+        architecture: JSON-able; with ``sha256`` it says which function this is.
+    """
+
+    def __init__(
+        self,
+        weights: VaeWeights,
+        device: torch.device,
+        *,
+        memory_gib: float | None = None,
+        dtype: torch.dtype | None = None,
+        slab_bytes: int | None = None,
+    ) -> None:
+        self.sha256 = weights.sha256
+        self.architecture: dict[str, Any] = weights.architecture.to_dict()
+        self.compression = weights.architecture.compression
+        self.latent_channels = weights.architecture.latent_channels
+        self.device = device
+        self.dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        self.memory_gib = memory_gib
+        self.slab_bytes = slab_bytes or SLAB_BYTES.get(device.type, 32 << 20)
+        self.network = weights.build().to(device)
+        self.streamed = copy.deepcopy(self.network)
+        for layer in self.streamed.modules():
+            if isinstance(layer, nn.Conv3d):  # the norms' parameters stay in float32
+                layer.weight.data = layer.weight.to(self.dtype, memory_format=torch.channels_last_3d)
+                layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(self.dtype), False)
+
+    def encode(
+        self,
+        unit: Tensor | NDArray[Any],
+        *,
+        with_variance: bool = False,
+        pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
+    ) -> Tensor:
+        """Posterior mean of a volume, exact as in one unsplit forward pass.
+
+        Args:
+            unit: (D, H, W) intensities in [-1, 1]; padded at the far ends to ``pad_multiple_zyx`` by its edge values.
+            with_variance: Append the log-variance: (8, d, h, w).
+
+        Returns:
+            (4, d, h, w) float32 on the CPU; d, h, w are the padded lengths over 4.
+
+        Raises:
+            NonFiniteError: The volume holds NaN or infinity.
+            InputError: Not three-dimensional, or too large for the memory budget.
+        """
+        volume = torch.as_tensor(unit, dtype=torch.float32)
+        if volume.ndim != 3 or volume.numel() == 0:
+            raise InputError(
+                f"a volume of shape {tuple(volume.shape)}", expected="(D, H, W)", remedy="Encode one series at a time."
+            )
+        if any(multiple <= 0 or multiple % self.compression for multiple in pad_multiple_zyx):
+            raise InputError(
+                f"pad_multiple_zyx {pad_multiple_zyx}",
+                expected=f"multiples of {self.compression}, the VAE's compression",
+                remedy="The default is (4, 32, 32).",
+            )
+        _refuse_non_finite(volume, "volume to encode")
+        with torch.inference_mode():
+            source = VolumeSlices(volume, padded_shape(volume.shape, pad_multiple_zyx), self.dtype, self.device)
+            features = self._drain(self.streamed.encoder, source)
+            mean, log_variance = self.network.posterior(features.permute(3, 0, 1, 2).unsqueeze(0))
+            latent = torch.cat([mean, log_variance], dim=1) if with_variance else mean
+            return latent[0].float().cpu().contiguous()
+
+    def decode(self, latent: Tensor, valid_zyx: tuple[int, int, int]) -> Tensor:
+        """Latents (4, d, h, w) to the volume (D, H, W) = ``valid_zyx``, float32 in [-1, 1] (clamped), on the CPU.
+
+        Raises:
+            NonFiniteError: The latents hold NaN or infinity.
+            InputError: ``valid_zyx`` does not lie within what the latents cover.
+        """
+        latent = torch.as_tensor(latent).to(device=self.device, dtype=torch.float32)
+        covered = tuple(self.compression * n for n in latent.shape[1:])
+        if latent.ndim != 4 or len(latent) != self.latent_channels:
+            raise InputError(
+                f"latents of shape {tuple(latent.shape)}",
+                expected=f"({self.latent_channels}, d, h, w)",
+                remedy="Drop the log-variance and any batch axis before decoding.",
+            )
+        if any(not 0 < valid <= length for valid, length in zip(valid_zyx, covered, strict=True)):
+            raise InputError(
+                f"valid_zyx {valid_zyx} for latents that cover {covered} voxels",
+                expected="lengths of at least 1 within what the latents cover",
+                remedy="Take valid_zyx from the latent's manifest row.",
+            )
+        _refuse_non_finite(latent, "latents to decode")
+        depth, height, width = valid_zyx
+        with torch.inference_mode():
+            quantised = self.network.post_quant_conv(latent.unsqueeze(0))[0]
+            slices_DHWC = quantised.permute(1, 2, 3, 0).to(self.dtype).contiguous()
+            executor = SlabExecutor(self.slab_bytes)
+            stream = executor.run(self.streamed.decoder, Stored(Field(slices_DHWC)))
+            volume = torch.empty(valid_zyx, dtype=torch.float32)
+            for start, stop in executor.slabs(stream, stop=depth):
+                slab = stream.take(stop - start)[:, :height, :width, 0]
+                volume[start:stop] = slab.float().mul_(2).sub_(1).clamp_(-1, 1)
+            return volume
+
+    def decode_slab(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, 4, d, h, w) to (B, 1, 4d, 4h, 4w), nominally in [-1, 1] and not clamped, with gradients.
+
+        For image losses: unsplit, with the slab's own GroupNorm statistics, so a slab's result is not a crop of the
+        volume's. Compare slabs with slabs.
+        """
+        # Not channels-last on a CPU: PyTorch's GroupNorm loses three digits there (6e-4 after twelve layers).
+        layout = torch.channels_last_3d if self.device.type == "cuda" else torch.contiguous_format
+        latents = latents.to(self.device).contiguous(memory_format=layout)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            image = self.network.decode(latents)
+        unit: Tensor = image.float() * 2 - 1
+        return unit
+
+    def _drain(self, layers: Any, source: Stream) -> Tensor:
+        """All slices (d, h, w, C) of what the layers make of a source."""
+        executor = SlabExecutor(self.slab_bytes)
+        stream = executor.run(layers, source)
+        out = stream.empty(stream.depth)
+        for start, stop in executor.slabs(stream):
+            stream.read(out[start:stop])
+        return out.float()
+
+
+class VolumeSlices(Stream):
+    """A volume (D, H, W) in [-1, 1] as slices (n, H, W, 1) in [0, 1], edge-padded on the way, moved to the device."""
+
+    def __init__(self, volume: Tensor, padded_zyx: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+        super().__init__((*padded_zyx, 1), dtype, device)
+        self.volume = volume
+
+    def _produce(self, out_DHWC: Tensor) -> None:
+        depth, height, width = self.volume.shape
+        out = out_DHWC[..., 0]
+        rows = torch.arange(self.position, self.position + len(out)).clamp_max(depth - 1)
+        slices = self.volume[rows[0] : rows[-1] + 1].to(self.device) * 0.5 + 0.5
+        out[: len(slices), :height, :width] = slices
+        out[len(slices) :, :height, :width] = slices[-1]
+        out[:, height:, :width] = out[:, height - 1 : height, :width]
+        out[:, :, width:] = out[:, :, width - 1 : width]
+
+
+def padded_shape(shape_zyx: tuple[int, ...], multiple_zyx: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Every length rounded up to its multiple."""
+    z, y, x = (-(-n // m) * m for n, m in zip(shape_zyx, multiple_zyx, strict=True))
+    return z, y, x
+
+
+def _refuse_non_finite(values: Tensor, what: str) -> None:
+    # One fused pass: a sum is finite only if every term is, and clinical intensities are far from overflow.
+    if not torch.isfinite(values.sum(dtype=torch.float64)):
+        raise NonFiniteError(
+            f"NaN or infinity in the {what}",
+            expected="finite values in [-1, 1]",
+            remedy="Check the source; the series is left out until it is repaired.",
+        )
