@@ -1,0 +1,178 @@
+"""``ctpipe decode``: stored or sampled latents back to DICOM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+
+
+def register(app: typer.Typer) -> None:
+    app.command("decode")(decode)
+
+
+def decode(
+    store: Annotated[str, typer.Argument(help="The latent store; a path or s3://bucket/prefix.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write into, one folder a series below it.")],
+    to_dicom: Annotated[bool, typer.Option("--to-dicom", help="Write DICOM series (the only form there is).")] = True,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A training run: sample thin from thick first, then decode that.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split: train, val or test.")] = None,
+    series: Annotated[list[str] | None, typer.Option(help="Only this series or pair key; may be repeated.")] = None,
+    vae: Annotated[str, typer.Option(help="The VAE that encoded the store: `tiny` or a path.")] = "tiny",
+    encode_key: Annotated[str | None, typer.Option(help="Which encoding, where the store holds several.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler; by default the objective's own.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the objective's own.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples whose mean is written.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Also write the standard deviation over samples, in HU.")
+    ] = False,
+    detail: Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")] = "residual",
+    consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
+    transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
+    restore_identity: Annotated[
+        bool, typer.Option("--restore-identity", help="Write the patient's identity back, for use inside the hospital.")
+    ] = False,
+    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs to use; 0 decodes on the CPU.")] = 0,
+    engine: Annotated[str, typer.Option(help="dask (embedded), ray, or inline.")] = "dask",
+    memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write stored thin latents, or thin latents sampled from thick ones, as DICOM series.
+
+    Series already in OUT are left alone, so that running it again resumes.
+
+    Examples:
+
+        ctpipe decode STORE OUT --to-dicom
+
+        ctpipe decode STORE OUT --to-dicom --checkpoint RUN --split test
+
+        ctpipe decode STORE OUT --checkpoint RUN --series 0123456789abcdef --samples 8 --uncertainty
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from latentcache.store import LatentStore
+    from pipeline.compose import ComposeSettings, parse_detail
+    from pipeline.decode import DecodeSettings
+    from pipeline.decode_store import decode_store, only_encoding, window_of
+    from pipeline.derived import WriteSettings
+    from pipeline.dicom_encode import transfer_syntax_uid
+    from pipeline.engine import EngineOptions
+    from pipeline.private import PrivateStore
+
+    transfer_syntax_uid(transfer_syntax)
+    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
+    latents = LatentStore.open(store)
+    people = PrivateStore.open(store, private)
+    generated: Sequence[LatentStore] = ()
+    sampled: dict[str, Any] = {"checkpoint_sha256": "", "sampling": {}}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not progress_wanted()) as progress:
+        if checkpoint is None:
+            encode_key = only_encoding(latents, encode_key)
+        else:
+            options = {"sampler": sampler, "num_inference_steps": steps, "seed": seed}
+            device = "cuda:0" if gpus else "cpu"
+            encode_key, generated, sampled = sample_pairs(
+                latents, checkpoint, split, series, options, samples, uncertainty, device, progress
+            )
+        writing = WriteSettings(
+            out,
+            window_of(latents, encode_key),
+            transfer_syntax=transfer_syntax,
+            uncertainty=uncertainty,
+            store_snapshot=latents.snapshot,
+            **sampled,
+        )
+        bar = progress.add_task("decoding", total=None)
+        summary = decode_store(
+            latents,
+            people,
+            encode_key,
+            DecodeSettings(writing, composing, restore_identity=restore_identity),
+            EngineOptions(name=engine, devices=tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)),  # type: ignore[arg-type]
+            vae=vae,
+            memory_gib=memory_gib,
+            generated=generated,
+            keys=series,
+            split=split,
+            on_outcome=lambda _, total: progress.update(bar, total=total, advance=1),
+        )
+    lines = [f"{len(summary.written)} series written, {summary.already} there already, {len(summary.failed)} set aside"]
+    lines += [_line(key, figures) for key, figures in sorted(summary.written.items())]
+    lines += [f"set aside {key}: {reason}" for key, reason in sorted(summary.failed.items())]
+    emit(asdict(summary), "\n".join(lines), as_json)
+    return Exit.QUARANTINED if summary.failed else Exit.OK
+
+
+def sample_pairs(
+    latents: Any,
+    run: Path,
+    split: str | None,
+    wanted: list[str] | None,
+    options: dict[str, Any],
+    samples: int,
+    uncertainty: bool,
+    device: str,
+    progress: Any,
+) -> tuple[str, list[Any], dict[str, Any]]:
+    """Sample the pairs wanted; returns the encode key, the generated stores and what the provenance says of it.
+
+    With ``uncertainty`` every sample is a store of its own (consecutive seeds), so that each is decoded; else one store
+    holds the mean of the samples.
+    """
+    from diffusion.model import Interpolator
+    from diffusion.sample import SampleSettings, generate_store
+
+    model = Interpolator.load(run, device=device)
+    role = "thick_on_thin" if model.alignment == "pixel" else "thick"
+    there = {r.key for r in latents.records(model.encode_key, role)}
+    pairs = [
+        pair.pair_key
+        for pair in latents.pairs()
+        if pair.status == "ok"
+        and (split is None or pair.split == split)
+        and (wanted is None or {pair.pair_key, pair.thick_key} & set(wanted))
+        and (pair.pair_key if role == "thick_on_thin" else pair.thick_key) in there
+    ]
+    apart = samples if uncertainty else 1
+    bar = progress.add_task("sampling", total=apart * len(pairs) or None)
+    stores = []
+    for number in range(apart):
+        drawing = SampleSettings(
+            sampler=options["sampler"],
+            num_inference_steps=options["num_inference_steps"],
+            seed=options["seed"] + number,
+            samples=1 if uncertainty else samples,
+        )
+        done = generate_store(latents, model, pairs, None, drawing, progress=lambda *_: progress.update(bar, advance=1))
+        stores.append(latents.generated(done.generation_key))
+    said = sampling_facts(model, options, samples)
+    return model.encode_key, stores, {"checkpoint_sha256": model.checkpoint_sha256, "sampling": said}
+
+
+def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[str, Any]:
+    """What the provenance says of sampling, the model's defaults spelled out."""
+    return {
+        "sampler": options["sampler"] or model.objective.samplers[0],
+        "steps": options["num_inference_steps"] or model.objective.default_steps,
+        "seed": options["seed"],
+        "samples": samples,
+        "alignment": model.alignment,
+    }
+
+
+def _line(key: str, figures: dict[str, Any]) -> str:
+    text = f"{key}: {figures['slices']} slices"
+    if figures.get("rms_after_hu") is not None:
+        text += f", RMS against the measured slices {figures['rms_before_hu']:.1f} -> {figures['rms_after_hu']:.1f} HU"
+    return text + (f" (warning: {figures['warning']})" if figures.get("warning") else "")

@@ -1,0 +1,217 @@
+"""From a decoded latent to HU worth writing: the clipped range restored, and agreement with the measured slices.
+
+Legend: decoded (D): what the VAE gave, base (B): thick HU interpolated along z onto the target's positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache.errors import InputError
+from pipeline.consistency import measurement_noise, project, residual_rms, row_blocks
+from pipeline.geometry import Geometry
+from pipeline.hu import Window
+from pipeline.profile_fit import check_operator
+from pipeline.resample import ZMethod, z_weights
+from pipeline.slice_profile import SliceProfile, default_profile, slice_operator
+from pipeline.volume import Volume
+
+HANDOVER_FRACTION = 0.025
+"""Width of the hand-over at a window's edge, as a share of the window, where base lies at the edge."""
+HANDOVER_SLOPE = 0.15
+"""How much wider the hand-over gets for each HU that base lies beyond the edge."""
+PROJECTION_ROUNDS = 4
+THIN_NOISE_SHARE = 1.2
+"""The residual of a true thin series over the thick slices' noise: re-averaged thin slices bring noise of their own
+(0.7 of the thick slices' on a real pair of one acquisition: hypot(1, 0.7) = 1.2)."""
+
+
+Detail = Literal["absolute", "residual"]
+
+
+def parse_detail(text: str) -> Detail:
+    """``absolute`` or ``residual``, from the command line."""
+    if text == "absolute":
+        return "absolute"
+    if text == "residual":
+        return "residual"
+    raise InputError(f"detail {text!r}", expected="absolute or residual", remedy="Give --detail residual.")
+
+
+@dataclass(frozen=True)
+class ComposeSettings:
+    """How decoded slices become HU.
+
+    Attributes:
+        detail: ``absolute``: take D as it is; ``residual``: B + (D - D of the condition), which cancels the VAE's own
+            round-trip error and needs the condition decoded too.
+        consistency: Whether to project onto the measured slices.
+        profile: Slice profile of the thick series; None for the box of its slice thickness.
+        noise_hu: Residual to aim for; None for the noise of the thick slices. A profile fitted on a pair comes with
+            the residual of that pair's true thin series, which also holds what no profile explains.
+        base_method: Interpolation along z for B.
+    """
+
+    detail: Detail = "absolute"
+    consistency: bool = True
+    profile: SliceProfile | None = None
+    noise_hu: float | None = None
+    base_method: ZMethod = "cubic"
+
+
+def hand_over(decoded: NDArray[np.float32], base: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
+    """Blend decoded and interpolated HU where the window clipped; both (z, y, x), returns float32.
+
+    At the window's lower edge L (and mirrored at the upper): a decoded value at L says only "L or below", so base
+    answers, but never from inside the window: min(B, L). The weight of D rises smoothly from 0 at L to 1 at L + m.
+    m widens with how far base lies beyond the edge, because the further the measurement says "lung", the more a
+    decoded value just inside the window is noise of the VAE or a partial volume, and the blend then is the partial
+    volume. Both inputs enter continuously, so no step can appear; deep inside the window D passes unchanged.
+    """
+    out = np.array(decoded, dtype=np.float32)
+    narrowest = np.float32(HANDOVER_FRACTION * window.width)
+    for edge, sign in ((window.lower, 1.0), (window.upper, -1.0)):
+        beyond = np.minimum(sign * (base - np.float32(edge)), 0.0)
+        margin = narrowest - np.float32(HANDOVER_SLOPE) * beyond
+        np.minimum(margin, np.float32(window.width / 2), out=margin)
+        t = np.clip(sign * (decoded - np.float32(edge)) / margin, 0.0, 1.0)
+        t = t * t * (3.0 - 2.0 * t)
+        near = t < 1.0
+        restored = np.float32(edge) + np.float32(sign) * beyond
+        inside = np.maximum(sign * (decoded - np.float32(edge)), 0.0)
+        kept = np.float32(edge) + np.float32(sign) * inside
+        out = np.where(near, restored + t * (kept - restored), out)
+    return out
+
+
+def interpolated(thick: Volume, target: Geometry, method: ZMethod) -> NDArray[np.float32]:
+    """Thick HU on the target's slice positions, (z, y, x) float32, kept within each column's measured range."""
+    weights = z_weights(np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm), method).astype(np.float32)
+    out = np.empty((len(weights), *thick.hu.shape[1:]), dtype=np.float32)
+    for rows in row_blocks(thick.hu.shape[1]):
+        y = np.ascontiguousarray(thick.hu[:, rows], dtype=np.float32)
+        block = (weights @ y.reshape(len(y), -1)).reshape(len(weights), *y.shape[1:])
+        # A cubic overshoots at bone and air; what no slice measured is not restored.
+        out[:, rows] = np.clip(block, y.min(axis=0), y.max(axis=0))
+    return out
+
+
+def compose(
+    decoded_hu: NDArray[np.float32],
+    window: Window,
+    thick: Volume,
+    target: Geometry,
+    settings: ComposeSettings | None = None,
+    *,
+    condition_hu: NDArray[np.float32] | None = None,
+) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
+    """Final HU on ``target``'s lattice and the figures that go with them.
+
+    Args:
+        decoded_hu: (z, y, x) HU from the decoder, meaningful inside ``window`` only.
+        window: What the latents hold.
+        thick: The measured series, in-plane grid equal to the target's.
+        target: Lattice of the result.
+        settings: Defaults to restoring and projecting with the box of the slice thickness.
+        condition_hu: (z, y, x) HU of the decoded condition, for ``detail="residual"``.
+
+    Returns:
+        (z, y, x) int16 HU, and a JSON-ready mapping: residuals before and after in HU, overall and a thick slice;
+        the profile; a warning where another profile explains the thick slices better.
+    """
+    settings = settings or ComposeSettings()
+    if decoded_hu.shape != target.shape_zyx or thick.hu.shape[1:] != target.shape_zyx[1:]:
+        raise AssertionError(f"decoded {decoded_hu.shape}, thick {thick.hu.shape}, target {target.shape_zyx}")
+    if (settings.detail == "residual") != (condition_hu is not None):
+        raise AssertionError("the decoded condition belongs to residual detail, and to it alone")
+    x, restored = _restored(decoded_hu, window, thick, target, settings, condition_hu)
+    figures: dict[str, Any] = {"detail": settings.detail, "restored_fraction": round(restored, 6)}
+    if settings.consistency:
+        figures |= _made_consistent(x, thick, target, settings)
+    floor = _floor(thick)
+    np.clip(np.rint(x, out=x), floor, 32767, out=x)
+    return x.astype(np.int16), figures
+
+
+def _floor(thick: Volume) -> int:
+    """Least HU that an output may hold: air, or the source's own padding below it."""
+    return min(-1024, int(thick.hu.min()))
+
+
+def agreement(hu: NDArray[np.int16], thick: Volume, target: Geometry, settings: ComposeSettings) -> dict[str, Any]:
+    """RMS(A x - y) of finished HU (z, y, x), overall and a thick slice, under the names that ``compose`` uses."""
+    operator = slice_operator(_profile(thick, settings), np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm))
+    overall, per_slice = residual_rms(hu, thick.hu, operator)
+    return {"rms_after_hu": _rounded(overall), "per_slice_after_hu": [_rounded(v) for v in per_slice]}
+
+
+def _profile(thick: Volume, settings: ComposeSettings) -> SliceProfile:
+    return settings.profile or default_profile(thick.geometry.thickness_mm, thick.geometry.spacing_mm_zyx[0])
+
+
+def _restored(
+    decoded_hu: NDArray[np.float32],
+    window: Window,
+    thick: Volume,
+    target: Geometry,
+    settings: ComposeSettings,
+    condition_hu: NDArray[np.float32] | None,
+) -> tuple[NDArray[np.float32], float]:
+    x = interpolated(thick, target, settings.base_method)
+    changed = 0
+    for rows in row_blocks(x.shape[1]):
+        base = x[:, rows]
+        decoded = np.asarray(decoded_hu[:, rows], dtype=np.float32)
+        if condition_hu is not None:
+            # Only what the window can show takes part: both decodes are clipped before they are compared.
+            seen = np.clip(decoded, window.lower, window.upper)
+            decoded = np.clip(base, window.lower, window.upper) + seen
+            decoded -= np.clip(condition_hu[:, rows], window.lower, window.upper)
+        blended = hand_over(decoded, base, window)
+        changed += int(np.count_nonzero(np.abs(blended - decoded) > 0.5))
+        x[:, rows] = blended
+    return x, changed / x.size
+
+
+def _made_consistent(
+    x: NDArray[np.float32], thick: Volume, target: Geometry, settings: ComposeSettings
+) -> dict[str, Any]:
+    """Project ``x`` in place; figures in HU."""
+    thick_z, thin_z = np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm)
+    profile = _profile(thick, settings)
+    noise = settings.noise_hu if settings.noise_hu is not None else THIN_NOISE_SHARE * measurement_noise(thick.hu)
+    check = check_operator(x, thick.hu, thick_z, thin_z, profile, noise)
+    operator = slice_operator(profile, thick_z, thin_z)
+    rounds = [project(x, thick.hu, operator, thin_z, noise_hu=noise)]
+    for _ in range(PROJECTION_ROUNDS - 1):
+        # Alternating projections: HU has a floor, and cutting there can undo some of the agreement.
+        np.maximum(x, _floor(thick), out=x)
+        again = project(x, thick.hu, operator, thin_z, noise_hu=noise)
+        rounds.append(again)
+        if again.rms_before <= 1.02 * noise:
+            break
+    np.maximum(x, _floor(thick), out=x)
+    first = rounds[0]
+    after, per_slice_after = residual_rms(x, thick.hu, operator)
+    return {
+        "profile": str(profile),
+        "noise_hu": round(noise, 3),
+        "rms_before_hu": _rounded(first.rms_before),
+        "rms_after_hu": _rounded(after),
+        "change_hu": round(first.change_hu, 3),
+        "per_slice_before_hu": [_rounded(v) for v in first.per_slice_before],
+        "per_slice_after_hu": [_rounded(v) for v in per_slice_after],
+        "covered_slices": int(operator.covered.sum()),
+        "operator_verdict": check.verdict,
+        "operator_best": str(check.best),
+        "warning": check.message,
+    }
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 3)

@@ -1,0 +1,280 @@
+"""Decode: a stored latent back to HU on its series' own lattice, and out as DICOM. One task is one output series."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache.errors import InputError
+from latentcache.records import LatentRecord, PairRecord, SeriesRecord
+from latentcache.store import LatentStore
+from pipeline.atomic_folder import refuse_existing
+from pipeline.compose import ComposeSettings
+from pipeline.derived import DerivedSeries, WriteSettings, average_samples, write_derived
+from pipeline.dicom_provenance import Provenance
+from pipeline.dicom_uids import SeriesIdentity
+from pipeline.geometry import Geometry
+from pipeline.hu import Window
+from pipeline.pairing import geometry_of
+from pipeline.slice_profile import SliceProfile
+from pipeline.volume import SeriesPointer, SourceHeader, Volume
+
+
+class Decoder(Protocol):
+    """The part of the VAE that decoding needs."""
+
+    sha256: str
+
+    def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any: ...
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How latents are decoded, composed and written."""
+
+    write: WriteSettings
+    compose: ComposeSettings = field(default_factory=ComposeSettings)
+    restore_identity: bool = False
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    """One output series.
+
+    Attributes:
+        key: Names the output folder: a series key, or a pair key where thin was generated from thick.
+        kind: ``decoded``: a stored thin latent's round trip; ``generated``: sampled from the thick series.
+        latents: (store URL, row) of every sample, at least one; all on one grid.
+        condition: The condition's latent on the same grid, for residual detail.
+        target: Lattice of the latents' volume; slices beyond the thick series' extent are left out where thin was
+            generated, since nothing was measured there.
+        source: The series that the output is derived from, whose header and identity it carries.
+        thick: The measured thick series, None for a thin series without one.
+    """
+
+    key: str
+    kind: Literal["decoded", "generated"]
+    latents: tuple[tuple[str, LatentRecord], ...]
+    target: Geometry
+    source: SeriesRecord
+    source_at: SeriesPointer
+    thick: SeriesRecord | None = None
+    thick_at: SeriesPointer | None = None
+    condition: tuple[str, LatentRecord] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    profile: SliceProfile | None = None
+    noise_hu: float | None = None
+
+
+@dataclass(frozen=True)
+class PreparedDecode:
+    """A task with what was read for it on a CPU worker."""
+
+    task: DecodeTask
+    header: SourceHeader
+    thick: Volume | None
+
+
+def plan(
+    store: LatentStore,
+    pointer: Any,
+    identity: Any,
+    encode_key: str,
+    *,
+    generated: Sequence[LatentStore] = (),
+    keys: Sequence[str] | None = None,
+    split: str | None = None,
+    with_identity: bool = False,
+) -> Iterator[DecodeTask]:
+    """Tasks for the stored thin latents or, where ``generated`` stores are given, for the pairs sampled into all.
+
+    Args:
+        pointer: Series key to where its slices lie (``PrivateStore.pointer``).
+        identity: Series key to the original identifiers (``PrivateStore.identity``).
+        keys: Series or pair keys wanted; None for all.
+        split: Only this split.
+    """
+    series = {s.series_key: s for s in store.series()}
+    pairs = [p for p in store.pairs() if p.status == "ok"]
+
+    def wanted(row_split: str, *names: str) -> bool:
+        return (split is None or row_split == split) and (keys is None or any(n in keys for n in names))
+
+    def who(key: str) -> Mapping[str, Any]:
+        return identity(key) if with_identity else {}
+
+    if generated:
+        rows = [{r.key: r for r in g.records(encode_key, "thin")} for g in generated]
+        for pair in pairs:
+            if not wanted(pair.split, pair.pair_key, pair.thick_key) or any(pair.pair_key not in r for r in rows):
+                continue
+            thick = series[pair.thick_key]
+            condition = store.find(pair.pair_key, "thick_on_thin", encode_key)
+            profile, noise = protocol_profile(pair, pairs, series)
+            yield DecodeTask(
+                pair.pair_key,
+                "generated",
+                tuple((g.url, r[pair.pair_key]) for g, r in zip(generated, rows, strict=True)),
+                replace(geometry_of(series[pair.thin_key]), thickness_mm=thick.thickness_mm),
+                source=thick,
+                source_at=pointer(thick.series_key),
+                thick=thick,
+                thick_at=pointer(thick.series_key),
+                condition=None if condition is None else (store.url, condition),
+                identity=who(thick.series_key),
+                profile=profile,
+                noise_hu=noise,
+            )
+        return
+    partner = {p.thin_key: p for p in pairs}
+    for row in store.records(encode_key, "thin"):
+        thin, own = series[row.key], partner.get(row.key)
+        if not wanted(thin.split, row.key, own.pair_key if own else row.key):
+            continue
+        measured = series[own.thick_key] if own else None
+        profile, noise = protocol_profile(own, pairs, series) if own else (None, None)
+        yield DecodeTask(
+            row.key,
+            "decoded",
+            ((store.url, row),),
+            geometry_of(thin),
+            source=thin,
+            source_at=pointer(thin.series_key),
+            thick=measured,
+            thick_at=pointer(measured.series_key) if measured else None,
+            identity=who(thin.series_key),
+            profile=profile,
+            noise_hu=noise,
+        )
+
+
+def protocol_profile(
+    pair: PairRecord, pairs: Sequence[PairRecord], series: Mapping[str, SeriesRecord]
+) -> tuple[SliceProfile | None, float | None]:
+    """Slice profile and noise fitted on *other* pairs of the same protocol; None where there are none.
+
+    Same protocol: equal kernel and thickness of the thick series. Training pairs alone are asked where there are any.
+    The commonest kind is taken, with its median width, blur and shift; the noise is the median in HU.
+    """
+
+    def protocol(p: PairRecord) -> tuple[str, float]:
+        return series[p.thick_key].kernel, round(series[p.thick_key].thickness_mm, 2)
+
+    peers = [p for p in pairs if p.patient_key != pair.patient_key and protocol(p) == protocol(pair)]
+    peers = [p for p in peers if p.split == "train"] or peers
+    proofs = [json.loads(p.evidence or "{}").get("pixel_proof") or {} for p in peers]
+    proofs = [p for p in proofs if p.get("profile")]
+    if not proofs:
+        return None, None
+    shapes = Counter((p["profile"]["kind"], p["profile"]["blur_mm"] > 0) for p in proofs)
+    kind, blurred = shapes.most_common(1)[0][0]
+    same = [p for p in proofs if (p["profile"]["kind"], p["profile"]["blur_mm"] > 0) == (kind, blurred)]
+    width, blur, shift = (
+        float(np.median([p["profile"][name] for p in same])) for name in ("fwhm_mm", "blur_mm", "shift_mm")
+    )
+    noise = float(np.median([p["noise_hu"] for p in proofs]))
+    return SliceProfile(kind, width, blur_mm=blur, shift_mm=shift), noise if noise > 0 else None
+
+
+def prepare(task: DecodeTask, *, threads: int = 2) -> PreparedDecode:
+    """Read the thick series' pixels, and the source's header (CPU). Raises InputError when pixels are broken."""
+    from pipeline.volume_reader import read_series
+
+    thick = read_series(task.thick_at, threads=threads) if task.thick_at else None
+    if thick is not None and task.thick is not None and task.thick.series_key == task.source.series_key:
+        header = thick.header
+    else:
+        header = read_series(task.source_at, threads=threads).header
+    return PreparedDecode(task, header, thick)
+
+
+@functools.lru_cache(maxsize=16)
+def _store(url: str) -> LatentStore:
+    """A worker's own handle: opened once a process."""
+    return LatentStore.open(url)
+
+
+def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettings) -> DerivedSeries:
+    """Decode one task's latents, compose them with the measured series, and write the DICOM series.
+
+    Several latents are samples: their mean is written, and with ``settings.write.uncertainty`` their standard
+    deviation as a second series in a folder of its own.
+
+    Raises:
+        InputError: The output folder exists, or a latent is corrupt.
+    """
+    task, thick = prepared.task, prepared.thick
+    window = settings.write.window
+    refuse_existing(settings.write.out_dir / task.key)
+    kept = _measured_slices(task, thick)
+    target = task.target.with_z(np.asarray(task.target.z_mm)[kept])
+    detail = settings.compose.detail if task.condition is not None and thick is not None else "absolute"
+    composing = replace(
+        settings.compose,
+        detail=detail,
+        profile=settings.compose.profile or task.profile,
+        noise_hu=settings.compose.noise_hu or task.noise_hu,
+    )
+    condition = None
+    if detail == "residual" and task.condition is not None:
+        condition = decoded_hu(vae, window, *task.condition)[kept]
+    samples = (decoded_hu(vae, window, url, row)[kept] for url, row in task.latents)
+    volume = average_samples(samples, window, thick, target, composing, condition)
+    row = task.latents[0][1]
+    provenance = Provenance(
+        kind=task.kind,
+        source_key=task.source.series_key,
+        window=(window.center, window.width),
+        spacing_mm=round(target.spacing_mm_zyx[0], 6),
+        encode_key=row.encode_key,
+        vae_sha256=vae.sha256,
+        generation_key=row.source_digest if task.kind == "generated" else "",
+    )
+    identity = _identity(prepared, settings.restore_identity)
+    return write_derived(task.key, volume, target, prepared.header, identity, provenance, settings.write)
+
+
+def _measured_slices(task: DecodeTask, thick: Volume | None) -> slice:
+    """Slices of the target that lie inside the thick series' extent; all of them for a round trip."""
+    z = np.asarray(task.target.z_mm)
+    if task.kind == "decoded" or thick is None:
+        return slice(0, len(z))
+    low, high = thick.geometry.extent_mm
+    inside = np.flatnonzero((z >= low - 1e-6) & (z <= high + 1e-6))
+    if not len(inside):
+        raise InputError(
+            f"pair {task.key} whose thin slices all lie outside the thick series",
+            expected="overlapping extents",
+            remedy="Ingest again: the pairing would refuse these two now.",
+        )
+    return slice(int(inside[0]), int(inside[-1]) + 1)
+
+
+def decoded_hu(vae: Decoder, window: Window, url: str, row: LatentRecord) -> NDArray[np.float32]:
+    """A stored latent through the decoder: (z, y, x) float32 HU, meaningful inside the window."""
+    latent = np.asarray(_store(url).read(row), dtype=np.float32)
+    return window.from_unit(np.asarray(vae.decode(latent, row.valid_zyx)))
+
+
+def _identity(prepared: PreparedDecode, restore: bool) -> SeriesIdentity:
+    """Whose series this is; the thick slices are named as sources too where they took part."""
+    task, source = prepared.task, prepared.task.source
+    thick = task.thick if task.thick is not None and task.thick.series_key != source.series_key else None
+    if restore:
+        own = SeriesIdentity.original(replace(prepared.header, identity={**task.identity, **prepared.header.identity}))
+        more = prepared.thick.header.sop_instance_uids if thick is not None and prepared.thick is not None else ()
+    else:
+        keys = {"patient_key": source.patient_key, "study_key": source.study_key, "frame_key": source.frame_key}
+        own = SeriesIdentity.pseudonymous(**keys, source_key=source.series_key, source_slices=source.n_slices)
+        more = ()
+        if thick is not None:
+            other = SeriesIdentity.pseudonymous(**keys, source_key=thick.series_key, source_slices=thick.n_slices)
+            more = other.source_sop_uids
+    return replace(own, source_sop_uids=tuple(dict.fromkeys((*own.source_sop_uids, *more))))

@@ -1,0 +1,141 @@
+"""Decode what a store holds into DICOM series: plan, stream through an engine, count what came of it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latentcache.errors import InputError
+from latentcache.store import LatentStore
+from pipeline import decode
+from pipeline.decode import Decoder, DecodeSettings, DecodeTask, PreparedDecode
+from pipeline.derived import DerivedSeries
+from pipeline.engine import EngineOptions, Outcome, Stage, stream
+from pipeline.hu import Window
+from pipeline.private import PrivateStore
+
+log = logging.getLogger("ctpipe.decode")
+
+
+@dataclass
+class DecodeSummary:
+    """What a run did; keys and figures only."""
+
+    planned: int = 0
+    already: int = 0
+    written: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def load_decoder(device: str, *, spec: str, memory_gib: float | None = None, expected_sha256: str = "") -> Decoder:
+    """A VAE on a device.
+
+    Raises:
+        InputError: Not the autoencoder that the latents were encoded with.
+    """
+    from pipeline.vae import load_vae
+
+    vae: Decoder = load_vae(spec, device=device, memory_gib=memory_gib)
+    if expected_sha256 and vae.sha256 != expected_sha256:
+        raise InputError(
+            f"a VAE whose SHA-256 begins {vae.sha256[:12]}",
+            expected=f"the one that encoded these latents, {expected_sha256[:12]}",
+            remedy="Give its path with --vae.",
+        )
+    return vae
+
+
+def only_encoding(store: LatentStore, encode_key: str | None) -> str:
+    """The encode key to decode: the one given, else the only one there.
+
+    Raises:
+        InputError: None, several, or another than asked for.
+    """
+    keys = store.encode_keys()
+    if encode_key is not None and encode_key in keys:
+        return encode_key
+    if encode_key is None and len(keys) == 1:
+        return keys[0]
+    raise InputError(
+        f"encodings {', '.join(keys) or 'none'}" + (f", not {encode_key}" if encode_key else ""),
+        expected="one encoding, or its key",
+        remedy="Name one with --encode-key (`ctpipe status STORE` lists them), or run `ctpipe encode` first.",
+    )
+
+
+def window_of(store: LatentStore, encode_key: str) -> Window:
+    """The window that an encoding's latents hold."""
+    encoding = store.encoding(encode_key)
+    return Window(encoding.window_center, encoding.window_width)
+
+
+def decode_store(
+    store: LatentStore,
+    private: PrivateStore,
+    encode_key: str,
+    settings: DecodeSettings,
+    options: EngineOptions,
+    *,
+    vae: str,
+    memory_gib: float | None = None,
+    generated: Sequence[LatentStore] = (),
+    keys: Sequence[str] | None = None,
+    split: str | None = None,
+    on_outcome: Callable[[Outcome[DecodeTask, DerivedSeries], int], Any] | None = None,
+) -> DecodeSummary:
+    """Write every series wanted that is not in the output folder yet; a series that fails does not stop the others.
+
+    Raises:
+        InputError: Nothing matches, or the VAE is not the one that encoded the store.
+    """
+    tasks = list(
+        decode.plan(
+            store,
+            private.pointer,
+            private.identity,
+            encode_key,
+            generated=generated,
+            keys=keys,
+            split=split,
+            with_identity=settings.restore_identity,
+        )
+    )
+    if not tasks:
+        raise InputError(
+            "no stored latent that matches",
+            expected="at least one thin latent" + (f" in split {split}" if split else ""),
+            remedy="Check --split or --series against `ctpipe status STORE`.",
+        )
+    out = Path(settings.write.out_dir)
+    todo = [task for task in tasks if not (out / task.key).exists()]
+    summary = DecodeSummary(planned=len(tasks), already=len(tasks) - len(todo))
+    stage: Stage[DecodeTask, PreparedDecode, Decoder, DerivedSeries] = Stage(
+        prepare=functools.partial(decode.prepare, threads=2),
+        setup=functools.partial(
+            load_decoder, spec=vae, memory_gib=memory_gib, expected_sha256=store.encoding(encode_key).vae_sha256
+        ),
+        run=functools.partial(decode.decode_one, settings=settings),
+    )
+    for outcome in stream(todo, stage, options) if todo else ():
+        key = outcome.item.key
+        if outcome.value is None:
+            summary.failed[key] = outcome.error or "unknown"
+            log.warning("series %s set aside: %s", key, outcome.error)
+        else:
+            done = outcome.value
+            summary.written[key] = {
+                "folders": list(done.folders),
+                "series_uid": done.series_uid,
+                "slices": done.n_slices,
+                **done.figures,
+            }
+        for name, value in outcome.seconds.items():
+            summary.seconds[name] = summary.seconds.get(name, 0.0) + value
+        if on_outcome is not None:
+            on_outcome(outcome, len(todo))
+    return summary

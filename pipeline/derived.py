@@ -1,0 +1,148 @@
+"""From decoded samples to the written series: compose each with the measurement, average, and write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.compose import ComposeSettings, agreement, compose
+from pipeline.dicom_provenance import Provenance
+from pipeline.dicom_uids import SeriesIdentity
+from pipeline.dicom_write import write_series
+from pipeline.geometry import Geometry
+from pipeline.hu import Window
+from pipeline.volume import SourceHeader, Volume
+
+UNCERTAINTY_SLOPE = 0.1
+"""HU per stored unit of an uncertainty series."""
+
+
+@dataclass(frozen=True)
+class DerivedVolume:
+    """A finished volume: (z, y, x) int16 HU; ``spread`` is the standard deviation over samples in HU, if there were
+    several; ``figures`` is JSON-ready."""
+
+    hu: NDArray[np.int16]
+    spread: NDArray[np.float32] | None
+    n_samples: int
+    figures: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WriteSettings:
+    """How derived series are written. ``sampling`` and ``checkpoint_sha256`` go into the provenance."""
+
+    out_dir: Path
+    window: Window
+    transfer_syntax: str = "explicit"
+    uncertainty: bool = False
+    checkpoint_sha256: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    store_snapshot: int | None = None
+
+
+@dataclass(frozen=True)
+class DerivedSeries:
+    """What was written; keys and figures only. ``folders`` are names below the output folder."""
+
+    key: str
+    series_uid: str
+    folders: tuple[str, ...]
+    n_slices: int
+    figures: Mapping[str, Any]
+
+
+def average_samples(
+    decoded: Iterable[NDArray[np.float32]],
+    window: Window,
+    thick: Volume | None,
+    target: Geometry,
+    settings: ComposeSettings,
+    condition_hu: NDArray[np.float32] | None = None,
+) -> DerivedVolume:
+    """Compose every decoded sample (z, y, x) float32 HU with the measurement, and average what comes out.
+
+    The mean errs least (it is the posterior mean in the limit); the spread is that of the composed samples, so that
+    what the measurement fixes shows no uncertainty.
+    """
+    mean = squares = None
+    figures: Mapping[str, Any] = {}
+    number = 0
+    for number, one in enumerate(decoded, start=1):
+        hu, figures = _composed(one, window, thick, target, settings, condition_hu)
+        if mean is None or squares is None:
+            mean, squares = hu.astype(np.float32), np.zeros(hu.shape, np.float32)
+            continue
+        # Welford's update: one pass, no large sums that cancel.
+        delta = hu - mean
+        mean += delta / number
+        squares += delta * (hu - mean)
+    assert mean is not None
+    assert squares is not None
+    out = np.rint(mean).astype(np.int16)
+    if number == 1:
+        return DerivedVolume(out, None, 1, figures)
+    if thick is not None and settings.consistency:
+        figures = {**figures, **agreement(out, thick, target, settings)}
+    spread = np.sqrt(squares / (number - 1))
+    return DerivedVolume(out, spread, number, {**figures, "uncertainty_mean_hu": round(float(spread.mean()), 3)})
+
+
+def _composed(
+    decoded: NDArray[np.float32],
+    window: Window,
+    thick: Volume | None,
+    target: Geometry,
+    settings: ComposeSettings,
+    condition_hu: NDArray[np.float32] | None,
+) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
+    if thick is not None:
+        return compose(decoded, window, thick, target, settings, condition_hu=condition_hu)
+    clipped = np.rint(np.clip(decoded, window.lower, window.upper)).astype(np.int16)
+    return clipped, {"warning": "no thick series: values beyond the window are clipped, agreement is not checked"}
+
+
+def write_derived(
+    key: str,
+    volume: DerivedVolume,
+    target: Geometry,
+    header: SourceHeader,
+    identity: SeriesIdentity,
+    provenance: Provenance,
+    settings: WriteSettings,
+) -> DerivedSeries:
+    """Write ``out_dir/key`` and, where asked for and there are several samples, ``out_dir/key-uncertainty``.
+
+    The figures, the sampling settings and every warning go into the provenance.
+
+    Raises:
+        InputError: A folder exists.
+    """
+    sampling = dict(settings.sampling)
+    if volume.n_samples > 1:
+        sampling["samples"] = volume.n_samples
+    warnings = (str(volume.figures["warning"]),) if volume.figures.get("warning") else ()
+    provenance = replace(
+        provenance,
+        checkpoint_sha256=settings.checkpoint_sha256,
+        store_snapshot=settings.store_snapshot,
+        sampling=sampling,
+        consistency=volume.figures,
+        notes=(*provenance.notes, *warnings),
+    )
+    common: dict[str, Any] = {"uids": identity, "transfer_syntax": settings.transfer_syntax}
+    folders = [key]
+    if settings.uncertainty and volume.spread is not None:
+        name = f"{key}-uncertainty"
+        stored = np.clip(np.rint(volume.spread / UNCERTAINTY_SLOPE), 0, 32767).astype(np.int16)
+        described = replace(provenance, kind="uncertainty")
+        out_dir = settings.out_dir / name
+        write_series(stored, target, header, out_dir, provenance=described, slope=UNCERTAINTY_SLOPE, **common)
+        folders.append(name)
+    written = write_series(volume.hu, target, header, settings.out_dir / key, provenance=provenance, **common)
+    return DerivedSeries(key, written.series_uid, tuple(folders), len(volume.hu), volume.figures)

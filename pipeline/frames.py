@@ -1,0 +1,112 @@
+"""The pixels of one frame inside a file: found, cut out, decoded to stored values (PS3.5 8.2 and A.4)."""
+
+from __future__ import annotations
+
+import struct
+from itertools import pairwise
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pipeline.codecs import NATIVE, PixelError, encapsulated_frame, native_frame
+from pipeline.dicom_header import DEFLATED, Header, PixelElement, find_pixels, inflate_data_set
+from pipeline.instance import Instance
+
+_ITEM, _SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
+_DATA_SET_SPARE = 64 << 20
+"""What a deflated data set may hold beside its pixels."""
+
+
+class FrameReader:
+    """Decodes frames of one file that is already in memory. Not shared between threads while it is being built."""
+
+    def __init__(self, data: bytes, first: Instance) -> None:
+        header = first.header
+        if header.syntax == DEFLATED:
+            spare = first.form.frame_bytes * max(first.frames, 1) + _DATA_SET_SPARE
+            data = inflate_data_set(memoryview(data)[header.deflated_from :], spare)
+        self._data = data
+        self._pixels = find_pixels(data, header)
+        self._frames = max(first.frames, 1)
+        self._native = header.syntax in NATIVE
+        if self._native:
+            _check_native_length(data, self._pixels, first, self._frames)
+            self._streams: list[tuple[int, ...]] = []
+        else:
+            self._streams = _fragments_by_frame(data, header, self._pixels, self._frames)
+
+    def stored_values(self, one: Instance) -> NDArray[Any]:
+        """Stored values (rows, columns) of a frame.
+
+        Raises:
+            PixelError: Cut short, damaged, or of another size than declared.
+        """
+        if not 0 <= one.frame < self._frames:
+            raise PixelError(f"frame {one.frame} asked of an image with {self._frames}")
+        if self._native:
+            size = one.form.frame_bytes
+            start = self._pixels.offset + one.frame * size
+            view = memoryview(self._data)[start : start + size]
+            return native_frame(view, one.form, little=one.header.little, words_of_bytes=self._pixels.words)
+        bounds = self._streams[one.frame]
+        parts = [self._data[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+        return encapsulated_frame(parts[0] if len(parts) == 1 else b"".join(parts), one.header.syntax, one.form)
+
+
+def _check_native_length(data: bytes, pixels: PixelElement, first: Instance, frames: int) -> None:
+    if pixels.length is None:
+        raise PixelError("encapsulated pixel data under an uncompressed transfer syntax")
+    expected = first.form.frame_bytes * frames
+    there = min(pixels.length, len(data) - pixels.offset)
+    if there < expected:
+        raise PixelError(f"pixel data cut short: {there} of {expected} bytes")
+    # One byte pads to an even length; more means that rows, columns or frames are not what the header says.
+    if pixels.length > expected + 1:
+        raise PixelError(f"pixel data longer than the image: {pixels.length} of {expected} bytes")
+
+
+def _fragments_by_frame(data: bytes, header: Header, pixels: PixelElement, frames: int) -> list[tuple[int, ...]]:
+    """For every frame the (start, end) offsets of its fragments, flat."""
+    if pixels.length is not None:
+        raise PixelError("pixel data without encapsulation under a compressed transfer syntax")
+    items = _items(data, pixels.offset)
+    if not items:
+        raise PixelError("encapsulated pixel data without a single item")
+    (table_start, table_end), fragments = items[0], items[1:]
+    if not fragments:
+        raise PixelError("encapsulated pixel data without fragments")
+    if frames == 1:
+        return [tuple(edge for fragment in fragments for edge in fragment)]
+    if len(fragments) == frames:
+        return list(fragments)
+    count = (table_end - table_start) // 4
+    if count != frames:
+        raise PixelError(f"{len(fragments)} fragments for {frames} frames, and no offset table that tells them apart")
+    base = fragments[0][0] - 8
+    starts = [base + offset for offset in struct.unpack_from(f"<{count}I", data, table_start)]
+    edges = [*starts, fragments[-1][1] + 8]
+    grouped = []
+    for low, high in pairwise(edges):
+        own = tuple(edge for a, b in fragments if low <= a - 8 < high for edge in (a, b))
+        if not own:
+            raise PixelError("an offset table that points outside of the pixel data")
+        grouped.append(own)
+    return grouped
+
+
+def _items(data: bytes, position: int) -> list[tuple[int, int]]:
+    """(start, end) of every item of encapsulated pixel data, always little endian."""
+    items: list[tuple[int, int]] = []
+    while position + 8 <= len(data):
+        group, element, length = struct.unpack_from("<HHI", data, position)
+        position += 8
+        if (group, element) == _SEQUENCE_END:
+            return items
+        if (group, element) != _ITEM:
+            raise PixelError("encapsulated pixel data hold something else than items")
+        if position + length > len(data):
+            raise PixelError("encapsulated pixel data cut short")
+        items.append((position, position + length))
+        position += length
+    # The end marker is missing; whether the last fragment is whole is for the codec to prove.
+    return items

@@ -1,0 +1,176 @@
+"""Ingest: archives to catalog, pairs and splits. Wiring: each step is a plain function of another module.
+
+Work goes in batches of archives. A batch is scanned, joined, keyed, paired and split, then committed in one snapshot;
+PRIVATE is written before it and the archives are marked as done after it, so that a run killed at any instant is
+continued by the next and ends in the same catalog.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from latentcache.errors import StoreError
+from latentcache.store import LatentStore
+from pipeline.discover import DEFAULT_CATEGORIES, FoundArchive, discover
+from pipeline.ingest_batch import BatchWriter
+from pipeline.ingest_corrections import apply_overrides, relabel
+from pipeline.ingest_plan import ArchivePlan, found_table, plan_archives
+from pipeline.ingest_scan import ArchiveScan, scan_archive
+from pipeline.ingest_summary import IngestSummary
+from pipeline.ingest_totals import summarise
+from pipeline.overrides import Overrides
+from pipeline.patient_splits import PatientSplits
+from pipeline.private import PrivateStore
+
+log = logging.getLogger("ctpipe.ingest")
+BATCH = 256
+KNOWN = ("url", "size", "mtime_ns", "etag", "digest", "category")
+CRASHED = "the reader crashed on it, so it is left out"
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """How to ingest.
+
+    Attributes:
+        categories: Allow-list of labels; a folder of another name gives ``unlabelled``.
+        overrides: The user's CSVs.
+        verify_pixels: Decode every series instead of trusting its headers until encode.
+        dry_run: Say what would be read, and stop.
+        rescan: Read archives again although nothing about them changed.
+        workers: Processes that scan; 1 scans in this one.
+        exclude_folders: Folders not to enter, such as the store's own.
+        batch: Archives a commit.
+    """
+
+    categories: tuple[str, ...] = DEFAULT_CATEGORIES
+    overrides: Overrides = field(default_factory=Overrides)
+    verify_pixels: bool = False
+    dry_run: bool = False
+    rescan: bool = False
+    workers: int = 1
+    exclude_folders: tuple[Path, ...] = ()
+    batch: int = BATCH
+
+
+def open_stores(store_url: str, private_url: str | None = None, seed: int = 0) -> tuple[LatentStore, PrivateStore]:
+    """The store and its private part, made if they do not exist.
+
+    Raises:
+        StoreError: The secret is not the one that the store was made with.
+    """
+    private = PrivateStore.open(store_url, private_url, create=not LatentStore.exists(store_url))
+    if not LatentStore.exists(store_url):
+        store = LatentStore.create(store_url, secret_fingerprint=private.fingerprint, split_seed=seed)
+    else:
+        store = LatentStore.open(store_url)
+    check_secret(store, private)
+    return store, private
+
+
+def check_secret(store: LatentStore, private: PrivateStore) -> None:
+    """Refuse a secret that is not the store's: every key would differ, and everything be stored a second time."""
+    if store.secret_fingerprint != private.fingerprint:
+        raise StoreError(
+            "the secret is not the one that this store was made with",
+            expected=f"the secret with fingerprint {store.secret_fingerprint}",
+            remedy="Give the private folder that belongs to this store with --private, or set CTPIPE_SECRET back.",
+        )
+
+
+def ingest(
+    dataset: str,
+    store: LatentStore | None,
+    private: PrivateStore | None,
+    options: IngestOptions | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> IngestSummary:
+    """Bring every archive of a dataset into the store's catalog.
+
+    Args:
+        dataset: A folder, a zip, or an object store's URL.
+        store: The store; None only with ``dry_run`` where there is none yet.
+        private: Its private part; likewise.
+        options: See :class:`IngestOptions`.
+        progress: Told the archives done and the archives to read.
+
+    Raises:
+        InputError: The dataset does not exist, or another driver is writing to the store.
+    """
+    options = options or IngestOptions()
+    everything = discover(dataset, options.categories, options.exclude_folders)
+    found = [f for f in everything if not options.overrides.excludes_archive(f.url, dataset)]
+    left_out = [f.url for f in everything if options.overrides.excludes_archive(f.url, dataset)]
+    if private is None or store is None:
+        return IngestSummary(dry_run=True, archives={"new": len(found), "excluded": len(left_out)})
+    plan = plan_archives(found_table(found), private.table("archives", KNOWN), options.rescan)
+    if options.dry_run:
+        return IngestSummary(dry_run=True, archives=_counts(plan, left_out))
+    with store.writer():
+        splits = PatientSplits(store, options.overrides.splits)
+        writer = BatchWriter(store, private, options.overrides, splits)
+        done = 0
+        for batch in _batches(found, plan, options):
+            writer.commit(batch)
+            done += len(batch)
+            progress(done, len(plan.to_scan))
+        relabel(store, private, {found[i].url: found[i].category for i in plan.relabelled})
+        refused = apply_overrides(store, private, splits, options.overrides, left_out)
+    private.compact()
+    counts = {**_counts(plan, left_out), **writer.outcomes}
+    counts["unchanged"] = len(plan.unchanged) + writer.outcomes.get("unchanged", 0)
+    return summarise(store, private, {k: n for k, n in counts.items() if n}, refused)
+
+
+def _counts(plan: ArchivePlan, left_out: Sequence[str]) -> dict[str, int]:
+    new = sum(not digest for digest in plan.known_digest)
+    return {
+        "new": new,
+        "changed": len(plan.to_scan) - new,
+        "unchanged": len(plan.unchanged),
+        "excluded": len(left_out),
+    }
+
+
+def _batches(found: Sequence[FoundArchive], plan: ArchivePlan, options: IngestOptions) -> Iterator[list[ArchiveScan]]:
+    """Scans of the planned archives, in their order, a batch at a time."""
+    jobs = [
+        (found[i], digest, options.verify_pixels) for i, digest in zip(plan.to_scan, plan.known_digest, strict=True)
+    ]
+    batches = [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
+    if options.workers < 2 or len(jobs) < 2:
+        for batch in batches:
+            yield [scan_archive(*job) for job in batch]
+        return
+    for batch in batches:
+        yield _scan_in_pool(batch, options.workers)
+
+
+def _scan_in_pool(jobs: Sequence[tuple[FoundArchive, str, bool]], workers: int) -> list[ArchiveScan]:
+    """Scan in worker processes. One that dies takes nothing with it but the archive that killed it."""
+    scans: list[ArchiveScan | None] = [None] * len(jobs)
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(scan_archive, *job) for job in jobs]
+        for i, future in enumerate(futures):
+            try:
+                scans[i] = future.result()
+            except BrokenProcessPool:
+                break
+    for i, scan in enumerate(scans):
+        if scan is None:
+            scans[i] = _scan_alone(jobs[i])
+    return [scan for scan in scans if scan is not None]
+
+
+def _scan_alone(job: tuple[FoundArchive, str, bool]) -> ArchiveScan:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(scan_archive, *job).result()
+        except BrokenProcessPool:
+            return replace(ArchiveScan(job[0]), reason=CRASHED)

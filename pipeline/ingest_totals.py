@@ -1,0 +1,99 @@
+"""Count a store after an ingest, in Arrow: what there is, and what is set aside and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from latentcache.store import LatentStore
+from pipeline.ingest_batch import ARCHIVE_FLAG, SUPERSEDED_FLAG
+from pipeline.ingest_summary import IngestSummary, SetAside
+from pipeline.overrides import EXCLUDED
+from pipeline.patient_splits import patient_table
+from pipeline.private import PrivateStore
+
+COLUMNS = ("series_key", "study_key", "patient_key", "role", "status", "reason", "flags", "n_slices")
+
+
+def summarise(
+    store: LatentStore, private: PrivateStore, archives: Mapping[str, int], more: Sequence[SetAside] = ()
+) -> IngestSummary:
+    """The summary of a store; ``archives`` are this run's outcomes, ``more`` what else it set aside."""
+    catalog = store.catalog_table(COLUMNS)
+    catalog = catalog.filter(pc.invert(_flagged(catalog, SUPERSEDED_FLAG)))
+    whole = _flagged(catalog, ARCHIVE_FLAG)
+    series = catalog.filter(pc.invert(whole))
+    usable = series.filter(pc.equal(series["status"], "ok"))
+    patients = patient_table(store)
+    pairs = store.pairs_table(("pair_key", "patient_key", "status", "reason"))
+    good = pairs.filter(pc.equal(pairs["status"], "ok"))
+    roles = _counts(usable, "role")
+    set_aside = pc.sum(pc.not_equal(series["status"], "ok")).as_py() or 0
+    return IngestSummary(
+        archives=dict(archives),
+        patients=pc.count_distinct(series["patient_key"]).as_py(),
+        studies=pc.count_distinct(series["study_key"]).as_py(),
+        series={**roles, **({"set aside": set_aside} if set_aside else {})},
+        pairs=len(good),
+        splits=_counts(patients, "split"),
+        paired_splits=_counts(patients.filter(patients["paired"]), "split"),
+        categories=_counts(patients, "category"),
+        set_aside=[
+            *_named("archive", catalog.filter(whole), "series_key"),
+            *_named("series", series.filter(_undue(series)), "series_key"),
+            *_unpaired(series, patients),
+            *more,
+        ],
+    )
+
+
+def _flagged(table: pa.Table, flag: str) -> pa.Array:
+    """Whether each row carries a flag."""
+    rows = pc.list_parent_indices(table["flags"])
+    hits = rows.filter(pc.equal(pc.list_flatten(table["flags"]), flag))
+    numbers = pa.array(range(len(table)), pa.int64())
+    return pc.is_in(numbers, value_set=hits.combine_chunks() if isinstance(hits, pa.ChunkedArray) else hits)
+
+
+def _undue(series: pa.Table) -> pa.Array:
+    """Series that should have been usable: quarantined, and not because the user said so."""
+    return pc.and_(pc.not_equal(series["status"], "ok"), pc.not_equal(series["reason"], EXCLUDED))
+
+
+def _named(kind: str, rows: pa.Table, key: str) -> list[SetAside]:
+    columns = rows.select([key, "reason"]).sort_by(key).to_pydict()
+    return [SetAside(kind, k, reason) for k, reason in zip(columns[key], columns["reason"], strict=True)]
+
+
+def _unpaired(series: pa.Table, patients: pa.Table) -> list[SetAside]:
+    """Patients without a pair, each with the reason of a usable series, or of the largest of what it has instead.
+
+    A patient who appears among the quarantined series, or whom the user left out, is not named a second time.
+    """
+    paired = patients.filter(patients["paired"])["patient_key"].combine_chunks()
+    rows = series.filter(pc.invert(pc.is_in(series["patient_key"], value_set=paired)))
+    good = rows.filter(_usable(rows))
+    named = pa.concat_arrays(
+        [
+            rows.filter(pc.not_equal(rows["status"], "ok"))["patient_key"].combine_chunks(),
+            good["patient_key"].combine_chunks(),
+        ]
+    )
+    nothing = rows.filter(pc.invert(pc.is_in(rows["patient_key"], value_set=named)))
+    lone = good.group_by("patient_key").aggregate([("reason", "max")]).rename_columns(["patient_key", "reason"])
+    largest = nothing.sort_by([("n_slices", "descending")]).group_by("patient_key", use_threads=False)
+    useless = largest.aggregate([("reason", "first")]).rename_columns(["patient_key", "reason"])
+    why = pc.binary_join_element_wise("no usable series", useless["reason"], ": ")
+    useless = useless.set_column(1, "reason", why)
+    return _named("patient", pa.concat_tables([lone, useless]), "patient_key")
+
+
+def _usable(series: pa.Table) -> pa.Array:
+    return pc.and_(pc.equal(series["status"], "ok"), pc.not_equal(series["role"], "other"))
+
+
+def _counts(table: pa.Table, column: str) -> dict[str, int]:
+    rows = table.group_by(column).aggregate([([], "count_all")]).sort_by(column).to_pylist()
+    return {str(row[column]) or "none": int(row["count_all"]) for row in rows}

@@ -1,0 +1,202 @@
+"""Pairing thick with thin: physical criteria from headers, scored and kept as evidence; pixels prove it at encode.
+
+A pair is two reconstructions of one acquisition on one in-plane grid that differ in slice spacing. Folder names say
+nothing here. Every candidate is scored, refused ones with the reason, and the whole list stays in the pair's evidence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from latentcache.records import PairRecord, SeriesRecord
+from pipeline.geometry import Geometry
+from pipeline.kernels import kernel_similarity
+from pipeline.keys import Keys
+from pipeline.pair_proof import PairProof, prove_pair
+
+__all__ = [
+    "Candidate",
+    "PairProof",
+    "choose_pairs",
+    "geometry_of",
+    "override_pair",
+    "prove_pair",
+    "score_candidate",
+]
+
+MIN_SPACING_RATIO = 1.5
+MIN_OVERLAP_SLICES = 3
+"""Thick slices that must lie inside the common extent: fewer prove nothing and train nothing."""
+MAX_ANGLE_DEG = 0.5
+MAX_GRID_OFFSET_PIXELS = 0.25
+MAX_PIXEL_SPACING_ERROR = 1e-3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thin series tried for one thick series; ``refused`` is empty when it may be paired. All lengths in mm."""
+
+    thin_key: str
+    overlap_mm: tuple[float, float]
+    spacing_ratio: float
+    overlap_fraction: float
+    kernel_similarity: float
+    angle_deg: float
+    grid_offset_pixels: float
+    refused: str = ""
+
+    @property
+    def score(self) -> float:
+        """Kernel first, since another kernel is another image; then coverage; finer spacing breaks ties."""
+        fineness = min(self.spacing_ratio, 10.0) / 10.0
+        return round(2.0 * self.kernel_similarity + self.overlap_fraction + 0.5 * fineness, 6)
+
+    def as_dict(self) -> dict[str, Any]:
+        facts = {
+            "thin_key": self.thin_key,
+            "overlap_mm": [round(v, 4) for v in self.overlap_mm],
+            "spacing_ratio": round(self.spacing_ratio, 4),
+            "overlap_fraction": round(self.overlap_fraction, 4),
+            "kernel_similarity": round(self.kernel_similarity, 4),
+            "angle_deg": round(self.angle_deg, 4),
+            "grid_offset_pixels": round(self.grid_offset_pixels, 4),
+            "score": self.score,
+        }
+        return {**facts, "refused": self.refused} if self.refused else facts
+
+
+def geometry_of(series: SeriesRecord) -> Geometry:
+    """The lattice that a catalog row describes."""
+    a = series.affine_lps
+    rows = tuple(tuple(a[4 * i : 4 * i + 4]) for i in range(4))
+    return Geometry(series.shape_zyx, rows, series.z_mm, series.thickness_mm)
+
+
+def score_candidate(thick: SeriesRecord, thin: SeriesRecord) -> Candidate:
+    """Compare two series of one study by their headers."""
+    g_thick, g_thin = geometry_of(thick), geometry_of(thin)
+    low = max(g_thick.extent_mm[0], g_thin.extent_mm[0])
+    high = min(g_thick.extent_mm[1], g_thin.extent_mm[1])
+    extent = g_thick.extent_mm[1] - g_thick.extent_mm[0]
+    candidate = Candidate(
+        thin_key=thin.series_key,
+        overlap_mm=(low, high),
+        spacing_ratio=g_thick.spacing_mm_zyx[0] / g_thin.spacing_mm_zyx[0],
+        overlap_fraction=max(0.0, high - low) / extent,
+        kernel_similarity=kernel_similarity(thick.kernel, thin.kernel),
+        angle_deg=_angle_deg(g_thick, g_thin),
+        grid_offset_pixels=_grid_offset_pixels(g_thick, g_thin, (low + high) / 2),
+    )
+    return replace(candidate, refused=_refusal(thick, thin, candidate))
+
+
+def _refusal(thick: SeriesRecord, thin: SeriesRecord, c: Candidate) -> str:
+    """Why two series cannot be a pair, or nothing."""
+    pixels_thick, pixels_thin = np.array(thick.spacing_mm_zyx[1:]), np.array(thin.spacing_mm_zyx[1:])
+    overlapping = c.overlap_mm[1] - c.overlap_mm[0]
+    checks = [
+        (thick.frame_key != thin.frame_key and bool(thick.frame_key and thin.frame_key), "another frame of reference"),
+        (
+            thick.acquisition_key != thin.acquisition_key and bool(thick.acquisition_key and thin.acquisition_key),
+            "another acquisition",
+        ),
+        (c.angle_deg > MAX_ANGLE_DEG, f"orientation differs by {c.angle_deg:.2f} degrees"),
+        (c.spacing_ratio < MIN_SPACING_RATIO, f"spacing ratio {c.spacing_ratio:.2f} is below {MIN_SPACING_RATIO}"),
+        (thick.shape_zyx[1:] != thin.shape_zyx[1:], "another in-plane matrix"),
+        (
+            bool(np.any(np.abs(pixels_thick / pixels_thin - 1) > MAX_PIXEL_SPACING_ERROR)),
+            "another pixel spacing",
+        ),
+        (
+            c.grid_offset_pixels > MAX_GRID_OFFSET_PIXELS,
+            f"in-plane grids are {c.grid_offset_pixels:.2f} pixels apart",
+        ),
+        (
+            overlapping < MIN_OVERLAP_SLICES * thick.spacing_mm_zyx[0],
+            f"they share {max(0.0, overlapping):.1f} mm, less than {MIN_OVERLAP_SLICES} thick slices",
+        ),
+    ]
+    return next((reason for failed, reason in checks if failed), "")
+
+
+def choose_pairs(series: Iterable[SeriesRecord], keys: Keys) -> tuple[list[PairRecord], dict[str, str]]:
+    """Pairs among the series of one study, and for every usable series left unpaired the reason.
+
+    Each thick series takes its best thin one; a thin series may serve several thick ones.
+    """
+    usable = sorted((s for s in series if s.status == "ok"), key=lambda s: s.series_key)
+    thicks = [s for s in usable if s.role == "thick"]
+    thins = [s for s in usable if s.role == "thin"]
+    pairs: list[PairRecord] = []
+    unpaired: dict[str, str] = {}
+    for thick in thicks:
+        tried = sorted((score_candidate(thick, thin) for thin in thins), key=lambda c: (-c.score, c.thin_key))
+        fit = [c for c in tried if not c.refused]
+        if fit:
+            evidence = {"chosen_by": "score", "candidates": [c.as_dict() for c in tried]}
+            pairs.append(_record(thick, fit[0], evidence, keys))
+        else:
+            unpaired[thick.series_key] = _unpaired_reason("thin", tried)
+    served = {pair.thin_key for pair in pairs}
+    for thin in thins:
+        if thin.series_key not in served and not thicks:
+            unpaired[thin.series_key] = "no thick series in the study"
+    return pairs, unpaired
+
+
+def override_pair(thick: SeriesRecord, thin: SeriesRecord, keys: Keys) -> PairRecord:
+    """A pair that the user asked for; what the criteria would have said stays in the evidence."""
+    candidate = score_candidate(thick, thin)
+    evidence = {"chosen_by": "user", "candidates": [candidate.as_dict()]}
+    return _record(thick, candidate, evidence, keys)
+
+
+def _record(thick: SeriesRecord, chosen: Candidate, evidence: Mapping[str, Any], keys: Keys) -> PairRecord:
+    return PairRecord(
+        pair_key=keys.pair(thick.series_key, chosen.thin_key),
+        study_key=thick.study_key,
+        patient_key=thick.patient_key,
+        category=thick.category,
+        thick_key=thick.series_key,
+        thin_key=chosen.thin_key,
+        overlap_mm=chosen.overlap_mm,
+        split=thick.split,
+        evidence=json.dumps(evidence, sort_keys=True),
+    )
+
+
+def _unpaired_reason(role: str, tried: Sequence[Candidate]) -> str:
+    if not tried:
+        return f"no {role} series in the study"
+    return f"no {role} series fits: " + "; ".join(sorted({c.refused for c in tried}))
+
+
+def _angle_deg(one: Geometry, other: Geometry) -> float:
+    """Largest angle between corresponding row and column directions, degrees."""
+    angles = []
+    for axis in (1, 2):
+        a, b = one.affine[:3, axis], other.affine[:3, axis]
+        cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+        angles.append(float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0)))))
+    return max(angles)
+
+
+def _grid_offset_pixels(one: Geometry, other: Geometry, z_mm: float) -> float:
+    """Distance between the first pixels of both grids at one height, in pixels of ``one``.
+
+    Both lattices are followed along their own (under gantry tilt sheared) slice step to ``z_mm``.
+    """
+
+    def corner(g: Geometry) -> Any:
+        step = g.affine[:3, 0]
+        along = float(step @ g.normal)
+        return g.affine[:3, 3] + (z_mm - g.z_mm[0]) / along * step
+
+    gap = corner(other) - corner(one)
+    offsets = [abs(float(gap @ a)) / float(a @ a) for a in (one.affine[:3, 1], one.affine[:3, 2])]
+    return max(offsets)

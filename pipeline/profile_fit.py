@@ -1,0 +1,164 @@
+"""Fit a slice profile where a pair exists, and notice a wrong one where only the thick slices do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.slice_profile import SliceProfile, slice_operator
+
+MAX_COLUMNS = 10_000
+"""Columns that a fit looks at; more change nothing."""
+SUSPECT_IMPROVEMENT = 0.15
+"""A rival profile that lowers the residual by this share or more puts the assumed one in doubt."""
+
+
+Verdict = Literal["agrees", "shifted", "wider", "narrower-or-smoothed"]
+
+
+@dataclass(frozen=True)
+class OperatorCheck:
+    """Whether the residual has a structure that another profile would explain.
+
+    Attributes:
+        verdict: ``agrees``, or how the best rival differs: ``shifted``, ``wider``, or ``narrower-or-smoothed`` (thin
+            slices that are smoother than the anatomy favour a narrower profile too, so the two cannot be told apart).
+        assumed: The profile in use, and ``rms_assumed`` its RMS(A x - y) in HU.
+        best: The best rival, and ``rms_best`` its residual.
+        message: For a reader; empty when nothing is suspect.
+    """
+
+    verdict: Verdict
+    assumed: SliceProfile
+    rms_assumed: float
+    best: SliceProfile
+    rms_best: float
+    message: str
+
+    @property
+    def suspect(self) -> bool:
+        return self.verdict != "agrees"
+
+
+def sample_columns(thin: NDArray[Any], thick: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The columns that vary most along z in ``thick``, as (n, columns); flat ones tell nothing of a profile."""
+    stride = max(1, int(np.ceil(np.sqrt(thick.shape[1] * thick.shape[2] / (4 * MAX_COLUMNS)))))
+    y = thick[:, ::stride, ::stride].reshape(len(thick), -1).astype(np.float32)
+    x = thin[:, ::stride, ::stride].reshape(len(thin), -1).astype(np.float32)
+    keep = np.argsort(y.std(axis=0))[-MAX_COLUMNS:]
+    return x[:, keep], y[:, keep]
+
+
+def profile_rms(
+    profile: SliceProfile,
+    x: NDArray[np.float32],
+    y: NDArray[np.float32],
+    thick_z_mm: NDArray[Any],
+    thin_z_mm: NDArray[Any],
+    use: NDArray[np.bool_] | None = None,
+) -> float:
+    """RMS(A x - y) in HU of one profile over columns (n, columns); infinite where no thick slice is covered."""
+    operator = slice_operator(profile, thick_z_mm, thin_z_mm)
+    rows = operator.covered if use is None else operator.covered & use
+    if not rows.any():
+        return float("inf")
+    r = operator.matrix[rows].astype(np.float32) @ x - y[rows]
+    return float(np.sqrt(np.mean(np.square(r, dtype=np.float64))))
+
+
+def candidate_profiles(thickness_mm: float) -> Iterable[SliceProfile]:
+    """Boxes, blurred boxes and Gaussians from 0.6 to 1.8 times the thickness."""
+    for factor in np.arange(0.6, 1.81, 0.1):
+        width = float(factor * thickness_mm)
+        yield SliceProfile("box", width)
+        yield SliceProfile("gaussian", width)
+        yield SliceProfile("box", width, blur_mm=0.4 * thickness_mm)
+
+
+def fit_profile(
+    thin: NDArray[Any],
+    thick: NDArray[Any],
+    thick_z_mm: NDArray[Any],
+    thin_z_mm: NDArray[Any],
+    thickness_mm: float,
+    *,
+    fit_shift: bool = False,
+) -> tuple[SliceProfile, float]:
+    """The profile under which ``thin`` (z, y, x) HU best reproduces ``thick``, and its RMS residual in HU."""
+    x, y = sample_columns(thin, thick)
+    return _search(x, y, np.asarray(thick_z_mm), np.asarray(thin_z_mm), thickness_mm, fit_shift)
+
+
+def check_operator(
+    thin: NDArray[Any],
+    thick: NDArray[Any],
+    thick_z_mm: NDArray[Any],
+    thin_z_mm: NDArray[Any],
+    assumed: SliceProfile,
+    noise_hu: float,
+) -> OperatorCheck:
+    """Compare the assumed profile with rivals on slices that must not have been projected with it.
+
+    A thin series that is itself too smooth also favours a narrower profile, so the message names both readings.
+    """
+    x, y = sample_columns(thin, thick)
+    z_thick, z_thin = np.asarray(thick_z_mm), np.asarray(thin_z_mm)
+    best, rms_best = _search(x, y, z_thick, z_thin, assumed.fwhm_mm, True)
+    rms = profile_rms(assumed, x, y, z_thick, z_thin)
+    verdict: Verdict = "agrees"
+    if rms > noise_hu and rms_best < (1 - SUSPECT_IMPROVEMENT) * rms:
+        if abs(best.shift_mm - assumed.shift_mm) >= 0.2 * assumed.fwhm_mm:
+            verdict = "shifted"
+        else:
+            verdict = "wider" if _width(best) > _width(assumed) else "narrower-or-smoothed"
+    reading = {
+        "agrees": "",
+        "shifted": "the slice positions or the profile's centre are wrong",
+        "wider": "the profile is wider than assumed",
+        "narrower-or-smoothed": "the profile is narrower than assumed, or the thin slices are smoother than life",
+    }[verdict]
+    message = (
+        f"{best} explains the thick slices better ({rms_best:.1f} HU) than {assumed} ({rms:.1f} HU): {reading}"
+        if reading
+        else ""
+    )
+    return OperatorCheck(verdict, assumed, rms, best, rms_best, message)
+
+
+def _width(profile: SliceProfile) -> float:
+    """Standard deviation of the profile in mm: one measure for boxes, blurred boxes and Gaussians."""
+    edge = 4 * (profile.fwhm_mm + profile.blur_mm)
+    u = np.linspace(-edge, edge, 2001) + profile.shift_mm
+    h = np.diff(profile.cumulative(u))
+    middle = (u[1:] + u[:-1]) / 2 - profile.shift_mm
+    return float(np.sqrt(np.sum(h * middle**2) / np.sum(h)))
+
+
+def _search(
+    x: NDArray[np.float32],
+    y: NDArray[np.float32],
+    thick_z_mm: NDArray[np.float64],
+    thin_z_mm: NDArray[np.float64],
+    thickness_mm: float,
+    fit_shift: bool,
+) -> tuple[SliceProfile, float]:
+    # Every candidate is judged on the slices that the widest one still covers, or narrow ones would win by rows lost.
+    widest = SliceProfile("box", 2.0 * thickness_mm)
+    use = slice_operator(widest, thick_z_mm, thin_z_mm).covered
+    use = use if use.any() else np.ones(len(thick_z_mm), dtype=bool)
+
+    def rms(profile: SliceProfile) -> float:
+        return profile_rms(profile, x, y, thick_z_mm, thin_z_mm, use)
+
+    best = min(candidate_profiles(thickness_mm), key=rms)
+    if fit_shift:
+        step = float(np.mean(np.diff(thin_z_mm))) if len(thin_z_mm) > 1 else thickness_mm / 5
+        shifts = np.arange(-0.6 * thickness_mm, 0.6 * thickness_mm + step / 4, step / 2)
+        coarse = min((SliceProfile("box", thickness_mm, shift_mm=float(s)) for s in shifts), key=rms)
+        again = (SliceProfile(p.kind, p.fwhm_mm, p.blur_mm, coarse.shift_mm) for p in candidate_profiles(thickness_mm))
+        best = min((best, *again), key=rms)
+    return best, rms(best)

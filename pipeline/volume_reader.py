@@ -1,0 +1,134 @@
+"""Pixels to HU: every slice is decoded straight into its slot of one preallocated volume, in threads where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache.errors import InputError
+from pipeline.archive import Source, open_source
+from pipeline.assembly import Stack, order
+from pipeline.frames import FrameReader
+from pipeline.instance import Instance
+from pipeline.rescale import hu_dtype, rescale_into
+from pipeline.series import ScannedSeries, read_instances, source_header
+from pipeline.volume import SeriesPointer, Volume
+
+MAX_VOLUME_BYTES = 16 << 30
+
+Slice = tuple[Source, Instance]
+
+
+def read_series(pointer: SeriesPointer, *, threads: int = 1) -> Volume:
+    """Read a series as HU. Its headers are parsed and judged anew, so a changed archive cannot give another volume.
+
+    Args:
+        pointer: Slices in ascending order, possibly of several archives.
+        threads: Decoding threads; codecs release the GIL.
+
+    Raises:
+        InputError: An archive or slice is gone, damaged, or no longer what it was; names no file.
+    """
+    with ExitStack() as stack:
+        sources: dict[str, Source] = {}
+        for url in dict.fromkeys(url for url, _, _ in pointer.members):
+            sources[url] = open_source(url)
+            stack.callback(sources[url].close)
+        found: dict[tuple[str, int, int], Instance] = {}
+        for url, source in sources.items():
+            wanted = frozenset(index for where, index, _ in pointer.members if where == url)
+            problems: list[tuple[int, str]] = []
+            for one in read_instances(source, problems, [], wanted):
+                found[(url, one.member, one.frame)] = one
+            if problems:
+                raise _changed(problems[0][1])
+        missing = [where for where in pointer.members if where not in found]
+        if missing or not pointer.members:
+            raise _changed(f"{len(missing)} of {len(pointer.members)} slices are no longer there")
+        return _read(pointer.members, [(sources[w[0]], found[w]) for w in pointer.members], threads)
+
+
+def read_scanned(source: Source, scanned: ScannedSeries, *, threads: int = 1) -> Volume:
+    """Read a series that was just scanned with ``keep_instances=True``, without parsing its headers again.
+
+    Raises:
+        InputError: Quarantined, or its pixels are damaged.
+    """
+    if scanned.status != "ok" or scanned.geometry is None:
+        raise InputError(
+            f"a series that cannot be read: {scanned.reason or 'it has no geometry'}",
+            expected="a series whose status is ok",
+            remedy="Exclude it, or export it again.",
+        )
+    if len(scanned.instances) != len(scanned.pointer_members):
+        return read_series(SeriesPointer("", scanned.pointer_members), threads=threads)
+    stack = Stack(list(scanned.instances), flags=list(scanned.flags), geometry=scanned.geometry)
+    return _fill(stack, [(source, one) for one in scanned.instances], threads)
+
+
+def read_slice(source: Source, one: Instance) -> NDArray[np.generic]:
+    """HU of a single frame (rows, columns), int16 or float32; raises InputError."""
+    slot = np.empty((one.form.rows, one.form.columns), hu_dtype([one]))
+    rescale_into(FrameReader(source.read(one.member), one).stored_values(one), one, slot)
+    return slot
+
+
+def _read(members: Sequence[tuple[str, int, int]], slices: list[Slice], threads: int) -> Volume:
+    stack = Stack([one for _, one in slices])
+    order(stack, lambda a, b: False)
+    if stack.status == "quarantined" or stack.geometry is None:
+        raise _changed(stack.reason)
+    if any(kept is not one for kept, (_, one) in zip(stack.instances, slices, strict=True)):
+        raise _changed("its slices are in another order than recorded")
+    return _fill(stack, slices, threads)
+
+
+def _fill(stack: Stack, slices: list[Slice], threads: int) -> Volume:
+    """Decode every slice into its slot. Slices of one file are decoded from one copy of it."""
+    geometry = stack.geometry
+    assert geometry is not None
+    dtype = hu_dtype(stack.instances)
+    if int(np.prod(geometry.shape_zyx)) * dtype.itemsize > MAX_VOLUME_BYTES:
+        raise InputError(
+            f"a volume of {geometry.shape_zyx} voxels",
+            expected=f"at most {MAX_VOLUME_BYTES >> 30} GiB",
+            remedy="Its header is wrong, or the series must be split before ingest.",
+        )
+    hu = np.empty(geometry.shape_zyx, dtype)
+    files: dict[tuple[int, int], list[int]] = {}
+    for slot, (source, one) in enumerate(slices):
+        files.setdefault((id(source), one.member), []).append(slot)
+
+    def decode_file(slots: list[int], pool: ThreadPoolExecutor | None = None) -> frozenset[str]:
+        source, first = slices[slots[0]]
+        reader = FrameReader(source.read(first.member), first)
+
+        def decode(slot: int) -> frozenset[str]:
+            one = slices[slot][1]
+            return rescale_into(reader.stored_values(one), one, hu[slot])
+
+        return frozenset().union(*(pool.map if pool else map)(decode, slots))
+
+    facts: frozenset[str] = frozenset()
+    if threads <= 1:
+        facts = facts.union(*map(decode_file, files.values()))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            if len(files) < threads:
+                facts = facts.union(*(decode_file(slots, pool) for slots in files.values()))
+            else:
+                facts = facts.union(*pool.map(decode_file, files.values()))
+    flags = tuple(dict.fromkeys([*stack.flags, *sorted(facts)]))
+    return Volume(hu, geometry, source_header(stack.instances), flags)
+
+
+def _changed(found: str) -> InputError:
+    return InputError(
+        f"a series that can no longer be read as it was ingested: {found}",
+        expected="the archive as it was",
+        remedy="Run `ctpipe ingest` again, or exclude the series.",
+    )
