@@ -157,7 +157,7 @@ def image_side(
     )
     if not losses and not (looks and first):
         return None, None
-    from diffusion.stream import choose_encode_key
+    from diffusion.pairs import choose_encode_key
     from latentcache.errors import InputError
     from pipeline.private import PrivateStore
     from pipeline.vae import load_vae

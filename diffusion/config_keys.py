@@ -27,13 +27,14 @@ def known_keys(kind: Any, prefix: str = "") -> list[str]:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known key that looks most like an unknown one: the whole, or its last part wherever that stands."""
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    tail = key.rsplit(".", 1)[-1]
-    tails = {k.rsplit(".", 1)[-1]: k for k in known}
-    by_tail = difflib.get_close_matches(tail, tails, n=1, cutoff=0.75)
-    return tails[by_tail[0]] if by_tail else close[0]
+    """The known key that looks most like an unknown one, its last part counting once more than its section."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        tails = (key.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1])
+        return 2 * whole + difflib.SequenceMatcher(None, *tails).ratio()
+
+    return max(known, key=likeness)
 
 
 def apply(config: C, values: Mapping[str, Any], where: str, prefix: str = "") -> C:

@@ -156,7 +156,7 @@ def check_resources(need: StepEstimate, config: TrainConfig, device: torch.devic
     if free < need.checkpoint_bytes * 1.05:
         raise InputError(
             f"{free / 2**30:.1f} GiB free for the run directory",
-            expected=f"{3 * need.checkpoint_bytes / 2**30:.1f} GiB: the last and the best checkpoint, and one in writing",
+            expected=f"{3 * need.checkpoint_bytes / 2**30:.1f} GiB: the last and best checkpoint, and one in writing",
             remedy="Free space or choose a run directory on another disk.",
         )
 

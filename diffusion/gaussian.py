@@ -125,10 +125,14 @@ class Epsilon(Gaussian):
 class VPrediction(Epsilon):
     """v-prediction (Salimans and Ho 2022, appendix D) on the cosine schedule: v = alpha noise - sigma y.
 
-    The min-SNR weight becomes min(snr, gamma) / (snr + 1).
+    Unweighted, which is snr + 1 on y's own error, unless ``min_snr_gamma`` is given: its weight is then
+    min(snr, gamma) / (snr + 1), and a network that outputs v has the very loss that ``epsilon`` gives it.
     """
 
     name = "v"
+
+    def __init__(self, *, steps: int = 1000, min_snr_gamma: float | None = None, **gaussian: Any) -> None:
+        super().__init__(steps=steps, min_snr_gamma=min_snr_gamma, **gaussian)
 
     def _native(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return alpha * x - sigma * out, sigma * x + alpha * out

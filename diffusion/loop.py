@@ -8,75 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.checkpoint import CheckpointFolder, gather, restore
-from diffusion.config import BudgetConfig, OptimiserConfig, ParallelConfig, ValidationConfig
 from diffusion.ema import PowerEma
 from diffusion.faults import non_finite, stop_signals
 from diffusion.journal import Journal
+from diffusion.loop_interface import BatchLoss, LoopConfig, Stream, TrainSummary, Validate
 from diffusion.progress import Meter, Progress
 from diffusion.stream import Batch, Step
 from diffusion.world import World, gradients_meet, spread
 from latentcache.errors import InputError
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The loss of a batch: ``per_sample`` (B,) is what is minimised; ``parts`` name (B,) summands for the log."""
-
-    per_sample: Tensor
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def named(self) -> dict[str, Tensor]:
-        """All of them by name, without their graphs."""
-        return {name: values.detach() for name, values in {"loss": self.per_sample, **self.parts}.items()}
-
-
-BatchLoss = Callable[[nn.Module, Batch, int], Terms]
-"""(module, batch on the device, step) to terms. A batch holds at least ``weight`` (B,) and ``study_key``."""
-
-Validate = Callable[[nn.Module, int], dict[str, float]]
-"""(module with averaged weights, in evaluation mode; step) to figures. Every rank calls it; all return the same."""
-
-
-class Stream(Protocol):
-    """An endless sequence of steps that can be resumed; ``len`` is the steps of an epoch."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Step]: ...
-    def state_dict(self) -> dict[str, int]: ...
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """The parts of a training configuration that the loop reads."""
-
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-
-@dataclass(frozen=True)
-class TrainSummary:
-    """How a session of a run ended. ``stopped_by``: finished, max-steps, max-seconds, early-stopping or signal."""
-
-    steps: int
-    epochs: int
-    seconds: float
-    stopped_by: str
-    loss: float
-    best_metric: float | None
-    validation: dict[str, float]
-    data_wait_fraction: float
-    parameters: int
 
 
 class Trainer:
@@ -153,6 +100,7 @@ class Trainer:
                 (loss * self.world.size).backward()
             total[0] += loss.detach()
             seen.append((batch["study_key"], terms.named()))
+        assert len(seen) == step.n_batches, "the stream was closed while a step was under way"
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optimiser.clip_norm)
         mean_loss, told, late = self.world.sum(total).tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(float(norm))):

@@ -17,7 +17,8 @@ from diffusion.checkpoint import CheckpointFolder
 from diffusion.config import LossConfig, TrainConfig, check, to_dict
 from diffusion.estimate import check_resources, estimate_step
 from diffusion.held_out import ValidateImages, generators, validation
-from diffusion.loop import LoopConfig, Terms, Trainer, TrainSummary
+from diffusion.loop import Trainer
+from diffusion.loop_interface import LoopConfig, Terms, TrainSummary
 from diffusion.losses import Decoder, ImageLosses
 from diffusion.objective import Objective, build_objective
 from diffusion.perceptual import load_vgg19

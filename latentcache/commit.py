@@ -89,9 +89,11 @@ class Lease:
     def current(self) -> LeaseRecord | None:
         """Who holds the lease now; None when nobody does."""
         try:
-            return LeaseRecord(**json.loads(self.location.read(LEASE)))
+            data = self.location.read(LEASE)
         except FileNotFoundError:
             return None
+        try:
+            return LeaseRecord(**json.loads(data))
         except (ValueError, TypeError) as error:
             raise StoreError(
                 f"{LEASE} cannot be read",

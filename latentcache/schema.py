@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from latentcache.errors import InputError, StoreError
@@ -155,6 +156,25 @@ def from_table(table: pa.Table, record: type[Any]) -> list[Any]:
 def _tuples(column: pa.ChunkedArray) -> list[Any]:
     values = column.to_pylist()
     return [tuple(v) for v in values] if pa.types.is_list(column.type) else values
+
+
+def matrix(table: pa.Table, name: str) -> np.ndarray[tuple[int, int], np.dtype[Any]]:
+    """A list column of equal lengths as an (n, length) array, without a Python object a row.
+
+    Raises:
+        InputError: The lengths differ: latents of other channel counts.
+    """
+    chunks = table.column(name).chunks
+    column = pa.concat_arrays(chunks) if chunks else pa.array([], table.schema.field(name).type)
+    values = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+    length, odd = divmod(len(values), max(len(column), 1))
+    if odd or not np.array_equal(np.diff(np.asarray(column.offsets)), np.full(len(column), length)):
+        raise InputError(
+            f"rows with unlike numbers of values in {name}",
+            expected="latents of one channel count an encoding",
+            remedy="Run `ctpipe verify STORE`.",
+        )
+    return values.reshape(len(column), length)
 
 
 def check_schema(kind: Kind, found: pa.Schema, path: str) -> None:

@@ -30,7 +30,7 @@ from latentcache.records import (
     PairRecord,
     SeriesRecord,
 )
-from latentcache.schema import Kind, from_table
+from latentcache.schema import Kind, from_table, matrix
 from latentcache.statistics import Moments, merge_all, valid_latents
 
 STORE = "store.json"
@@ -333,7 +333,7 @@ class LatentStore:
                 expected="at least one",
                 remedy="Run `ctpipe encode STORE` first, or choose another encode key (`ctpipe status STORE`).",
             )
-        valid, mean, std = (np.array(table.column(n).to_pylist()) for n in ("valid_zyx", "mean", "std"))
+        valid, mean, std = (matrix(table, name) for name in ("valid_zyx", "mean", "std"))
         moments = merge_all(np.prod(-(-valid // 4), axis=1), mean, std)
         return moments.mean, moments.std
 

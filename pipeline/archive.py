@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-import imagecodecs
 from isal import isal_zlib
 
 from latentcache.errors import InputError
@@ -201,11 +200,14 @@ def _inflate_whole(member: Member, packed: memoryview) -> bytes:
     """Inflate at most the declared size (a bomb that lies about it fails) and check the CRC-32."""
     if len(packed) < member.compressed_size:
         raise ArchiveError("a member that is cut short, so the archive is truncated")
-    if member.method == DEFLATED and member.size:
+    if member.method == DEFLATED:
+        stream = isal_zlib.decompressobj(-15)
         try:
-            data = bytes(imagecodecs.deflate_decode(packed, raw=True, out=member.size))
-        except (RuntimeError, ValueError):
-            raise ArchiveError("a member whose compressed data are damaged or larger than declared") from None
+            data: bytes = stream.decompress(packed, member.size + 1)
+        except isal_zlib.error:
+            raise ArchiveError("a member whose compressed data are damaged") from None
+        if not stream.eof:
+            raise ArchiveError("a member whose compressed data are cut short or larger than declared")
     else:
         data = bytes(packed)
     if len(data) != member.size or isal_zlib.crc32(data) != member.crc32:

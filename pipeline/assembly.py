@@ -12,60 +12,27 @@ Every deviation has a stated policy (tests/test_assembly.py shows each):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.codecs import refused_syntax
 from pipeline.geometry import Geometry
-from pipeline.instance import MULTIFRAME_CLASSES, Instance, other_class
+from pipeline.grouping import split, why_not_volume
+from pipeline.instance import MULTIFRAME_CLASSES, Instance
+from pipeline.stack import (
+    POSITION_TOLERANCE_MM,
+    SAME_POSITION_MM,
+    SPACING_TOLERANCE,
+    Stack,
+    is_even,
+    normal_of,
+)
 
-POSITION_TOLERANCE_MM = 0.06
-"""Positions are often rounded to 0.1 mm: deviations up to here are rounding, not geometry."""
-SPACING_TOLERANCE = 0.02
-SAME_POSITION_MM = 0.01
 MIN_TILT_DEG = 0.1
-MAX_AXIAL_DEG = 45.0
-"""Beyond this angle between slice normal and patient axis a stack is a sagittal or coronal reformat."""
-MAX_OBLIQUE_DEG = 2.0
-"""A derived stack further from the axis than this is an oblique reformat; an original one is tilted."""
 MIN_SLICES = 3
 THIN_BELOW_MM = 2.5
-
-_PROJECTIONS = frozenset({"MIP", "MINIP", "MPVR", "PROJECTION IMAGE", "SURFACE", "VRT", "3D", "CPR", "CURVED", "SSD"})
-_SPLIT_LABELS = (
-    "acquisition", "kvp", "type", "temporal-position", "cardiac-phase", "trigger-time", "contrast", "series-number",
-    "thickness", "acquisition-time",
-)  # fmt: skip
-
-
-@dataclass
-class Stack:
-    """Slices of one volume, ascending along the slice normal once ``order`` has run."""
-
-    instances: list[Instance]
-    discriminator: str = ""
-    role: str = ""
-    status: str = "ok"
-    reason: str = ""
-    flags: list[str] = field(default_factory=list)
-    geometry: Geometry | None = None
-
-    def set_aside(self, reason: str) -> Stack:
-        self.role, self.reason = "other", reason
-        return self
-
-    def quarantine(self, reason: str) -> Stack:
-        self.role, self.status, self.reason = "other", "quarantined", reason
-        return self
-
-    def flag(self, name: str) -> None:
-        if name not in self.flags:
-            self.flags.append(name)
-
 
 SamePixels = Callable[[Instance, Instance], bool]
 """Whether two instances hold the same image; reads pixels, so it is asked only about slices at one position."""
@@ -91,123 +58,10 @@ def assemble(instances: Sequence[Instance], same_pixels: SamePixels) -> list[Sta
     stacks = [Stack(group).set_aside(reason) for reason, group in aside.items()]
     for stack in stacks:
         stack.discriminator = f"aside:{stack.reason}"
-    volumes = _split_hard(images)
-    volumes = [part for volume in volumes for part in _split_soft(volume)]
+    volumes = split(images)
     for volume in volumes:
         order(volume, same_pixels)
-    if len(volumes) == 1:
-        volumes[0].discriminator = ""
     return volumes + stacks
-
-
-def why_not_volume(one: Instance) -> str:
-    """Why an instance is no slice of an axial CT volume, or an empty string. Faults of slices are not judged here."""
-    name = other_class(one.sop_class)
-    if name:
-        return f"no CT image but a {name}"
-    kinds = set(one.image_type)
-    if "LOCALIZER" in kinds or "SCOUT" in kinds:
-        return "a localizer"
-    if one.samples != 1:
-        return "a colour image"
-    projection = sorted(kinds & _PROJECTIONS)
-    if projection:
-        return f"a projection image ({projection[0]})"
-    original = one.image_type[:1] != ("DERIVED",)
-    if one.position is None and one.orientation is None and ("SECONDARY" in kinds or not original):
-        return "a capture without a position in the patient"
-    if one.rescale_type not in ("", "HU", "US"):
-        return "a map that is not in Hounsfield units"
-    if one.orientation is not None:
-        angle = _angle_to_axis(one.orientation)
-        if angle > MAX_AXIAL_DEG:
-            return "a sagittal or coronal image"
-        if angle > MAX_OBLIQUE_DEG and not original and abs(abs(one.tilt_deg) - angle) > MAX_OBLIQUE_DEG:
-            return "an oblique reformat"
-    return ""
-
-
-def _angle_to_axis(orientation: Sequence[float]) -> float:
-    """Degrees between the slice normal and the patient's long axis."""
-    normal = normal_of(orientation)
-    return math.degrees(math.acos(min(1.0, abs(float(normal[2])))))
-
-
-def normal_of(orientation: Sequence[float]) -> NDArray[np.float64]:
-    """Unit slice normal: row direction x column direction (PS3.3 C.7.6.2.1.1)."""
-    normal = np.cross(orientation[:3], orientation[3:])
-    return np.asarray(normal / np.linalg.norm(normal), dtype=np.float64)
-
-
-def _group(instances: Iterable[Instance], key: Callable[[Instance], Hashable]) -> dict[Hashable, list[Instance]]:
-    groups: dict[Hashable, list[Instance]] = {}
-    for one in instances:
-        groups.setdefault(key(one), []).append(one)
-    return groups
-
-
-def _split_hard(images: list[Instance]) -> list[Stack]:
-    """Split by what no single lattice can hold: orientation, grid, frame of reference; and by kernel."""
-    grids = _group(images, _grid_key)
-    stacks = []
-    for key, group in grids.items():
-        for kernel, part in _group(group, lambda one: one.kernel).items():
-            stacks.append(Stack(part, discriminator=f"grid:{key}|kernel:{kernel}"))
-    if len(stacks) > 1:
-        for stack in stacks:
-            stack.flag("split")
-    return stacks
-
-
-def _grid_key(one: Instance) -> Hashable:
-    orientation = tuple(round(v, 2) + 0.0 for v in one.orientation) if one.orientation else None
-    spacing = tuple(round(v, 4) for v in one.pixel_spacing) if one.pixel_spacing else None
-    return (orientation, one.form.rows, one.form.columns, spacing, one.frame_uid)
-
-
-def _split_soft(stack: Stack) -> list[Stack]:
-    """Split by acquisition, energy, phase and the like, but only where their slices share positions or interleave.
-
-    A sequential scan counts every slice as an acquisition, and a spiral gives every slice its own time; neither is
-    several volumes. What tells volumes apart visits the same range more than once.
-    """
-    placed = [one for one in stack.instances if one.position is not None and one.orientation is not None]
-    if len(placed) < 2 or len(placed) != len(stack.instances):
-        return [stack]
-    normal = normal_of(placed[0].orientation or ())
-    placed.sort(key=lambda one: float(np.dot(normal, one.position or ())))
-    z = [float(np.dot(normal, one.position or ())) for one in placed]
-    shared = _shared_positions(z)
-    for label in _SPLIT_LABELS:
-        groups = _group(placed, lambda one, label=label: one.labels.get(label, ""))  # type: ignore[misc]
-        if len(groups) < 2 or min(len(g) for g in groups.values()) < 2:
-            continue
-        changes = sum(a.labels.get(label, "") != b.labels.get(label, "") for a, b in pairwise(placed))
-        interleaved = changes > len(groups) - 1
-        if not (interleaved or shared) or not _fewer_shared(groups.values(), shared, normal):
-            continue
-        parts = [
-            Stack(group, f"{stack.discriminator}|{label}:{value}", flags=[*stack.flags])
-            for value, group in groups.items()
-        ]
-        for part in parts:
-            part.flag("split")
-        return [leaf for part in parts for leaf in _split_soft(part)]
-    return [stack]
-
-
-def _shared_positions(z: Sequence[float]) -> int:
-    return sum(b - a < SAME_POSITION_MM for a, b in pairwise(z))
-
-
-def _fewer_shared(groups: Iterable[list[Instance]], shared: int, normal: NDArray[np.float64]) -> bool:
-    """Whether a split removes shared positions (or there were none to remove)."""
-    if not shared:
-        return True
-    left = 0
-    for group in groups:
-        left += _shared_positions(sorted(float(np.dot(normal, one.position or ())) for one in group))
-    return left < shared
 
 
 def order(stack: Stack, same_pixels: SamePixels) -> None:
@@ -307,15 +161,13 @@ def _judge(stack: Stack, positions: NDArray[np.float64], z: NDArray[np.float64],
     sideways = float(np.linalg.norm(positions - positions[0] - along[:, None] * span, axis=1).max())
     tilt = math.degrees(math.acos(min(1.0, abs(float(normal @ span)) / float(np.linalg.norm(span)))))
     typical = float(np.median(steps))
-    mean = float(steps.mean())
-    residual = float(np.abs(z - z[0] - mean * np.arange(len(z))).max())
     _note_facts(stack, tilt, typical)
     geometry = stack.geometry
     assert geometry is not None
     if sideways > max(POSITION_TOLERANCE_MM, 0.1 * min(geometry.spacing_mm_zyx[1:])):
         stack.quarantine(f"slices shift in plane by up to {sideways:.2f} mm against each other")
         return
-    if residual > max(POSITION_TOLERANCE_MM, SPACING_TOLERANCE * typical):
+    if not is_even(z):
         missing = _missing_slices(steps, typical) if len({o.thickness_mm for o in stack.instances}) == 1 else 0
         if missing:
             stack.quarantine(f"{missing} slices missing: gaps of whole multiples of the spacing {typical:.3g} mm")

@@ -22,6 +22,15 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def refuse_existing(path: Path) -> None:
     """Raise InputError when an output path is taken; nothing is ever overwritten."""
     if path.exists():

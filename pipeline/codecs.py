@@ -114,7 +114,7 @@ class SampleFormat:
 
 def refused_syntax(syntax: str) -> str:
     """Name of a transfer syntax that is not read, or an empty string."""
-    return "" if syntax in READABLE else _REFUSED.get(syntax, "an unknown transfer syntax")
+    return "" if syntax in READABLE else _REFUSED.get(syntax, f"with UID {syntax}")
 
 
 def native_frame(data: bytes | memoryview, form: SampleFormat, *, little: bool, words_of_bytes: bool) -> NDArray[Any]:
@@ -142,10 +142,10 @@ def clean_bits(cells: NDArray[Any], form: SampleFormat) -> NDArray[Any]:
     if form.signed:
         signed = native.view(np.int8 if form.bits_allocated == 8 else np.int16)
         if above or below:
-            signed = (signed << above) >> (above + below)
+            signed = np.right_shift(np.left_shift(signed, above), above + below)
         return signed
     if below:
-        native = native >> below
+        native = np.right_shift(native, below)
     return np.bitwise_and(native, (1 << form.bits_stored) - 1) if above or below else native
 
 

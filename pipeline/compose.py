@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache.errors import InputError
-from pipeline.consistency import measurement_noise, project, residual_rms, row_blocks
+from pipeline.consistency import ProjectionFigures, measurement_noise, project, residual_rms, row_blocks
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.profile_fit import check_operator
 from pipeline.resample import ZMethod, z_weights
-from pipeline.slice_profile import SliceProfile, default_profile, slice_operator
+from pipeline.slice_profile import SliceOperator, SliceProfile, default_profile, slice_operator
 from pipeline.volume import Volume
 
 HANDOVER_FRACTION = 0.025
 """Width of the hand-over at a window's edge, as a share of the window, where base lies at the edge."""
 HANDOVER_SLOPE = 0.15
 """How much wider the hand-over gets for each HU that base lies beyond the edge."""
-PROJECTION_ROUNDS = 4
+PROJECTION_ROUNDS = 5
 THIN_NOISE_SHARE = 1.2
 """The residual of a true thin series over the thick slices' noise: re-averaged thin slices bring noise of their own
 (0.7 of the thick slices' on a real pair of one acquisition: hypot(1, 0.7) = 1.2)."""
@@ -187,17 +187,7 @@ def _made_consistent(
     noise = settings.noise_hu if settings.noise_hu is not None else THIN_NOISE_SHARE * measurement_noise(thick.hu)
     check = check_operator(x, thick.hu, thick_z, thin_z, profile, noise)
     operator = slice_operator(profile, thick_z, thin_z)
-    rounds = [project(x, thick.hu, operator, thin_z, noise_hu=noise)]
-    for _ in range(PROJECTION_ROUNDS - 1):
-        # Alternating projections: HU has a floor, and cutting there can undo some of the agreement.
-        np.maximum(x, _floor(thick), out=x)
-        again = project(x, thick.hu, operator, thin_z, noise_hu=noise)
-        rounds.append(again)
-        if again.rms_before <= 1.02 * noise:
-            break
-    np.maximum(x, _floor(thick), out=x)
-    first = rounds[0]
-    after, per_slice_after = residual_rms(x, thick.hu, operator)
+    first, after, per_slice_after = _project_above_floor(x, thick, operator, thin_z, noise)
     return {
         "profile": str(profile),
         "noise_hu": round(noise, 3),
@@ -211,6 +201,29 @@ def _made_consistent(
         "operator_best": str(check.best),
         "warning": check.message,
     }
+
+
+def _project_above_floor(
+    x: NDArray[np.float32], thick: Volume, operator: SliceOperator, thin_z: NDArray[np.float64], noise: float
+) -> tuple[ProjectionFigures, float, NDArray[np.float64]]:
+    """Alternate between the projection and HU's floor, in place, until the residual is the noise; evidence in HU.
+
+    Where the floor undid agreement (air beside an edge), the next round aims lower by as much, for the whole.
+    """
+    floor = _floor(thick)
+    first = project(x, thick.hu, operator, thin_z, noise_hu=noise)
+    aim = noise
+    for _ in range(PROJECTION_ROUNDS):
+        np.maximum(x, floor, out=x)
+        after, per_slice_after = residual_rms(x, thick.hu, operator)
+        if not after > 1.05 * noise:
+            break
+        aim = max(float(np.sqrt(max(0.0, aim**2 - (after**2 - noise**2)))), 0.25 * aim)
+        project(x, thick.hu, operator, thin_z, noise_hu=aim)
+    else:
+        np.maximum(x, floor, out=x)
+        after, per_slice_after = residual_rms(x, thick.hu, operator)
+    return first, after, per_slice_after
 
 
 def _rounded(value: float) -> float | None:

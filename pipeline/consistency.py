@@ -23,6 +23,8 @@ from pipeline.slice_profile import SliceOperator
 
 ROW_BLOCK = 32
 """Image rows worked on at a time, to bound memory."""
+NOISE_TILE = 8
+"""Side of the tiles in which noise is measured, in 2x2 blocks."""
 PRIOR_LENGTH_MM = 1.5
 """Correlation length along z of the error of x: about one thin slice, so that corrections do not ring."""
 
@@ -73,17 +75,24 @@ def residual_rms(thin: NDArray[Any], thick: NDArray[Any], operator: SliceOperato
 
 
 def measurement_noise(thick: NDArray[Any]) -> float:
-    """Noise of the thick slices in HU, robust to anatomy: from the in-plane second difference of each 2x2 block.
+    """Noise of the thick slices in HU, from the in-plane second difference of each 2x2 block, where anatomy is even.
 
     (a - b - c + d) / 2 has the variance of one pixel for white noise and vanishes on planes; its median absolute
-    deviation over bodies' voxels ignores edges (Donoho's estimator on the finest diagonal detail). CT noise is
-    correlated in-plane, so this is a lower bound, and it is floored at 1 HU, the step of the stored values.
+    deviation is taken a tile, and the median over the body's tiles, so that edges count little (after Donoho's
+    estimator on the finest diagonal detail). CT noise is correlated in-plane, so this is a lower bound; it is floored
+    at 1 HU, the step of the stored values.
     """
-    even = thick[:, : thick.shape[1] // 2 * 2, : thick.shape[2] // 2 * 2].astype(np.float32)
-    detail = (even[:, ::2, ::2] - even[:, ::2, 1::2] - even[:, 1::2, ::2] + even[:, 1::2, 1::2]) / 2
-    inside = even[:, ::2, ::2] > -900
-    kept = detail[inside] if inside.any() else detail.ravel()
-    return max(1.0, float(np.median(np.abs(kept)) / 0.6745))
+    side = 2 * NOISE_TILE
+    rows, columns = (n // side for n in thick.shape[1:])
+    even = thick[:, : max(rows * side, 2), : max(columns * side, 2)].astype(np.float32)
+    detail = np.abs(even[:, ::2, ::2] - even[:, ::2, 1::2] - even[:, 1::2, ::2] + even[:, 1::2, 1::2]) / 2
+    if rows == 0 or columns == 0:
+        return max(1.0, float(np.median(detail) / 0.6745))
+    tiles = detail.reshape(len(thick), rows, NOISE_TILE, columns, NOISE_TILE)
+    spread = np.median(tiles, axis=(2, 4)) / 0.6745
+    level = even.reshape(len(thick), rows, side, columns, side).mean(axis=(2, 4))
+    inside = level > -300
+    return max(1.0, float(np.median(spread[inside] if inside.any() else spread)))
 
 
 def gain(operator: SliceOperator, thin_z_mm: NDArray[Any], damping: float) -> NDArray[np.float64]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache.errors import InputError
-from latentcache.records import LatentRecord, PairRecord, SeriesRecord
+from latentcache.records import LatentRecord, SeriesRecord
 from latentcache.store import LatentStore
 from pipeline.atomic_folder import refuse_existing
 from pipeline.compose import ComposeSettings
@@ -23,7 +21,7 @@ from pipeline.dicom_uids import SeriesIdentity
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.pairing import geometry_of
-from pipeline.slice_profile import SliceProfile
+from pipeline.protocol_fit import ProtocolFit, Protocols
 from pipeline.volume import SeriesPointer, SourceHeader, Volume
 
 
@@ -69,8 +67,7 @@ class DecodeTask:
     thick_at: SeriesPointer | None = None
     condition: tuple[str, LatentRecord] | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
-    profile: SliceProfile | None = None
-    noise_hu: float | None = None
+    fit: ProtocolFit | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,7 @@ def plan(
     keys: Sequence[str] | None = None,
     split: str | None = None,
     with_identity: bool = False,
+    protocols: Protocols | None = None,
 ) -> Iterator[DecodeTask]:
     """Tasks for the stored thin latents or, where ``generated`` stores are given, for the pairs sampled into all.
 
@@ -100,6 +98,7 @@ def plan(
         identity: Series key to the original identifiers (``PrivateStore.identity``).
         keys: Series or pair keys wanted; None for all.
         split: Only this split.
+        protocols: Fits of the slice operator, from other patients' pairs.
     """
     series = {s.series_key: s for s in store.series()}
     pairs = [p for p in store.pairs() if p.status == "ok"]
@@ -117,7 +116,7 @@ def plan(
                 continue
             thick = series[pair.thick_key]
             condition = store.find(pair.pair_key, "thick_on_thin", encode_key)
-            profile, noise = protocol_profile(pair, pairs, series)
+            fit = protocols.fit(pair) if protocols else None
             yield DecodeTask(
                 pair.pair_key,
                 "generated",
@@ -129,8 +128,7 @@ def plan(
                 thick_at=pointer(thick.series_key),
                 condition=None if condition is None else (store.url, condition),
                 identity=who(thick.series_key),
-                profile=profile,
-                noise_hu=noise,
+                fit=fit,
             )
         return
     partner = {p.thin_key: p for p in pairs}
@@ -139,7 +137,7 @@ def plan(
         if not wanted(thin.split, row.key, own.pair_key if own else row.key):
             continue
         measured = series[own.thick_key] if own else None
-        profile, noise = protocol_profile(own, pairs, series) if own else (None, None)
+        fit = protocols.fit(own) if protocols and own else None
         yield DecodeTask(
             row.key,
             "decoded",
@@ -150,37 +148,8 @@ def plan(
             thick=measured,
             thick_at=pointer(measured.series_key) if measured else None,
             identity=who(thin.series_key),
-            profile=profile,
-            noise_hu=noise,
+            fit=fit,
         )
-
-
-def protocol_profile(
-    pair: PairRecord, pairs: Sequence[PairRecord], series: Mapping[str, SeriesRecord]
-) -> tuple[SliceProfile | None, float | None]:
-    """Slice profile and noise fitted on *other* pairs of the same protocol; None where there are none.
-
-    Same protocol: equal kernel and thickness of the thick series. Training pairs alone are asked where there are any.
-    The commonest kind is taken, with its median width, blur and shift; the noise is the median in HU.
-    """
-
-    def protocol(p: PairRecord) -> tuple[str, float]:
-        return series[p.thick_key].kernel, round(series[p.thick_key].thickness_mm, 2)
-
-    peers = [p for p in pairs if p.patient_key != pair.patient_key and protocol(p) == protocol(pair)]
-    peers = [p for p in peers if p.split == "train"] or peers
-    proofs = [json.loads(p.evidence or "{}").get("pixel_proof") or {} for p in peers]
-    proofs = [p for p in proofs if p.get("profile")]
-    if not proofs:
-        return None, None
-    shapes = Counter((p["profile"]["kind"], p["profile"]["blur_mm"] > 0) for p in proofs)
-    kind, blurred = shapes.most_common(1)[0][0]
-    same = [p for p in proofs if (p["profile"]["kind"], p["profile"]["blur_mm"] > 0) == (kind, blurred)]
-    width, blur, shift = (
-        float(np.median([p["profile"][name] for p in same])) for name in ("fwhm_mm", "blur_mm", "shift_mm")
-    )
-    noise = float(np.median([p["noise_hu"] for p in proofs]))
-    return SliceProfile(kind, width, blur_mm=blur, shift_mm=shift), noise if noise > 0 else None
 
 
 def prepare(task: DecodeTask, *, threads: int = 2) -> PreparedDecode:
@@ -219,8 +188,8 @@ def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettin
     composing = replace(
         settings.compose,
         detail=detail,
-        profile=settings.compose.profile or task.profile,
-        noise_hu=settings.compose.noise_hu or task.noise_hu,
+        profile=settings.compose.profile or (task.fit.profile if task.fit else None),
+        noise_hu=settings.compose.noise_hu or (task.fit.noise_hu if task.fit else None),
     )
     condition = None
     if detail == "residual" and task.condition is not None:

@@ -17,6 +17,8 @@ from pipeline.derived import DerivedSeries
 from pipeline.engine import EngineOptions, Outcome, Stage, stream
 from pipeline.hu import Window
 from pipeline.private import PrivateStore
+from pipeline.protocol_fit import Protocols
+from pipeline.volume_reader import read_series
 
 log = logging.getLogger("ctpipe.decode")
 
@@ -93,6 +95,12 @@ def decode_store(
     Raises:
         InputError: Nothing matches, or the VAE is not the one that encoded the store.
     """
+    protocols = Protocols(
+        store.pairs(),
+        {s.series_key: s for s in store.series()},
+        private.pointer,
+        functools.partial(read_series, threads=2),
+    )
     tasks = list(
         decode.plan(
             store,
@@ -103,6 +111,7 @@ def decode_store(
             keys=keys,
             split=split,
             with_identity=settings.restore_identity,
+            protocols=protocols if settings.compose.consistency else None,
         )
     )
     if not tasks:

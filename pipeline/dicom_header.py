@@ -7,29 +7,23 @@ the walk stops behind group 0028. Whatever does not fit the standard is refused 
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 
 from isal import isal_zlib
 
 from latentcache.errors import InputError
+from pipeline.element_walk import LONG_VR, SHORT_VR, UNDEFINED, HeaderError, NeedMoreError, walk
 
 EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
 EXPLICIT_BIG = "1.2.840.10008.1.2.2"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
+_UID = re.compile(r"[0-9.]{1,64}")
 PIXEL_DATA = 0x7FE00010
-_ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-_UNDEFINED = 0xFFFFFFFF
-_MAX_NESTING = 32
 _MAX_DEFLATED_DATASET = 1 << 31
-
-_LONG_VR = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"})
-_SHORT_VR = frozenset(
-    {b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FL", b"FD", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS"}
-    | {b"ST", b"TM", b"UI", b"UL", b"US"}
-)  # PS3.5 table 7.1-2
 
 _IDENTITY_AND_SORTING = """
     00080005 00080008 00080016 00080018 00080020 00080021 00080022 0008002A 00080030 00080031 00080032 00080050
@@ -42,6 +36,8 @@ _ACQUISITION = """
 _PIXELS = """
     00280002 00280004 00280008 00280010 00280011 00280030 00280100 00280101 00280102 00280103 00280120 00280121
     00280301 00281052 00281053 00281054 00282110 00282112 00282114 00283000"""
+__all__ = ["Header", "HeaderError", "NeedMoreError", "NotDicomError", "find_pixels", "parse_header"]
+
 WANTED = frozenset(int(tag, 16) for tag in (_IDENTITY_AND_SORTING + _ACQUISITION + _PIXELS).split())
 
 
@@ -50,17 +46,6 @@ class NotDicomError(InputError):
 
     def __init__(self, found: str) -> None:
         super().__init__(found, expected="a DICOM file", remedy="Nothing to do: such members are set aside.")
-
-
-class HeaderError(InputError):
-    """A DICOM header that cannot be read."""
-
-    def __init__(self, found: str) -> None:
-        super().__init__(found, expected="a header as in DICOM PS3.5", remedy="Export the file again from its archive.")
-
-
-class NeedMoreError(Exception):
-    """The bytes at hand end before the wanted part of the header does; read more and try again."""
 
 
 @dataclass(slots=True)
@@ -149,9 +134,11 @@ def parse_header(data: bytes, *, whole: bool) -> Header:
     media_class = ""
     if meta_start >= 0:
         meta: dict[int, bytes] = {}
-        position = _walk(data, meta_start, meta, frozenset({0x00020002, 0x00020010}), 0x0002FFFF, True, True, whole)
+        position = walk(data, meta_start, meta, frozenset({0x00020002, 0x00020010}), 0x0002FFFF, True, True, whole)
         syntax = meta.get(0x00020010, b"").decode("latin-1").strip(" \0")
         media_class = meta.get(0x00020002, b"").decode("latin-1").strip(" \0")
+    if syntax and not _UID.fullmatch(syntax):
+        raise HeaderError("the transfer syntax is no UID")
     if media_class == "1.2.840.10008.1.3.10":
         raise NotDicomError("a DICOMDIR")
     deflated_from, body, notes = 0, data, []
@@ -167,7 +154,7 @@ def parse_header(data: bytes, *, whole: bool) -> Header:
         syntax = IMPLICIT_LITTLE
         notes.append("mislabelled-transfer-syntax")
     elements: dict[int, bytes] = {}
-    resume = _walk(body, position, elements, WANTED, 0x0028FFFF, explicit, little, whole)
+    resume = walk(body, position, elements, WANTED, 0x0028FFFF, explicit, little, whole)
     return Header(elements, syntax, explicit, little, resume, deflated_from, media_class, tuple(notes))
 
 
@@ -200,7 +187,7 @@ def _encoding_at(data: bytes, position: int, syntax: str, *, has_meta: bool) -> 
         if has_meta:
             raise HeaderError("the file ends behind its meta information")
         raise NotDicomError("no DICOM file")
-    looks_explicit = head[4:6] in _LONG_VR or head[4:6] in _SHORT_VR
+    looks_explicit = head[4:6] in LONG_VR or head[4:6] in SHORT_VR
     if syntax == EXPLICIT_BIG:
         return True, False
     if syntax == IMPLICIT_LITTLE:
@@ -218,112 +205,13 @@ def _encoding_at(data: bytes, position: int, syntax: str, *, has_meta: bool) -> 
     raise NotDicomError("no DICOM file")
 
 
-def _walk(
-    data: bytes,
-    position: int,
-    found: dict[int, bytes],
-    wanted: frozenset[int],
-    last: int,
-    explicit: bool,
-    little: bool,
-    whole: bool,
-) -> int:
-    """Collect wanted values up to tag ``last``; returns the offset of the first element behind it (or the end)."""
-    size = len(data)
-    tag_of = struct.Struct("<HH" if little else ">HH").unpack_from
-    short_of = struct.Struct("<H" if little else ">H").unpack_from
-    long_of = struct.Struct("<I" if little else ">I").unpack_from
-    while True:
-        if position + 8 > size:
-            if whole and position == size:
-                return position
-            raise HeaderError("the header is cut short") if whole else NeedMoreError
-        group, element = tag_of(data, position)
-        tag = group << 16 | element
-        if tag > last:
-            return position
-        if explicit:
-            vr = data[position + 4 : position + 6]
-            if vr in _SHORT_VR:
-                (length,) = short_of(data, position + 6)
-                start = position + 8
-            elif vr in _LONG_VR:
-                if position + 12 > size:
-                    raise HeaderError("the header is cut short") if whole else NeedMoreError
-                (length,) = long_of(data, position + 8)
-                start = position + 12
-            else:
-                raise HeaderError("an element of the header has no valid value representation")
-        else:
-            vr = b""
-            (length,) = long_of(data, position + 4)
-            start = position + 8
-        if length == _UNDEFINED:
-            position = _skip_undefined(data, start, explicit and vr != b"UN", little, whole, 0)
-            continue
-        position = start + length
-        if position > size:
-            if whole:
-                raise HeaderError("the header is cut short")
-            raise NeedMoreError
-        if tag in wanted:
-            found[tag] = data[start:position]
-
-
-def _skip_undefined(data: bytes, position: int, explicit: bool, little: bool, whole: bool, depth: int) -> int:
-    """Offset behind a sequence of undefined length whose first item starts at ``position`` (PS3.5 7.5)."""
-    if depth > _MAX_NESTING:
-        raise HeaderError("sequences are nested too deeply")
-    order = "<" if little else ">"
-    while True:
-        if position + 8 > len(data):
-            raise HeaderError("the header is cut short") if whole else NeedMoreError
-        group, element, length = struct.unpack_from(order + "HHI", data, position)
-        tag = group << 16 | element
-        position += 8
-        if tag == _SEQUENCE_END:
-            return position
-        if tag != _ITEM:
-            raise HeaderError("a sequence holds something else than items")
-        if length != _UNDEFINED:
-            position += length
-        else:
-            position = _skip_item(data, position, explicit, little, whole, depth)
-
-
-def _skip_item(data: bytes, position: int, explicit: bool, little: bool, whole: bool, depth: int) -> int:
-    """Offset behind an item of undefined length."""
-    order = "<" if little else ">"
-    while True:
-        if position + 12 > len(data) and (position + 8 > len(data) or not whole):
-            raise HeaderError("the header is cut short") if whole else NeedMoreError
-        group, element, length = struct.unpack_from(order + "HHI", data, position)
-        if group << 16 | element == _ITEM_END:
-            return position + 8
-        vr = data[position + 4 : position + 6] if explicit else b""
-        if not explicit:
-            position += 8
-        elif vr in _SHORT_VR:
-            (length,) = struct.unpack_from(order + "H", data, position + 6)
-            position += 8
-        elif vr in _LONG_VR and position + 12 <= len(data):
-            (length,) = struct.unpack_from(order + "I", data, position + 8)
-            position += 12
-        else:
-            raise HeaderError("an element inside a sequence has no valid value representation")
-        if length == _UNDEFINED:
-            position = _skip_undefined(data, position, explicit and vr != b"UN", little, whole, depth + 1)
-        else:
-            position += length
-
-
 def find_pixels(data: bytes, header: Header) -> PixelElement:
     """Locate PixelData in a whole data set (already inflated when deflated).
 
     Raises:
         HeaderError: No PixelData, or the header between is malformed.
     """
-    position = _walk(data, header.resume, {}, frozenset(), PIXEL_DATA - 1, header.explicit, header.little, True)
+    position = walk(data, header.resume, {}, frozenset(), PIXEL_DATA - 1, header.explicit, header.little, True)
     order = "<" if header.little else ">"
     if position + 12 > len(data) or struct.unpack_from(order + "HH", data, position) != (0x7FE0, 0x0010):
         raise HeaderError("the file holds no pixel data")
@@ -336,4 +224,4 @@ def find_pixels(data: bytes, header: Header) -> PixelElement:
     else:
         (length,) = struct.unpack_from(order + "I", data, position + 4)
         start = position + 8
-    return PixelElement(start, None if length == _UNDEFINED else length, vr == b"OW")
+    return PixelElement(start, None if length == UNDEFINED else length, vr == b"OW")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.atomic_folder import atomic_folder, refuse_existing
+from pipeline.atomic_folder import atomic_folder, refuse_existing, sync_file
 from pipeline.dicom_dataset import SharedHeader, element, file_prefix, series_dataset, spell_number
 from pipeline.dicom_encode import PixelFormat, pixel_element, transfer_syntax_uid
 from pipeline.dicom_provenance import Provenance
@@ -113,20 +113,22 @@ def write_series(
                 }
             )
             tag, value = pixel_element(pixels.stored(hu[i]), transfer_syntax)
-            _write_durably(partial / names[i], (file_prefix(syntax, sop_uids[i]), head, tag, value))
+            _write_file(partial / names[i], (file_prefix(syntax, sop_uids[i]), head, tag, value))
             if progress:
                 progress(1)
 
         with ThreadPoolExecutor(max(1, threads)) as pool:
             for _ in pool.map(write_slice, range(len(hu))):
                 pass
+            # Synced after all are written: one flush of the file system then covers many files.
+            for _ in pool.map(sync_file, (partial / name for name in names)):
+                pass
     return WrittenSeries(tuple(out_dir / name for name in names), series_uid, uids.study_uid, sop_uids)
 
 
-def _write_durably(path: Path, parts: tuple[bytes | memoryview, ...]) -> None:
+def _write_file(path: Path, parts: tuple[bytes | memoryview, ...]) -> None:
     with path.open("wb", buffering=0) as file:
         _write_all(file.fileno(), parts)
-        os.fsync(file.fileno())
 
 
 def _write_all(fd: int, parts: tuple[bytes | memoryview, ...]) -> None:

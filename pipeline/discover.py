@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from latentcache.errors import InputError
+from latentcache.location import open_location
 
 DEFAULT_CATEGORIES = ("APE", "non-APE")
 UNLABELLED = "unlabelled"
@@ -22,8 +23,8 @@ _IGNORED_FOLDERS = {"__MACOSX"}
 class FoundArchive:
     """A zip or a folder, as the file system or object store describes it.
 
-    ``etag`` changes with the content: the object store's ETag, or for a folder a hash of its listing. ``category`` is a
-    label of the allow-list. ``url`` is private: it may name a patient.
+    ``etag`` changes with the content where size and time do not tell: for a folder, a hash of its listing. ``category``
+    is a label of the allow-list. ``url`` is private: it may name a patient.
     """
 
     url: str = field(repr=False)
@@ -144,16 +145,9 @@ def _folder(unit: Path, files: Sequence[Path], category: str) -> FoundArchive:
 
 
 def _remote(url: str, categories: Sequence[str]) -> Iterator[FoundArchive]:
-    """Zips below a prefix of an object store, from one listing."""
-    from obstore.store import from_url
-
-    split = urlsplit(url)
-    bucket, prefix = f"{split.scheme}://{split.netloc}", split.path.strip("/")
-    for batch in from_url(bucket).list(prefix or None):
-        for entry in batch:
-            path = PurePosixPath(entry["path"])
-            if path.suffix.casefold() != ".zip":
-                continue
-            category = category_of([*path.relative_to(prefix).parts[:-1], PurePosixPath(prefix).name], categories)
-            modified = int(entry["last_modified"].timestamp() * 1e9)
-            yield FoundArchive(f"{bucket}/{path}", int(entry["size"]), modified, entry["e_tag"] or "", category)
+    """Zips below a prefix of an object store, from one listing. Its time of writing stands for an ETag."""
+    for entry in open_location(url.rstrip("/")).list(""):
+        path = PurePosixPath(entry.path)
+        if path.suffix.casefold() == ".zip":
+            category = category_of([*path.parts[:-1], PurePosixPath(urlsplit(url).path).name], categories)
+            yield FoundArchive(f"{url.rstrip('/')}/{path}", entry.size, int(entry.modified * 1e9), "", category)

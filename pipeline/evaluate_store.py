@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from latentcache.store import LatentStore
 from pipeline.compose import ComposeSettings, compose
 from pipeline.encode import Encoder
 from pipeline.evaluate import CaseScores, common_slices, interpolations, score, summarise
+from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.private import PrivateStore
+from pipeline.protocol_fit import ProtocolFit, Protocols
 from pipeline.report import CaseView
 from pipeline.volume import Volume
 from pipeline.volume_reader import read_series
@@ -65,6 +67,7 @@ def evaluate_pairs(
             remedy="Choose another --split, or encode the store first.",
         )
     (folder / "cases").mkdir(parents=True, exist_ok=True)
+    protocols = Protocols(store.pairs(), {s.series_key: s for s in store.series()}, private.pointer, read_series)
     for number, pair in enumerate(pairs):
         path = folder / "cases" / f"{pair.pair_key}.json"
         done = _finished(path, settings.identity)
@@ -72,9 +75,8 @@ def evaluate_pairs(
             yield done
             continue
         try:
-            case = _evaluate(
-                store, private, vae, pair, generated, settings, folder if number < settings.views else None
-            )
+            view_folder = folder if number < settings.views else None
+            case = _evaluate(store, private, vae, pair, generated, settings, protocols.fit(pair), view_folder)
         except CtpipeError as error:
             log.warning("pair %s could not be evaluated: %s", pair.pair_key, error)
             case = CaseScores(pair.pair_key, pair.category, 0, {}, {"case": str(error)}, {})
@@ -87,17 +89,24 @@ def case_volumes(
     vae: Encoder,
     pair: PairRecord,
     thick: Volume,
-    thin: Volume,
+    thin: Geometry,
     generated: LatentOf,
     settings: EvaluationSettings,
+    fit: ProtocolFit | None = None,
 ) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
-    """Every method's volume in HU on the thin grid, and the consistency figures of the model's output."""
-    window, shape = settings.window, thin.geometry.shape_zyx
+    """Every method's volume in HU on the measured part of the thin grid, and the model's consistency figures.
+
+    The model's output is composed as ``ctpipe decode --checkpoint`` composes it, with the protocol's slice profile
+    fitted on other patients.
+    """
+    window, shape = settings.window, thin.shape_zyx
+    inside = common_slices(thick.geometry, thin)
+    target = thin.with_z(np.array(thin.z_mm)[inside])
 
     def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
-        return window.from_unit(np.asarray(vae.decode(np.asarray(latent, dtype=np.float32), shape)))
+        return window.from_unit(np.asarray(vae.decode(np.asarray(latent, dtype=np.float32), shape))[inside])
 
-    methods: dict[str, NDArray[Any]] = dict(interpolations(thick, thin.geometry))
+    methods: dict[str, NDArray[Any]] = dict(interpolations(thick, target))
     condition = store.find(pair.pair_key, "thick_on_thin", settings.encode_key)
     if condition is not None:
         methods["condition_round_trip"] = decoded(store.read(condition))
@@ -108,15 +117,15 @@ def case_volumes(
             expected="one, because residual detail needs the condition decoded",
             remedy="Encode with --roles thin,thick,thick_on_thin, or use --detail absolute.",
         )
-    composed, figures = compose(
-        decoded(generated(pair)),
-        window,
-        thick,
-        thin.geometry,
-        settings.compose,
-        condition_hu=methods["condition_round_trip"] if residual else None,
+    composing = settings.compose
+    if fit is not None:
+        composing = replace(
+            composing, profile=composing.profile or fit.profile, noise_hu=composing.noise_hu or fit.noise_hu
+        )
+    condition_hu = methods["condition_round_trip"] if residual else None
+    methods["model"], figures = compose(
+        decoded(generated(pair)), window, thick, target, composing, condition_hu=condition_hu
     )
-    methods["model"] = composed
     ceiling = store.find(pair.thin_key, "thin", settings.encode_key)
     if ceiling is not None:
         methods["vae_ceiling"] = decoded(store.read(ceiling))
@@ -130,17 +139,16 @@ def _evaluate(
     pair: PairRecord,
     generated: LatentOf,
     settings: EvaluationSettings,
+    fit: ProtocolFit | None,
     view_folder: Path | None,
 ) -> CaseScores:
     thick = read_series(private.pointer(pair.thick_key))
     thin = read_series(private.pointer(pair.thin_key))
-    methods, figures = case_volumes(store, vae, pair, thick, thin, generated, settings)
-    inside = common_slices(thick.geometry, thin.geometry)
-    methods = {name: volume[inside] for name, volume in methods.items()}
-    truth = thin.hu[inside]
+    methods, figures = case_volumes(store, vae, pair, thick, thin.geometry, generated, settings, fit)
+    truth = thin.hu[common_slices(thick.geometry, thin.geometry)]
     if view_folder is not None:
         _save_view(view_folder, pair.pair_key, thin.geometry.spacing_mm_zyx, {**methods, "truth": truth})
-    misfit = {"rms_hu": figures.get("rms_after_hu"), "rms_before_hu": figures.get("rms_before_hu"), **figures}
+    misfit = {"rms_hu": figures.get("rms_after_hu"), **figures}
     return score(pair.pair_key, pair.category, truth, methods, settings.window, misfit)
 
 

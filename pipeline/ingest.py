@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from pipeline.private import PrivateStore
 
 log = logging.getLogger("ctpipe.ingest")
 BATCH = 256
-KNOWN = ("url", "size", "mtime_ns", "etag", "digest", "category")
+KNOWN = ("archive_key", "size", "mtime_ns", "etag", "digest", "category")
+ScanJob = tuple[FoundArchive, str, bool]
+"""Arguments of `scan_archive`."""
 CRASHED = "the reader crashed on it, so it is left out"
 
 
@@ -109,7 +111,7 @@ def ingest(
     left_out = [f.url for f in everything if options.overrides.excludes_archive(f.url, dataset)]
     if private is None or store is None:
         return IngestSummary(dry_run=True, archives={"new": len(found), "excluded": len(left_out)})
-    plan = plan_archives(found_table(found), private.table("archives", KNOWN), options.rescan)
+    plan = plan_archives(found_table(found, private.keys), private.table("archives", KNOWN), options.rescan)
     if options.dry_run:
         return IngestSummary(dry_run=True, archives=_counts(plan, left_out))
     with store.writer():
@@ -123,9 +125,9 @@ def ingest(
         relabel(store, private, {found[i].url: found[i].category for i in plan.relabelled})
         refused = apply_overrides(store, private, splits, options.overrides, left_out)
     private.compact()
-    counts = {**_counts(plan, left_out), **writer.outcomes}
-    counts["unchanged"] = len(plan.unchanged) + writer.outcomes.get("unchanged", 0)
-    return summarise(store, private, {k: n for k, n in counts.items() if n}, refused)
+    counts = {**writer.outcomes, "excluded": len(left_out)}
+    counts["unchanged"] = len(plan.unchanged) + writer.outcomes["unchanged"]
+    return summarise(store, {name: n for name, n in counts.items() if n}, refused)
 
 
 def _counts(plan: ArchivePlan, left_out: Sequence[str]) -> dict[str, int]:
@@ -148,29 +150,50 @@ def _batches(found: Sequence[FoundArchive], plan: ArchivePlan, options: IngestOp
         for batch in batches:
             yield [scan_archive(*job) for job in batch]
         return
-    for batch in batches:
-        yield _scan_in_pool(batch, options.workers)
+    pool = _pool(min(options.workers, len(jobs)))
+    try:
+        for batch in batches:
+            scans, lost = _scan_in_pool(pool, batch)
+            if lost:
+                pool.shutdown()
+                pool = _pool(min(options.workers, len(jobs)))
+            yield scans
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _scan_in_pool(jobs: Sequence[tuple[FoundArchive, str, bool]], workers: int) -> list[ArchiveScan]:
-    """Scan in worker processes. One that dies takes nothing with it but the archive that killed it."""
-    scans: list[ArchiveScan | None] = [None] * len(jobs)
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(scan_archive, *job) for job in jobs]
-        for i, future in enumerate(futures):
-            try:
-                scans[i] = future.result()
-            except BrokenProcessPool:
-                break
-    for i, scan in enumerate(scans):
-        if scan is None:
-            scans[i] = _scan_alone(jobs[i])
-    return [scan for scan in scans if scan is not None]
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: the parent has threads (Arrow's, the lease's), and a forked child may hang on their locks.
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
-def _scan_alone(job: tuple[FoundArchive, str, bool]) -> ArchiveScan:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def _scan_in_pool(pool: ProcessPoolExecutor, jobs: Sequence[ScanJob]) -> tuple[list[ArchiveScan], bool]:
+    """Scans of a batch, and whether the pool was lost: a worker that dies takes only the archive that killed it."""
+    scans: list[ArchiveScan] = []
+    lost = False
+    futures = [_submit(pool, job) for job in jobs]
+    for job, future in zip(jobs, futures, strict=True):
+        try:
+            if future is None:
+                raise BrokenProcessPool
+            scans.append(future.result())
+        except BrokenProcessPool:
+            lost = True
+            scans.append(_scan_alone(job))
+    return scans, lost
+
+
+def _submit(pool: ProcessPoolExecutor, job: ScanJob) -> Future[ArchiveScan] | None:
+    """The job's future, or None where an earlier job has already broken the pool."""
+    try:
+        return pool.submit(scan_archive, *job)
+    except BrokenProcessPool:
+        return None
+
+
+def _scan_alone(job: ScanJob) -> ArchiveScan:
+    with _pool(1) as pool:
         try:
             return pool.submit(scan_archive, *job).result()
         except BrokenProcessPool:
-            return replace(ArchiveScan(job[0]), reason=CRASHED)
+            return ArchiveScan(job[0], reason=CRASHED)

@@ -13,15 +13,16 @@ from pipeline.catalog_rows import series_where
 from pipeline.discover import UNLABELLED
 from pipeline.ingest_rows import PatientKeys, private_row, public_row, with_reason
 from pipeline.ingest_scan import ArchiveScan, scan_joined
+from pipeline.keys import Keys
 from pipeline.overrides import EXCLUDED, Overrides
 from pipeline.patient_splits import PatientSplits
 from pipeline.private import PrivateStore, one_of
-from pipeline.private_rows import ArchiveRow, QuarantineRow, SeriesRow, archive_row
+from pipeline.private_rows import ArchiveRow, QuarantineRow, SeriesRow, archive_row, forgotten_archive
 from pipeline.series import ScannedSeries
 from pipeline.study_pairs import pair_studies
 
 ARCHIVE_FLAG = "archive"
-"""Flag of a catalog row that stands for a whole archive set aside."""
+"""Flag of a catalog row that stands for an archive set aside, whole or in part."""
 SUPERSEDED_FLAG = "superseded"
 """Flag of a row that no longer stands for anything; nothing is counted or reported for it."""
 SUPERSEDED = "no longer found in its archive"
@@ -36,6 +37,7 @@ class BatchWriter:
         self._keys = private.keys
         self._overrides = overrides
         self._patients = PatientKeys(private)
+        self._forgotten = private.forgotten()
         self._splits = splits
         self.outcomes: Counter[str] = Counter()
 
@@ -44,29 +46,32 @@ class BatchWriter:
         known = self._known_archives(scans)
         self._count(scans, known)
         owner = {scan.found.url: scan.found for scan in scans}
-        fresh = {self._keys.series(one.series_uid, one.discriminator): (one, url) for one, url in self._joined(scans)}
-        self._patients.learn(one for one, _ in fresh.values())
+        found = self._joined(scans)
+        self._patients.learn(one for one, _ in found)
         rows: dict[str, SeriesRecord] = {}
         sources: list[SeriesRow] = []
-        for key, (one, url) in fresh.items():
-            record = self._excluded(public_row(one, self._keys, self._patients.of(one), owner[url].category))
-            rows[key] = record
+        for one, url in found:
+            patient = self._patients.of(one)
+            if patient[0] in self._forgotten:
+                continue
+            record = self._excluded(public_row(one, self._keys, patient, owner[url].category))
+            rows[record.series_key] = record
             sources.append(private_row(one, record))
         rows.update(self._gone(scans, known, rows))
         pairs = pair_studies(self._store, self._keys, rows)
         pairs = self._splits.apply(rows, pairs)
         whole = self._archive_rows(scans, known)
         self._private.add_sources(sources)
-        self._private.quarantine([*_quarantine_rows(scans, rows, self._private), *_series_quarantine(rows)])
+        self._private.quarantine([*_quarantine_rows(scans, self._keys), *_series_quarantine(rows)])
         self._store.append_catalog([*rows.values(), *whole], pairs)
-        self._private.add_archives([self._archive_row(scan, fresh, known) for scan in scans])
+        self._private.add_archives([self._archive_row(scan, sources, known) for scan in scans])
 
     # -- what the batch holds -------------------------------------------------------------------------------------
 
     def _known_archives(self, scans: Sequence[ArchiveScan]) -> dict[str, ArchiveRow]:
-        where = one_of("url", [scan.found.url for scan in scans])
-        rows = self._private.table("archives", where=where).to_pylist()
-        return {row["url"]: archive_row(row) for row in rows}
+        urls = {self._keys.archive(scan.found.url): scan.found.url for scan in scans}
+        rows = self._private.table("archives", where=one_of("archive_key", urls)).to_pylist()
+        return {urls[row["archive_key"]]: archive_row(row) for row in rows}
 
     def _count(self, scans: Sequence[ArchiveScan], known: Mapping[str, ArchiveRow]) -> None:
         for scan in scans:
@@ -129,37 +134,39 @@ class BatchWriter:
     # -- archives -------------------------------------------------------------------------------------------------
 
     def _archive_rows(self, scans: Sequence[ArchiveScan], known: Mapping[str, ArchiveRow]) -> list[SeriesRecord]:
-        """Catalog rows for archives set aside whole, and the end of such a row once its archive can be read."""
+        """Catalog rows for archives set aside, whole or in part, and the end of such a row once all can be read."""
         out = []
         for scan in scans:
             before = known.get(scan.found.url)
-            if scan.reason and not scan.empty_folder:
-                out.append(_whole_archive(self._keys.archive(scan.found.url), scan.found.category, scan.reason))
-            elif before is not None and before.status == "quarantined" and not scan.unchanged:
+            if scan.complaint:
+                out.append(_whole_archive(self._keys.archive(scan.found.url), scan.found.category, scan.complaint))
+            elif before is not None and before.reason and not scan.unchanged:
                 row = _whole_archive(before.archive_key, scan.found.category, SUPERSEDED)
                 out.append(replace(row, flags=(*row.flags, SUPERSEDED_FLAG)))
         return out
 
     def _archive_row(
-        self, scan: ArchiveScan, fresh: Mapping[str, tuple[ScannedSeries, str]], known: Mapping[str, ArchiveRow]
+        self, scan: ArchiveScan, sources: Sequence[SeriesRow], known: Mapping[str, ArchiveRow]
     ) -> ArchiveRow:
         found = scan.found
         if scan.unchanged:
             row = known[found.url]
             return replace(row, mtime_ns=found.mtime_ns, etag=found.etag, size=found.size, category=found.category)
         held = {one.series_uid for one in scan.series}
-        return ArchiveRow(
+        mine = tuple(source.pointer.series_key for source in sources if source.series_uid in held)
+        row = ArchiveRow(
             archive_key=self._keys.archive(found.url),
             url=found.url,
             size=found.size,
             mtime_ns=found.mtime_ns,
             etag=found.etag,
-            category=found.category,
             digest=scan.digest,
             status="quarantined" if scan.reason and not scan.empty_folder else "ok",
-            reason=scan.reason,
-            series_keys=tuple(key for key, (one, _) in fresh.items() if one.series_uid in held),
+            reason=scan.complaint,
+            category=found.category,
+            series_keys=mine,
         )
+        return forgotten_archive(row) if held and not mine else row
 
 
 def _whole_archive(key: str, category: str, reason: str) -> SeriesRecord:
@@ -186,13 +193,11 @@ def _whole_archive(key: str, category: str, reason: str) -> SeriesRecord:
     )
 
 
-def _quarantine_rows(
-    scans: Sequence[ArchiveScan], rows: Mapping[str, SeriesRecord], private: PrivateStore
-) -> list[QuarantineRow]:
+def _quarantine_rows(scans: Sequence[ArchiveScan], keys: Keys) -> list[QuarantineRow]:
     """Archives and members set aside, in full, for PRIVATE."""
     out = []
     for scan in scans:
-        key, url = private.keys.archive(scan.found.url), scan.found.url
+        key, url = keys.archive(scan.found.url), scan.found.url
         if scan.reason and not scan.empty_folder:
             out.append(QuarantineRow("archive", key, scan.reason, url=url, detail=scan.detail))
         out += [QuarantineRow("member", key, reason, url=url, member=name) for name, reason in scan.problems]

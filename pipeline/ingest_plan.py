@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.discover import FoundArchive
+from pipeline.keys import Keys
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class ArchivePlan:
     relabelled: tuple[int, ...]
 
 
-def found_table(found: Sequence[FoundArchive]) -> pa.Table:
-    """Found archives as columns."""
+def found_table(found: Sequence[FoundArchive], keys: Keys) -> pa.Table:
+    """Found archives as columns, by key: of a forgotten patient's archive nothing else is kept."""
     return pa.table(
         {
-            "url": pa.array([f.url for f in found], pa.string()),
+            "archive_key": pa.array([keys.archive(f.url) for f in found], pa.string()),
             "size": pa.array([f.size for f in found], pa.int64()),
             "mtime_ns": pa.array([f.mtime_ns for f in found], pa.int64()),
             "etag": pa.array([f.etag for f in found], pa.string()),
@@ -43,18 +44,18 @@ def found_table(found: Sequence[FoundArchive]) -> pa.Table:
 
 
 def plan_archives(found: pa.Table, known: pa.Table, rescan: bool = False) -> ArchivePlan:
-    """Compare archives by URL, size and ETag, or modification time where there is no ETag. Opens nothing.
+    """Compare archives by key, size and ETag, or modification time where there is no ETag. Opens nothing.
 
     Args:
         found: As of :func:`found_table`.
-        known: PRIVATE's archives: url, size, mtime_ns, etag, digest, category.
+        known: PRIVATE's archives: archive_key, size, mtime_ns, etag, digest, category.
         rescan: Read everything again whatever is known.
     """
     if not len(found):
         return ArchivePlan((), (), (), ())
-    row = pc.index_in(found["url"], value_set=_one_chunk(known["url"]))
+    row = pc.index_in(found["archive_key"], value_set=one_chunk(known["archive_key"]))
     seen = pc.is_valid(row)
-    here = {name: pc.take(_one_chunk(known[name]), row) for name in ("size", "mtime_ns", "etag", "digest", "category")}
+    here = {name: pc.take(one_chunk(known[name]), row) for name in ("size", "mtime_ns", "etag", "digest", "category")}
     tagged = pc.not_equal(found["etag"], "")
     same_stamp = pc.if_else(
         tagged, pc.equal(found["etag"], here["etag"]), pc.equal(found["mtime_ns"], here["mtime_ns"])
@@ -72,6 +73,7 @@ def plan_archives(found: pa.Table, known: pa.Table, rescan: bool = False) -> Arc
     )
 
 
-def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array."""
     combined = column.combine_chunks()
     return combined if isinstance(combined, pa.Array) else pa.concat_arrays(combined.chunks)

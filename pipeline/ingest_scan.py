@@ -33,6 +33,15 @@ class ArchiveScan:
     unchanged: bool = False
     empty_folder: bool = False
 
+    @property
+    def complaint(self) -> str:
+        """What to say of the archive as a whole: why it is set aside, or that some of its files cannot be read."""
+        if self.empty_folder or self.reason or not self.problems:
+            return "" if self.empty_folder else self.reason
+        why, times = Counter(reason for _, reason in self.problems).most_common(1)[0]
+        more = f", {times} of them" if times < len(self.problems) else ""
+        return f"{len(self.problems)} of its files cannot be read{more}: {why}"
+
 
 def scan_archive(found: FoundArchive, known_digest: str = "", verify_pixels: bool = False) -> ArchiveScan:
     """Scan an archive. Whatever is wrong with it comes back as a reason, never as an exception.

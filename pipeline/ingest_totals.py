@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentcache.store import LatentStore
 from pipeline.ingest_batch import ARCHIVE_FLAG, SUPERSEDED_FLAG
+from pipeline.ingest_plan import one_chunk
 from pipeline.ingest_summary import IngestSummary, SetAside
 from pipeline.overrides import EXCLUDED
 from pipeline.patient_splits import patient_table
-from pipeline.private import PrivateStore
+from pipeline.study_pairs import BETTER_MATCH
 
 COLUMNS = ("series_key", "study_key", "patient_key", "role", "status", "reason", "flags", "n_slices")
 
 
-def summarise(
-    store: LatentStore, private: PrivateStore, archives: Mapping[str, int], more: Sequence[SetAside] = ()
-) -> IngestSummary:
+def summarise(store: LatentStore, archives: Mapping[str, int], more: Sequence[SetAside] = ()) -> IngestSummary:
     """The summary of a store; ``archives`` are this run's outcomes, ``more`` what else it set aside."""
     catalog = store.catalog_table(COLUMNS)
     catalog = catalog.filter(pc.invert(_flagged(catalog, SUPERSEDED_FLAG)))
@@ -43,7 +44,7 @@ def summarise(
         set_aside=[
             *_named("archive", catalog.filter(whole), "series_key"),
             *_named("series", series.filter(_undue(series)), "series_key"),
-            *_unpaired(series, patients),
+            *_unpaired(series, patients, pairs),
             *more,
         ],
     )
@@ -51,10 +52,11 @@ def summarise(
 
 def _flagged(table: pa.Table, flag: str) -> pa.Array:
     """Whether each row carries a flag."""
-    rows = pc.list_parent_indices(table["flags"])
-    hits = rows.filter(pc.equal(pc.list_flatten(table["flags"]), flag))
-    numbers = pa.array(range(len(table)), pa.int64())
-    return pc.is_in(numbers, value_set=hits.combine_chunks() if isinstance(hits, pa.ChunkedArray) else hits)
+    flags = one_chunk(table["flags"])
+    hits = pc.list_parent_indices(flags).filter(pc.equal(pc.list_flatten(flags), flag))
+    out = np.zeros(len(table), dtype=bool)
+    out[np.asarray(hits)] = True
+    return pa.array(out)
 
 
 def _undue(series: pa.Table) -> pa.Array:
@@ -67,7 +69,7 @@ def _named(kind: str, rows: pa.Table, key: str) -> list[SetAside]:
     return [SetAside(kind, k, reason) for k, reason in zip(columns[key], columns["reason"], strict=True)]
 
 
-def _unpaired(series: pa.Table, patients: pa.Table) -> list[SetAside]:
+def _unpaired(series: pa.Table, patients: pa.Table, pairs: pa.Table) -> list[SetAside]:
     """Patients without a pair, each with the reason of a usable series, or of the largest of what it has instead.
 
     A patient who appears among the quarantined series, or whom the user left out, is not named a second time.
@@ -87,7 +89,11 @@ def _unpaired(series: pa.Table, patients: pa.Table) -> list[SetAside]:
     useless = largest.aggregate([("reason", "first")]).rename_columns(["patient_key", "reason"])
     why = pc.binary_join_element_wise("no usable series", useless["reason"], ": ")
     useless = useless.set_column(1, "reason", why)
-    return _named("patient", pa.concat_tables([lone, useless]), "patient_key")
+    # Series whose pair the pixels refused carry no reason of their own: the pair does.
+    refused = pairs.filter(pc.and_(pc.not_equal(pairs["status"], "ok"), pc.not_equal(pairs["reason"], BETTER_MATCH)))
+    by_pixels = dict(zip(refused["patient_key"].to_pylist(), refused["reason"].to_pylist(), strict=True))
+    named_so_far = _named("patient", pa.concat_tables([lone, useless]), "patient_key")
+    return [replace(item, reason=item.reason or by_pixels.get(item.key, "not paired")) for item in named_so_far]
 
 
 def _usable(series: pa.Table) -> pa.Array:

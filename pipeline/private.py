@@ -4,6 +4,7 @@
     archives/<sequence>.parquet  a row an archive seen: where, size, time, digest, outcome
     series/<sequence>.parquet    a row a series: original identifiers, identity, and the member of every slice
     quarantine/<sequence>.parquet what was set aside and why, in full
+    forgotten/<patient key>.json patients that must not come back with the next ingest
     whois/<time>.json            every question that `ctpipe whois` answered
 
 Fragments are immutable and put once; a later row with the same key replaces the earlier. Only `forget` rewrites them.
@@ -26,9 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latentcache.errors import InputError, StoreError
+from latentcache.errors import InputError
 from latentcache.location import Buffer, FileSystem, LocalLocation, Location, open_location
-from pipeline.keys import MIN_SECRET_BYTES, Keys
+from pipeline.keys import Keys
 from pipeline.private_rows import (
     ROW_KEY,
     SCHEMAS,
@@ -39,9 +40,10 @@ from pipeline.private_rows import (
     pointer_of,
     series_dict,
 )
+from pipeline.secret import read_secret
 from pipeline.volume import SeriesPointer
 
-SECRET_VARIABLE = "CTPIPE_SECRET"
+POINTER_COLUMNS = ("series_key", "sources", "slots", "members", "frames")
 COMPACT_ROWS = 50_000
 """Fragments below this many rows are merged: neither their number nor a merge's memory grows with the archive."""
 
@@ -66,6 +68,8 @@ class PrivateStore:
 
     def __init__(self, location: Location, secret: bytes) -> None:
         self._at = location
+        self._places: dict[str, tuple[str, int]] | None = None
+        self._open: dict[str, pa.Table] = {}
         self.keys = Keys(secret)
 
     @classmethod
@@ -90,7 +94,7 @@ class PrivateStore:
         location = open_location(private_url)
         if isinstance(location, LocalLocation):
             location = _local(location.root, create)
-        return cls(location, _secret(location, create))
+        return cls(location, read_secret(location, create))
 
     @property
     def secret(self) -> bytes:
@@ -131,6 +135,15 @@ class PrivateStore:
         """Every question asked so far, oldest first."""
         return [json.loads(self._at.read(name)) for name in self._names("whois")]
 
+    def remember_to_forget(self, patient_key: str) -> None:
+        """Note that a patient must not come back with the next ingest; only the key is kept."""
+        self._at.put(f"forgotten/{patient_key}.json", b"{}")
+
+    def forgotten(self) -> frozenset[str]:
+        """Keys of patients that were forgotten."""
+        names = (name.rpartition("/")[2] for name in self._names("forgotten"))
+        return frozenset(name.removesuffix(".json") for name in names)
+
     # -- reading ------------------------------------------------------------------------------------------------
 
     def table(self, kind: Kind, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
@@ -152,18 +165,36 @@ class PrivateStore:
         return self.pointers([series_key])[series_key]
 
     def pointers(self, series_keys: Sequence[str]) -> dict[str, SeriesPointer]:
-        """Where the slices of many series lie, in one pass over the fragments."""
-        columns = ["series_key", "sources", "slots", "members", "frames"]
-        rows = self.table("series", columns, one_of("series_key", series_keys)).to_pylist()
-        found = {row["series_key"]: pointer_of(row) for row in rows}
-        missing = [key for key in series_keys if key not in found]
+        """Where the slices of many series lie. Asked for in the order of ingest, each fragment is read once.
+
+        Raises:
+            InputError: Some of them have no source here.
+        """
+        if self._places is None or any(key not in self._places for key in series_keys):
+            self._places = self._find_places()
+        missing = [key for key in series_keys if key not in self._places]
         if missing:
             raise InputError(
                 f"series {missing[0]} has no source here" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
                 expected="the private part of the store that this series was ingested into",
                 remedy="Give its place with --private, or ingest the archive again.",
             )
+        found = {}
+        for key in series_keys:
+            name, row = self._places[key]
+            if name not in self._open:
+                # Few at a time: a fragment of 50,000 series of 300 slices takes some 60 MB.
+                self._open = {**dict(list(self._open.items())[-1:]), name: self._fragment(name, POINTER_COLUMNS)}
+            found[key] = pointer_of(self._open[name].slice(row, 1).to_pylist()[0])
         return found
+
+    def _find_places(self) -> dict[str, tuple[str, int]]:
+        """Fragment and row of every series; of one series the last."""
+        places: dict[str, tuple[str, int]] = {}
+        for name in self._names("series"):
+            keys = self._fragment(name, ["series_key"])["series_key"].to_pylist()
+            places.update((key, (name, row)) for row, key in enumerate(keys))
+        return places
 
     def identity(self, series_key: str) -> dict[str, Any]:
         """Original identifiers of a series: DICOM keyword to value. Empty where the series is unknown."""
@@ -192,6 +223,7 @@ class PrivateStore:
             if len(kept) == len(table):
                 continue
             removed += len(table) - len(kept)
+            self._places, self._open = None, {}
             if len(kept):
                 self._put(f"{name.removesuffix('.parquet')}r.parquet", kept)
             self._at.delete(name)
@@ -203,6 +235,7 @@ class PrivateStore:
             self._put(f"{kind}/{_sequence()}.parquet", table)
 
     def _put(self, name: str, table: pa.Table) -> None:
+        self._places, self._open = None, {}
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         self._at.put(name, buffer.getvalue())
@@ -269,35 +302,3 @@ def _local(root: Path, create: bool) -> LocalLocation:
     if root.stat().st_mode & 0o077:
         root.chmod(0o700)
     return LocalLocation(root, OwnerOnlyFiles())
-
-
-def _secret(location: Location, create: bool) -> bytes:
-    """The secret: CTPIPE_SECRET, else the file, else (``create``) a fresh one of 256 bits."""
-    given = os.environ.get(SECRET_VARIABLE, "").strip().encode()
-    try:
-        kept = location.read("secret").strip()
-    except FileNotFoundError:
-        kept = b""
-    if given and kept and given != kept:
-        raise StoreError(
-            f"{SECRET_VARIABLE} differs from the secret that this store was made with",
-            expected="one secret for the life of a store",
-            remedy=f"Unset {SECRET_VARIABLE}, or open the store that belongs to it.",
-        )
-    secret = given or kept
-    if not secret and create:
-        secret = secrets.token_hex(32).encode()
-        location.put_once("secret", [secret])
-    if not secret:
-        raise StoreError(
-            "no secret",
-            expected=f"a file `secret` in the private folder, or {SECRET_VARIABLE}",
-            remedy="Give the private folder with --private, or ingest first.",
-        )
-    if len(secret) < MIN_SECRET_BYTES:
-        raise StoreError(
-            f"a secret of {len(secret)} bytes",
-            expected=f"at least {MIN_SECRET_BYTES}",
-            remedy="For example 64 hex digits from a random source.",
-        )
-    return secret

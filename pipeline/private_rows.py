@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -70,7 +70,10 @@ ROW_KEY: dict[Kind, str] = {"archives": "archive_key", "series": "series_key", "
 
 @dataclass(frozen=True)
 class ArchiveRow:
-    """An archive as it was last seen. ``digest`` hashes the central directory (CRC-32 and size of every member)."""
+    """An archive as it was last seen. ``digest`` hashes the central directory (CRC-32 and size of every member).
+
+    Of an archive that holds forgotten patients alone, only the key and the stamps remain: no ``url``.
+    """
 
     archive_key: str
     url: str
@@ -78,7 +81,7 @@ class ArchiveRow:
     mtime_ns: int
     etag: str
     digest: str
-    status: Literal["ok", "quarantined"]
+    status: Literal["ok", "quarantined", "forgotten"]
     reason: str = ""
     category: str = ""
     series_keys: tuple[str, ...] = ()
@@ -125,19 +128,29 @@ def series_dict(row: SeriesRow) -> dict[str, Any]:
         "issuer": row.issuer,
         "identity": json.dumps(dict(row.identity), sort_keys=True, default=str),
         "sources": sources,
-        "slots": [slot[source] for source, _, _ in row.pointer.members],
+        "slots": _unless_zero([slot[source] for source, _, _ in row.pointer.members]),
         "members": [member for _, member, _ in row.pointer.members],
-        "frames": [frame for _, _, frame in row.pointer.members],
+        "frames": _unless_zero([frame for _, _, frame in row.pointer.members]),
     }
 
 
 def pointer_of(row: Mapping[str, Any]) -> SeriesPointer:
     """The pointer that :func:`series_dict` took apart."""
-    sources = row["sources"]
-    slices = zip(row["slots"], row["members"], row["frames"], strict=True)
+    sources, zeros = row["sources"], [0] * len(row["members"])
+    slices = zip(row["slots"] or zeros, row["members"], row["frames"] or zeros, strict=True)
     return SeriesPointer(row["series_key"], tuple((sources[s], int(m), int(f)) for s, m, f in slices))
+
+
+def _unless_zero(values: list[int]) -> list[int]:
+    """Nothing in place of zeros alone: one source and one frame a file is the rule."""
+    return values if any(values) else []
 
 
 def archive_row(row: Mapping[str, Any]) -> ArchiveRow:
     """An archive's row as its table gives it back."""
     return ArchiveRow(**{**row, "series_keys": tuple(row["series_keys"])})
+
+
+def forgotten_archive(row: ArchiveRow) -> ArchiveRow:
+    """The row of an archive that holds forgotten patients alone: enough to skip it, nothing to find it by."""
+    return replace(row, url="", status="forgotten", reason="", series_keys=())

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 
 from pipeline.slice_profile import SliceProfile, slice_operator
 
@@ -53,21 +54,41 @@ def sample_columns(thin: NDArray[Any], thick: NDArray[Any]) -> tuple[NDArray[np.
     return x[:, keep], y[:, keep]
 
 
-def profile_rms(
-    profile: SliceProfile,
-    x: NDArray[np.float32],
-    y: NDArray[np.float32],
-    thick_z_mm: NDArray[Any],
-    thin_z_mm: NDArray[Any],
-    use: NDArray[np.bool_] | None = None,
-) -> float:
-    """RMS(A x - y) in HU of one profile over columns (n, columns); infinite where no thick slice is covered."""
-    operator = slice_operator(profile, thick_z_mm, thin_z_mm)
-    rows = operator.covered if use is None else operator.covered & use
-    if not rows.any():
-        return float("inf")
-    r = operator.matrix[rows].astype(np.float32) @ x - y[rows]
-    return float(np.sqrt(np.mean(np.square(r, dtype=np.float64))))
+@dataclass(frozen=True)
+class Columns:
+    """Second moments of sampled columns, from which the residual of any operator follows without the columns.
+
+    Mean over columns of x x^T (n_thin, n_thin), y x^T (n_thick, n_thin) and y^2 (n_thick), all float64: the residual
+    is a small difference of large numbers.
+    """
+
+    xx: NDArray[np.float64]
+    yx: NDArray[np.float64]
+    yy: NDArray[np.float64]
+    thick_z_mm: NDArray[np.float64]
+    thin_z_mm: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, thin: NDArray[Any], thick: NDArray[Any], thick_z_mm: NDArray[Any], thin_z_mm: NDArray[Any]) -> Columns:
+        """Of the columns of (z, y, x) volumes that vary most along z."""
+        x32, y32 = sample_columns(thin, thick)
+        x, y = x32.astype(np.float64), y32.astype(np.float64)
+        # HU around 0 keeps the moments small; every operator's rows sum to 1, so that a common offset drops out.
+        offset = y.mean()
+        x, y = x - offset, y - offset
+        n = x.shape[1]
+        z_thick, z_thin = np.asarray(thick_z_mm, np.float64), np.asarray(thin_z_mm, np.float64)
+        return cls(x @ x.T / n, y @ x.T / n, (y**2).mean(axis=1), z_thick, z_thin)
+
+    def rms(self, profile: SliceProfile, use: NDArray[np.bool_] | None = None) -> float:
+        """RMS(A x - y) in HU of a profile over covered slices; infinite where no thick slice is covered."""
+        operator = slice_operator(profile, self.thick_z_mm, self.thin_z_mm)
+        rows = operator.covered if use is None else operator.covered & use
+        if not rows.any():
+            return float("inf")
+        a = operator.matrix[rows]
+        squares = np.einsum("ij,jk,ik->i", a, self.xx, a, optimize=True) - 2 * (a * self.yx[rows]).sum(axis=1)
+        return float(np.sqrt(max(0.0, float(np.mean(squares + self.yy[rows])))))
 
 
 def candidate_profiles(thickness_mm: float) -> Iterable[SliceProfile]:
@@ -87,10 +108,15 @@ def fit_profile(
     thickness_mm: float,
     *,
     fit_shift: bool = False,
+    refine: bool = False,
 ) -> tuple[SliceProfile, float]:
-    """The profile under which ``thin`` (z, y, x) HU best reproduces ``thick``, and its RMS residual in HU."""
-    x, y = sample_columns(thin, thick)
-    return _search(x, y, np.asarray(thick_z_mm), np.asarray(thin_z_mm), thickness_mm, fit_shift)
+    """The profile under which ``thin`` (z, y, x) HU best reproduces ``thick``, and its RMS residual in HU.
+
+    ``refine``: from the best of the grid on, move width, blur and (with ``fit_shift``) shift freely.
+    """
+    columns = Columns.of(thin, thick, thick_z_mm, thin_z_mm)
+    best, rms = _search(columns, thickness_mm, fit_shift)
+    return _refined(columns, best, rms, thickness_mm, fit_shift) if refine else (best, rms)
 
 
 def check_operator(
@@ -105,10 +131,9 @@ def check_operator(
 
     A thin series that is itself too smooth also favours a narrower profile, so the message names both readings.
     """
-    x, y = sample_columns(thin, thick)
-    z_thick, z_thin = np.asarray(thick_z_mm), np.asarray(thin_z_mm)
-    best, rms_best = _search(x, y, z_thick, z_thin, assumed.fwhm_mm, True)
-    rms = profile_rms(assumed, x, y, z_thick, z_thin)
+    columns = Columns.of(thin, thick, thick_z_mm, thin_z_mm)
+    best, rms_best = _search(columns, assumed.fwhm_mm, True)
+    rms = columns.rms(assumed)
     verdict: Verdict = "agrees"
     if rms > noise_hu and rms_best < (1 - SUSPECT_IMPROVEMENT) * rms:
         if abs(best.shift_mm - assumed.shift_mm) >= 0.2 * assumed.fwhm_mm:
@@ -138,27 +163,45 @@ def _width(profile: SliceProfile) -> float:
     return float(np.sqrt(np.sum(h * middle**2) / np.sum(h)))
 
 
-def _search(
-    x: NDArray[np.float32],
-    y: NDArray[np.float32],
-    thick_z_mm: NDArray[np.float64],
-    thin_z_mm: NDArray[np.float64],
-    thickness_mm: float,
-    fit_shift: bool,
-) -> tuple[SliceProfile, float]:
-    # Every candidate is judged on the slices that the widest one still covers, or narrow ones would win by rows lost.
-    widest = SliceProfile("box", 2.0 * thickness_mm)
-    use = slice_operator(widest, thick_z_mm, thin_z_mm).covered
-    use = use if use.any() else np.ones(len(thick_z_mm), dtype=bool)
+def _search(columns: Columns, thickness_mm: float, fit_shift: bool) -> tuple[SliceProfile, float]:
+    use = _common_rows(columns, thickness_mm)
 
     def rms(profile: SliceProfile) -> float:
-        return profile_rms(profile, x, y, thick_z_mm, thin_z_mm, use)
+        return columns.rms(profile, use)
 
     best = min(candidate_profiles(thickness_mm), key=rms)
     if fit_shift:
-        step = float(np.mean(np.diff(thin_z_mm))) if len(thin_z_mm) > 1 else thickness_mm / 5
+        z = columns.thin_z_mm
+        step = float(np.mean(np.diff(z))) if len(z) > 1 else thickness_mm / 5
         shifts = np.arange(-0.6 * thickness_mm, 0.6 * thickness_mm + step / 4, step / 2)
         coarse = min((SliceProfile("box", thickness_mm, shift_mm=float(s)) for s in shifts), key=rms)
         again = (SliceProfile(p.kind, p.fwhm_mm, p.blur_mm, coarse.shift_mm) for p in candidate_profiles(thickness_mm))
         best = min((best, *again), key=rms)
     return best, rms(best)
+
+
+def _common_rows(columns: Columns, thickness_mm: float) -> NDArray[np.bool_]:
+    """Slices that the widest candidate still covers: judged on its own rows, a narrow one would win by rows lost."""
+    widest = SliceProfile("box", 2.0 * thickness_mm)
+    use = slice_operator(widest, columns.thick_z_mm, columns.thin_z_mm).covered
+    return use if use.any() else np.ones(len(use), dtype=bool)
+
+
+def _refined(
+    columns: Columns, start: SliceProfile, rms: float, thickness_mm: float, fit_shift: bool
+) -> tuple[SliceProfile, float]:
+    """Nelder-Mead from the best of the grid; keeps the start where that is no better."""
+    use = _common_rows(columns, thickness_mm)
+
+    def profile(p: NDArray[np.float64]) -> SliceProfile:
+        blur = abs(float(p[1])) if start.kind == "box" else 0.0
+        shift = float(p[2]) if fit_shift else start.shift_mm
+        return SliceProfile(start.kind, max(float(p[0]), 0.1 * thickness_mm), blur, shift)
+
+    found = minimize(
+        lambda p: columns.rms(profile(p), use),
+        np.array([start.fwhm_mm, start.blur_mm, start.shift_mm]),
+        method="Nelder-Mead",
+        options={"xatol": 0.01, "fatol": 0.005, "maxiter": 200},
+    )
+    return (profile(found.x), float(found.fun)) if found.fun < rms else (start, rms)

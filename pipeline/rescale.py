@@ -52,7 +52,7 @@ def _rescale_int16(
     ends = [slope * v + intercept for v in stored_range]
     whole_range_fits = limits.min <= min(ends) and max(ends) <= limits.max and stored_range[1] <= limits.max
     if slope == 1 and whole_range_fits and limits.min <= intercept <= limits.max:
-        np.add(stored, np.int16(intercept), out=slot, casting="unsafe", dtype=np.int16)
+        np.add(stored.view(np.int16) if stored.dtype == np.uint16 else stored, np.int16(intercept), out=slot)
         return False
     wide = stored.astype(np.int64) * slope + intercept
     low, high = int(wide.min()), int(wide.max())

@@ -11,11 +11,12 @@ from latentcache.errors import InputError
 from latentcache.records import SeriesRole
 from pipeline.allow_list import identity_facts, known_kernel, public_facts
 from pipeline.archive import Source
-from pipeline.assembly import Stack, assemble
+from pipeline.assembly import assemble
 from pipeline.codecs import LOSSY_SYNTAXES
 from pipeline.dicom_header import Header, NeedMoreError, NotDicomError, parse_header
 from pipeline.geometry import Geometry
 from pipeline.instance import MULTIFRAME_CLASSES, Instance, instance_of
+from pipeline.stack import Stack
 from pipeline.volume import SeriesPointer, SourceHeader
 
 _MODALITIES = frozenset({"CT", "MR", "PT", "NM", "US", "CR", "DX", "XA", "MG", "SR", "PR", "KO", "SEG"})

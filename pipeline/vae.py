@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from latentcache.errors import InputError, NonFiniteError
 from pipeline.vae_executor import SlabExecutor
-from pipeline.vae_stream import Field, Stored, Stream
+from pipeline.vae_plan import Plan, free_bytes, make_plan
+from pipeline.vae_sliding import sliding
+from pipeline.vae_stream import Field, Stored, Stream, as_image
 from pipeline.vae_weights import TINY, VaeWeights, load_weights
 
 PAD_MULTIPLE_ZYX = (4, 32, 32)
-SLAB_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+SLAB_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """One slab of one activation. On a CPU small enough that the allocator reuses the memory instead of mapping it anew."""
 
 
@@ -62,13 +64,14 @@ class Vae:
         slab_bytes: int | None = None,
     ) -> None:
         self.sha256 = weights.sha256
+        self.layout = weights.architecture
         self.architecture: dict[str, Any] = weights.architecture.to_dict()
-        self.compression = weights.architecture.compression
-        self.latent_channels = weights.architecture.latent_channels
+        self.compression = self.layout.compression
+        self.latent_channels = self.layout.latent_channels
         self.device = device
         self.dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         self.memory_gib = memory_gib
-        self.slab_bytes = slab_bytes or SLAB_BYTES.get(device.type, 32 << 20)
+        self.slab_bytes = slab_bytes or SLAB_BYTES.get(device.type, 16 << 20)
         self.network = weights.build().to(device)
         self.streamed = copy.deepcopy(self.network)
         for layer in self.streamed.modules():
@@ -109,9 +112,12 @@ class Vae:
             )
         _refuse_non_finite(volume, "volume to encode")
         with torch.inference_mode():
-            source = VolumeSlices(volume, padded_shape(volume.shape, pad_multiple_zyx), self.dtype, self.device)
-            features = self._drain(self.streamed.encoder, source)
-            mean, log_variance = self.network.posterior(features.permute(3, 0, 1, 2).unsqueeze(0))
+            padded = padded_shape(volume.shape, pad_multiple_zyx)
+            executor = self._executor(self.plan_encode(padded))
+            source = VolumeSlices(volume, padded, self.dtype, self.device)
+            stream = executor.run(self.streamed.encoder, source)
+            features = torch.cat([stream.take(stop - start).float() for start, stop in executor.slabs(stream)])
+            mean, log_variance = self.network.posterior(as_image(features))
             latent = torch.cat([mean, log_variance], dim=1) if with_variance else mean
             return latent[0].float().cpu().contiguous()
 
@@ -138,11 +144,12 @@ class Vae:
             )
         _refuse_non_finite(latent, "latents to decode")
         depth, height, width = valid_zyx
+        _, d, h, w = latent.shape
         with torch.inference_mode():
             quantised = self.network.post_quant_conv(latent.unsqueeze(0))[0]
             slices_DHWC = quantised.permute(1, 2, 3, 0).to(self.dtype).contiguous()
-            executor = SlabExecutor(self.slab_bytes)
-            stream = executor.run(self.streamed.decoder, Stored(Field(slices_DHWC)))
+            executor = self._executor(self.plan_decode((d, h, w)))
+            stream = executor.run(self.streamed.decoder, Stored(Field(slices_DHWC, self.device)))
             volume = torch.empty(valid_zyx, dtype=torch.float32)
             for start, stop in executor.slabs(stream, stop=depth):
                 slab = stream.take(stop - start)[:, :height, :width, 0]
@@ -163,14 +170,63 @@ class Vae:
         unit: Tensor = image.float() * 2 - 1
         return unit
 
-    def _drain(self, layers: Any, source: Stream) -> Tensor:
-        """All slices (d, h, w, C) of what the layers make of a source."""
-        executor = SlabExecutor(self.slab_bytes)
-        stream = executor.run(layers, source)
-        out = stream.empty(stream.depth)
-        for start, stop in executor.slabs(stream):
-            stream.read(out[start:stop])
-        return out.float()
+    def encode_sliding(
+        self,
+        unit: Tensor | NDArray[Any],
+        *,
+        window_zyx: tuple[int, int, int] = (64, 64, 64),
+        overlap: float = 0.4,
+        pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
+    ) -> Tensor:
+        """Posterior mean in blended windows, as others do it; differs from `encode` (see `vae_sliding`)."""
+        volume = torch.as_tensor(unit, dtype=torch.float32)
+        _refuse_non_finite(volume, "volume to encode")
+        _refuse_partial_windows(window_zyx, self.compression)
+        padded = padded_shape(volume.shape, pad_multiple_zyx)
+        whole = VolumeSlices(volume, padded, torch.float32, torch.device("cpu")).take(padded[0]).permute(3, 0, 1, 2)
+
+        def run(part: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return self.network.encode(part.to(self.device))[0].float().cpu()
+
+        with torch.inference_mode():
+            return sliding(run, whole, window_zyx, overlap, 1 / self.compression)
+
+    def decode_sliding(
+        self,
+        latent: Tensor,
+        valid_zyx: tuple[int, int, int],
+        *,
+        window_zyx: tuple[int, int, int] = (64, 64, 64),
+        overlap: float = 0.4,
+    ) -> Tensor:
+        """Decode in blended windows (``window_zyx`` in voxels); differs from `decode` (see `vae_sliding`)."""
+        _refuse_partial_windows(window_zyx, self.compression)
+        dz, dy, dx = (n // self.compression for n in window_zyx)
+        depth, height, width = valid_zyx
+        with torch.inference_mode():
+            latent = torch.as_tensor(latent, dtype=torch.float32)
+            image = sliding(
+                lambda z: self.decode_slab(z).cpu()[:, 0:1], latent, (dz, dy, dx), overlap, self.compression
+            )
+        return image[0, :depth, :height, :width].clamp(-1, 1)
+
+    def plan_encode(self, padded_zyx: tuple[int, int, int]) -> Plan:
+        """Predicted memory of encoding a volume of this padded shape; raises `InputError` if no plan fits."""
+        return self._plan("encoder", (*padded_zyx, 1))
+
+    def plan_decode(self, latent_zyx: tuple[int, int, int]) -> Plan:
+        """Predicted memory of decoding latents of this shape; raises `InputError` if no plan fits."""
+        return self._plan("decoder", (*latent_zyx, self.latent_channels))
+
+    def _plan(self, part: str, shape_DHWC: tuple[int, int, int, int]) -> Plan:
+        budget = free_bytes(self.device, self.memory_gib)
+        return make_plan(
+            self.layout, part, shape_DHWC, self.dtype, self.device, slab_bytes=self.slab_bytes, budget_bytes=budget
+        )
+
+    def _executor(self, plan: Plan) -> SlabExecutor:
+        return SlabExecutor(plan.slab_bytes, offload=plan.offload)
 
 
 class VolumeSlices(Stream):
@@ -195,6 +251,15 @@ def padded_shape(shape_zyx: tuple[int, ...], multiple_zyx: tuple[int, int, int])
     """Every length rounded up to its multiple."""
     z, y, x = (-(-n // m) * m for n, m in zip(shape_zyx, multiple_zyx, strict=True))
     return z, y, x
+
+
+def _refuse_partial_windows(window_zyx: tuple[int, int, int], compression: int) -> None:
+    if any(n <= 0 or n % compression for n in window_zyx):
+        raise InputError(
+            f"a sliding window of {window_zyx} voxels",
+            expected=f"multiples of {compression}, the VAE's compression",
+            remedy="64x64x64 is usual.",
+        )
 
 
 def _refuse_non_finite(values: Tensor, what: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from latentcache.errors import InputError
 
 Upsampling = Literal["trilinear", "nearest"]
+_UPSAMPLING_OF_CLASS: dict[str, Upsampling] = {"AutoencoderKlMaisi": "trilinear", "AutoencoderKL": "nearest"}
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,19 @@ class VaeArchitecture:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], default: VaeArchitecture | None = None) -> VaeArchitecture:
-        """From JSON; ``default`` supplies what ``raw`` leaves out. Unknown keys are refused."""
+        """From JSON; ``default`` supplies what ``raw`` leaves out. Unknown keys are refused. ``class``, the name of the
+        MONAI class that was trained, says how it upsamples."""
         known = (default or cls()).to_dict()
+        raw = dict(raw)
+        if (kind := str(raw.pop("class", "")).rpartition(".")[2]) in _UPSAMPLING_OF_CLASS:
+            known["upsampling"] = _UPSAMPLING_OF_CLASS[kind]
         fixed = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "use_convtranspose": False}
         fixed |= {"with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False, "use_checkpoint": False}
         values = dict(known)
         for key, value in raw.items():
             if key in known:
                 values[key] = value
-            elif key == "attention_levels" and not any(value):
+            elif key == "class" or (key == "attention_levels" and not any(value)):
                 continue
             elif key not in fixed or value != fixed[key]:
                 raise InputError(

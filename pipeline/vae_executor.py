@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,10 +28,21 @@ class SlabExecutor:
 
     Args:
         slab_bytes: Aim for one slab of one activation; a slab has at least one slice.
+        offload: Keep whole activations in host memory (pinned, for a GPU) and only slabs on the device.
+        rehearsal: For `vae_plan`, on the meta device: stop every pass after two slabs, and take tensors
+            that stand for host memory from this.
     """
 
-    def __init__(self, slab_bytes: int) -> None:
+    def __init__(
+        self,
+        slab_bytes: int,
+        *,
+        offload: bool = False,
+        rehearsal: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
+    ) -> None:
         self.slab_bytes = slab_bytes
+        self.offload = offload
+        self.rehearsal = rehearsal
         self.free: list[Tensor] = []
 
     def run(self, layers: Blocks, source: Stream) -> Stream:
@@ -43,9 +55,11 @@ class SlabExecutor:
                 current = self._stored(Pending(Down(self._stream(current), layer)))
                 self.free.clear()
             elif isinstance(layer, Upsample):
-                coarse = self._stored(current)
-                self.free.clear()
-                current = self._stored(Pending(Conv(Doubled(Stored(coarse), layer.mode), layer)))
+                if isinstance(current, Pending) and current.home is not None and not current.home.is_contiguous():
+                    current.home = None  # half of a wider activation, which would stay alive whole
+                current = self._stored(current)
+                self.free.clear()  # nothing of the coarse grid but `current` is alive from here on
+                current = self._stored(Pending(Conv(Doubled(Stored(current), layer.mode), layer)))
             elif isinstance(layer, nn.GroupNorm):
                 current = Pending(Normalised(self._stored(current), layer, silu=False))
             elif isinstance(layer, nn.Conv3d):
@@ -58,7 +72,8 @@ class SlabExecutor:
         """Consecutive [start, stop) along a stream's depth, each of at most ``slab_bytes`` (one slice at least)."""
         depth = stream.depth if stop is None else stop
         step = max(1, self.slab_bytes // widest_slice_bytes(stream))
-        return [(start, min(start + step, depth)) for start in range(0, depth, step)]
+        slabs = [(start, min(start + step, depth)) for start in range(0, depth, step)]
+        return slabs[:2] if self.rehearsal is not None else slabs
 
     def _stream(self, current: Pending | Field) -> Stream:
         return Stored(current) if isinstance(current, Field) else current.stream
@@ -67,7 +82,7 @@ class SlabExecutor:
         if isinstance(current, Field):
             return current
         stream = current.stream
-        stored = Field(current.home if current.home is not None else self._memory(stream))
+        stored = self._field(current.home if current.home is not None else self._memory(stream), stream)
         for start, stop in self.slabs(stream):
             stored.write(start, stop, stream)
         self.free += current.spent
@@ -77,7 +92,15 @@ class SlabExecutor:
         for i, spent in enumerate(self.free):
             if spent.shape == stream.shape:
                 return self.free.pop(i)
-        return allocate(stream.shape, stream.dtype, stream.device)
+        if not self.offload:
+            return allocate(stream.shape, stream.dtype, stream.device)
+        if self.rehearsal is not None:
+            return self.rehearsal(stream.shape, stream.dtype)
+        pinned = stream.device.type == "cuda"
+        return torch.empty(stream.shape, dtype=stream.dtype, device="cpu", pin_memory=pinned)
+
+    def _field(self, values: Tensor, stream: Stream) -> Field:
+        return Field(values, stream.device, offloaded=self.offload)
 
     def _res_block(self, x: Field, block: ResBlock) -> Pending:
         into_h = Conv(Normalised(x, block.norm1), block.conv1)
@@ -86,7 +109,7 @@ class SlabExecutor:
             out = Conv(Normalised(h, block.norm2), block.conv2, shortcut=Stored(x))
             return Pending(out, home=x.values, spent=[h.values])
         narrower = Pointwise(Stored(x), block.nin_shortcut)
-        if block.conv1.in_channels >= 2 * block.conv1.out_channels:
+        if block.conv1.in_channels >= 2 * block.conv1.out_channels and x.values.is_contiguous():
             h, shortcut = self._split(x, into_h, narrower)
             out = Conv(Normalised(h, block.norm2), block.conv2, shortcut=Stored(shortcut))
             return Pending(out, home=shortcut.values, spent=[h.values])
@@ -100,8 +123,8 @@ class SlabExecutor:
         depth, height, width, channels = into_h.shape
         half = height * width * channels
         flat = x.values.view(depth, -1)
-        h = Field(flat[:, :half].view(depth, height, width, channels))
-        kept = Field(flat[:, half : 2 * half].view(depth, height, width, channels))
+        h = self._field(flat[:, :half].view(depth, height, width, channels), into_h)
+        kept = self._field(flat[:, half : 2 * half].view(depth, height, width, channels), into_h)
         for start, stop in self.slabs(into_h):
             # The convolution has already taken the slices of x that h overwrites; the shortcut must do so first.
             narrow = shortcut.take(stop - start)

@@ -24,6 +24,8 @@ class ChannelMoments:
 
     def add(self, slab_DHWC: Tensor) -> None:
         """Merge a slab (n, H, W, C) of dense slices."""
+        if slab_DHWC.is_meta:  # a rehearsal of shapes, see `vae_plan`
+            return
         channels = slab_DHWC.shape[-1]
         columns = _row_width(slab_DHWC)
         for part_DHWC in [slab_DHWC] if slab_DHWC.is_contiguous() else list(slab_DHWC.unsqueeze(1)):
@@ -43,6 +45,8 @@ class ChannelMoments:
 
     def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """Scale and shift (C,) float32 such that ``x * scale + shift`` is ``norm`` with these statistics."""
+        if norm.weight.is_meta:
+            return norm.weight, norm.bias
         groups = norm.num_groups
         mean = self.mean.view(groups, -1)
         group_mean = mean.mean(dim=1, keepdim=True)

@@ -23,9 +23,25 @@ from pipeline.vae_norm import Affine, ChannelMoments
 
 def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int]) -> Tensor:
     """Convolve a slab; returns (n, H, W, C) dense. ``layer.weight`` is kept in channels-last order."""
-    x = x_DHWC.permute(3, 0, 1, 2).unsqueeze(0)
-    y = F.conv3d(x, layer.weight, layer.bias, layer.stride, padding)
-    return y[0].permute(1, 2, 3, 0).contiguous()
+    x = as_image(x_DHWC)
+    if x.device.type == "cpu" and torch._C._has_mkldnn:
+        # What conv3d calls for large inputs; for small ones (one channel, a thin slab) it would choose a path that is
+        # many times slower.
+        y = torch.mkldnn_convolution(x, layer.weight, layer.bias, padding, layer.stride, (1, 1, 1), 1)
+    else:
+        y = F.conv3d(x, layer.weight, layer.bias, layer.stride, padding)
+    return as_slab(y).contiguous()
+
+
+def as_image(x_DHWC: Tensor) -> Tensor:
+    """A slab as (1, C, n, H, W) in channels-last layout, without a copy. The batch axis is put first before the axes
+    move, or its stride would not say channels-last and PyTorch would answer in another layout."""
+    return x_DHWC.unsqueeze(0).permute(0, 4, 1, 2, 3)
+
+
+def as_slab(y: Tensor) -> Tensor:
+    """The inverse of `as_image`."""
+    return y[0].permute(1, 2, 3, 0)
 
 
 class Stream(ABC):
@@ -63,16 +79,27 @@ class Stream(ABC):
 
 
 class Field:
-    """A whole activation in memory, (D, H, W, C) with dense slices, and the moments of its channels."""
+    """A whole activation in memory, (D, H, W, C) with dense slices, and the moments of its channels. If
+    ``offloaded``, its memory is the host's while the streams compute on ``device``."""
 
-    def __init__(self, values_DHWC: Tensor) -> None:
+    def __init__(self, values_DHWC: Tensor, device: torch.device, *, offloaded: bool = False) -> None:
         self.values = values_DHWC
+        self.device = device
+        self.offloaded = offloaded
         self.moments = ChannelMoments(values_DHWC.shape[-1])
 
-    def write(self, start: int, stop: int, slab_source: Stream) -> None:
+    def slices(self, start: int, stop: int) -> Tensor:
+        """On the device; a view where the values are there already."""
+        return self.values[start:stop].to(self.device, non_blocking=True, copy=self.offloaded)
+
+    def write(self, start: int, stop: int, source: Stream) -> None:
         """Fill slices from a stream and count them in the statistics."""
         slab = self.values[start:stop]
-        slab_source.read(slab)
+        if self.offloaded:
+            slab = source.take(stop - start)
+            self.values[start:stop].copy_(slab, non_blocking=True)
+        else:
+            source.read(slab)
         self.moments.add(slab)
 
 
@@ -81,11 +108,11 @@ class Stored(Stream):
 
     def __init__(self, field: Field) -> None:
         d, h, w, c = field.values.shape
-        super().__init__((d, h, w, c), field.values.dtype, field.values.device)
+        super().__init__((d, h, w, c), field.values.dtype, field.device)
         self.field = field
 
     def take(self, n: int) -> Tensor:
-        view = self.field.values[self.position : self.position + n]
+        view = self.field.slices(self.position, self.position + n)
         self.position += n
         return view
 
@@ -106,7 +133,7 @@ class Normalised(Stored):
         return Stream.take(self, n)
 
     def _produce(self, out_DHWC: Tensor) -> None:
-        source = self.field.values[self.position : self.position + len(out_DHWC)]
+        source = self.field.slices(self.position, self.position + len(out_DHWC))
         self.kernel.apply(source, out_DHWC)
 
 
@@ -236,5 +263,5 @@ class Doubled(Stream):
             last = source.position == source.depth
             count = 2 * len(coarse) - skip - (0 if last else 2)
             self.kept = coarse[-2:].clone()
-        fine = F.interpolate(coarse.permute(3, 0, 1, 2).unsqueeze(0), scale_factor=2.0, mode=self.mode)
-        self.ready = fine[0].permute(1, 2, 3, 0)[skip : skip + count]
+        fine = F.interpolate(as_image(coarse), scale_factor=2.0, mode=self.mode)
+        self.ready = as_slab(fine)[skip : skip + count]

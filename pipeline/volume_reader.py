@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from latentcache.errors import InputError
 from pipeline.archive import Source, open_source
-from pipeline.assembly import Stack, order
+from pipeline.assembly import order
 from pipeline.frames import FrameReader
 from pipeline.instance import Instance
 from pipeline.rescale import hu_dtype, rescale_into
 from pipeline.series import ScannedSeries, read_instances, source_header
+from pipeline.stack import Stack
 from pipeline.volume import SeriesPointer, Volume
 
 MAX_VOLUME_BYTES = 16 << 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,13 +12,13 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from numpy.typing import NDArray
+from average_codec import AverageCodec
 
 from latentcache.errors import InputError
 from latentcache.store import LatentStore
 from pipeline import decode, encode
 from pipeline.compose import ComposeSettings
-from pipeline.decode import DecodeSettings, DecodeTask, protocol_profile
+from pipeline.decode import DecodeSettings, DecodeTask
 from pipeline.derived import WriteSettings
 from pipeline.dicom_provenance import read_provenance
 from pipeline.geometry import Geometry
@@ -26,29 +27,11 @@ from pipeline.ingest import IngestOptions, ingest, open_stores
 from pipeline.pairing import geometry_of
 from pipeline.phantom import write_dataset
 from pipeline.private import PrivateStore
+from pipeline.protocol_fit import Protocols, fit_pair
+from pipeline.volume import Volume
+from pipeline.volume_reader import read_series
 
 WINDOW = Window(40, 400)
-
-
-class AverageCodec:
-    """Encodes means of 4x4x4 blocks and decodes them back as blocks: what a VAE does, minus everything learnt."""
-
-    sha256 = hashlib.sha256(b"average").hexdigest()
-    architecture: dict[str, Any] = {"name": "average"}  # noqa: RUF012
-    pad_multiple_zyx = (4, 32, 32)
-
-    def encode(
-        self, unit: NDArray[np.float32], pad_multiple_zyx: tuple[int, int, int] = (4, 32, 32)
-    ) -> NDArray[np.float32]:
-        pad = [(0, -n % m) for n, m in zip(unit.shape, pad_multiple_zyx, strict=True)]
-        full = np.pad(np.asarray(unit), pad, mode="edge")
-        d, h, w = (n // 4 for n in full.shape)
-        mean = full.reshape(d, 4, h, 4, w, 4).mean(axis=(1, 3, 5))
-        return np.stack([mean, 0 * mean, 0 * mean, 0 * mean]).astype(np.float32)
-
-    def decode(self, latent: NDArray[np.float32], valid_zyx: tuple[int, int, int]) -> NDArray[np.float32]:
-        full = np.asarray(latent)[0].repeat(4, 0).repeat(4, 1).repeat(4, 2)
-        return full[: valid_zyx[0], : valid_zyx[1], : valid_zyx[2]]
 
 
 class World:
@@ -71,8 +54,11 @@ class World:
                 writer.commit(done.records)
 
     def plan(self, **options: Any) -> list[DecodeTask]:
+        series = {s.series_key: s for s in self.store.series()}
+        read = functools.partial(read_series, threads=1)
+        protocols = Protocols(self.store.pairs(), series, self.private.pointer, read)
         found: Iterator[DecodeTask] = decode.plan(
-            self.store, self.private.pointer, self.private.identity, self.encode_key, **options
+            self.store, self.private.pointer, self.private.identity, self.encode_key, protocols=protocols, **options
         )
         return list(found)
 
@@ -146,19 +132,40 @@ def test_consistency_is_reported_and_a_bias_is_taken_back(world: World, tmp_path
     without = run(world, task, tmp_path / "without", compose=ComposeSettings(consistency=False)).figures
     assert with_it["rms_after_hu"] < 0.5 * with_it["rms_before_hu"]
     assert "rms_after_hu" not in without
-    assert with_it["profile"] == str(task.profile)
+    assert task.fit is not None
+    assert with_it["profile"] == str(task.fit.profile)
+    assert with_it["rms_after_hu"] == pytest.approx(task.fit.noise_hu, rel=0.1)
 
 
 def test_the_profile_is_fitted_on_other_patients_only(world: World) -> None:
-    pairs = world.store.pairs()
     series = {s.series_key: s for s in world.store.series()}
-    profile, noise = protocol_profile(pairs[0], pairs, series)
-    assert profile is not None
-    assert noise is not None
-    assert 3.0 < profile.fwhm_mm < 8.0
-    assert protocol_profile(pairs[0], [pairs[0]], series) == (None, None)
-    other_kernel = {k: replace(s, kernel="other") if k == pairs[0].thick_key else s for k, s in series.items()}
-    assert protocol_profile(pairs[0], pairs, other_kernel) == (None, None)
+    read = functools.partial(read_series, threads=1)
+    pairs = world.store.pairs()
+    mine = next(p for p in pairs if p.split == "test")
+    protocols = Protocols(pairs, series, world.private.pointer, read)
+    peers = protocols.peers(mine)
+    assert peers
+    assert {p.split for p in peers} == {"train"}
+    assert mine.patient_key not in {p.patient_key for p in peers}
+    fit = protocols.fit(mine)
+    assert fit is not None
+    assert fit.profile.fwhm_mm == pytest.approx(5.0, abs=0.6)
+    assert abs(fit.profile.shift_mm) < 0.3
+    own = fit_pair(read(world.private.pointer(mine.thin_key)), read(world.private.pointer(mine.thick_key)))
+    assert fit.noise_hu == pytest.approx(own.noise_hu, rel=0.25)
+    assert Protocols([mine], series, world.private.pointer, read).fit(mine) is None
+    other_kernel = {**series, mine.thick_key: replace(series[mine.thick_key], kernel="other")}
+    assert Protocols(pairs, other_kernel, world.private.pointer, read).fit(mine) is None
+
+
+def test_a_peer_whose_archive_is_gone_does_not_count(world: World) -> None:
+    series = {s.series_key: s for s in world.store.series()}
+
+    def gone(_: object) -> Volume:
+        raise InputError("no archive", expected="one", remedy="Bring it back.")
+
+    protocols = Protocols(world.store.pairs(), series, world.private.pointer, gone)
+    assert protocols.fit(world.store.pairs()[0]) is None
 
 
 def test_samples_give_a_mean_and_an_uncertainty_series(world: World, tmp_path: Path) -> None:

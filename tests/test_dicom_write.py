@@ -257,7 +257,7 @@ _KILLED = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tests.test_dicom_write import geometry, pixels, write
+from test_dicom_write import geometry, pixels, write
 def tell(n):
     print("slice", flush=True)
     time.sleep(0.02)
@@ -270,7 +270,7 @@ time.sleep(60)
 @pytest.mark.parametrize("after", [1, 17, 39, 41])
 def test_killed_at_any_slice_the_folder_is_whole_or_absent(tmp_path: Path, repo_root: Path, after: int) -> None:
     out = tmp_path / "s"
-    code = _KILLED.format(root=str(repo_root), out=str(out))
+    code = _KILLED.format(root=str(repo_root / "tests"), out=str(out))
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=repo_root)
     assert child.stdout is not None
     for _ in range(after):

@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hospital import study, thick, thin, write_zip
 
 from latentcache.errors import StoreError
 from latentcache.records import PairRecord, SeriesRecord
 from latentcache.store import LatentStore
 from pipeline import ingest_scan
+from pipeline.discover import FoundArchive
 from pipeline.ingest import IngestOptions, check_secret, ingest, open_stores
 from pipeline.ingest_summary import IngestSummary
 from pipeline.overrides import read_overrides
 from pipeline.private import PrivateStore
-from tests.hospital import study, thick, thin, write_zip
 
 
 class Bench:
@@ -47,6 +48,13 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 def never_open(*args: object) -> None:
     raise AssertionError("an archive was opened")
+
+
+def scan_or_die(found: FoundArchive, *rest: object) -> ingest_scan.ArchiveScan:
+    """A reader that takes its whole process down on one archive, as a faulty codec does."""
+    if found.url.endswith("1.zip"):
+        os._exit(9)
+    return ingest_scan.scan_archive(found, *rest)  # type: ignore[arg-type]
 
 
 def test_a_study_becomes_two_series_and_a_pair(bench: Bench) -> None:
@@ -84,6 +92,18 @@ def test_bad_archives_are_named_by_key_and_stop_nothing(bench: Bench) -> None:
     again = bench.run()
     assert {item.key for item in again.set_aside} == {item.key for item in summary.set_aside}
     assert again.archives == {"unchanged": 5}
+
+
+def test_a_damaged_member_at_the_end_of_a_series_is_told(bench: Bench) -> None:
+    """The slices that are left look whole: only the member's own fault says that one is missing."""
+    whole = thick()
+    files = [(f"1/{i}", whole.file(i)[: 400 if i == 3 else None]) for i in range(4)]
+    path = write_zip(bench.data / "APE" / "a.zip", [thin()], extra=files)
+    (item,) = bench.run().set_aside
+    assert (item.kind, item.key) == ("archive", bench.private.keys.archive(str(path)))
+    assert item.reason.startswith("1 of its files cannot be read: ")
+    write_zip(path, [thin(), whole])
+    assert not bench.run().quarantined
 
 
 def test_nothing_is_opened_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +238,17 @@ def test_worker_processes_give_the_same(bench: Bench) -> None:
     assert bench.run(workers=2).pairs == 3
 
 
+def test_a_worker_that_dies_costs_one_archive(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        write_zip(bench.data / "APE" / f"{i}.zip", study(f"P{i}", 10 + i))
+    monkeypatch.setattr("pipeline.ingest.scan_archive", scan_or_die)
+    summary = bench.run(workers=2)
+    assert summary.pairs == 2
+    (item,) = summary.set_aside
+    assert item.key == bench.private.keys.archive(str(bench.data / "APE" / "1.zip"))
+    assert "crashed" in item.reason
+
+
 def test_pixels_are_decoded_on_request(bench: Bench) -> None:
     def cut(ds: object) -> None:
         if ds.InstanceNumber == 3:  # type: ignore[attr-defined]
@@ -332,6 +363,17 @@ def test_an_unknown_series_in_the_users_pairs_is_reported(bench: Bench, tmp_path
     pairs = csv(tmp_path / "p.csv", "thick,thin\n1.2.3.5,9.9.9\n")
     summary = bench.run(overrides=read_overrides(bench.private.keys, pairs, None, None))
     assert [item.key for item in summary.set_aside] == [bench.private.keys.series("9.9.9")]
+
+
+def test_a_pair_that_the_pixels_refused_is_told_and_stays_refused(bench: Bench) -> None:
+    path = write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
+    bench.run()
+    (pair,) = bench.good_pairs()
+    bench.store.append_catalog([], [replace(pair, status="quarantined", reason="it does not average to the thick one")])
+    write_zip(path, study("PAT1", 3), extra=[("added.txt", b"x")])
+    (item,) = bench.run().set_aside
+    assert (item.kind, item.reason) == ("patient", "it does not average to the thick one")
+    assert not bench.good_pairs()
 
 
 def test_a_dry_run_writes_nothing(bench: Bench) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def test_cosine_levels_fall_to_the_clean_one(count: int, least: float) -> None:
         pytest.fail("every count up to the number of steps is possible")
     assert len(levels) == count + 1
     assert levels[-1] == CLEAN
-    assert all(a.sigma >= b.sigma for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a.sigma >= b.sigma for a, b in pairwise(levels))
     assert all(abs(level.alpha**2 + level.sigma**2 - 1) < 1e-9 for level in levels)
     assert levels[0].alpha >= least
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3_server import S3Server, serve
 
 from latentcache.errors import CorruptLatentError, InputError, NonFiniteError, StoreError
 from latentcache.records import Encoding, LatentRecord, PairRecord, SeriesRecord
@@ -72,11 +74,33 @@ def stage(store: LatentStore, number: int, array: np.ndarray | None = None, **ch
     return store.stage(array, **{**arguments, **changes})  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> LatentStore:
-    made = LatentStore.create(tmp_path / "store", secret_fingerprint="f", split_seed=7)
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LatentStore:
+    """An empty store with one encoding, on a local path and on a real S3 server."""
+    url = str(tmp_path / "store")
+    if request.param == "s3":
+        server: S3Server = request.getfixturevalue("s3")
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://bucket/{tmp_path.name}"
+        ROOTS[url] = server.root / tmp_path.name
+    made = LatentStore.create(url, secret_fingerprint="f", split_seed=7)
     made.register_encoding(ENCODING)
     return made
+
+
+ROOTS: dict[str, Path] = {}
+"""The folder behind every store on S3, so that tests can harm its files."""
+
+
+def root_of(store: LatentStore) -> Path:
+    return ROOTS[store.url] if store.url in ROOTS else Path(store.url)
 
 
 def test_catalog_and_pairs_round_trip_and_later_rows_replace(store: LatentStore) -> None:
@@ -123,7 +147,7 @@ def test_any_window_of_any_depth(tmp_path_factory: pytest.TempPathFactory, depth
 def test_plain_zarr_reads_the_array(store: LatentStore, depth: int) -> None:
     array = latent(depth)
     record = stage(store, 1, array)
-    found = zarr.open_array(f"{store.url}/{record.path}", mode="r")
+    found = zarr.open_array(root_of(store) / record.path, mode="r")
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found[:], array)
     np.testing.assert_array_equal(found[:, depth // 2 :], array[:, depth // 2 :])
@@ -131,17 +155,17 @@ def test_plain_zarr_reads_the_array(store: LatentStore, depth: int) -> None:
 
 def test_plain_zarr_notices_a_flipped_bit(store: LatentStore) -> None:
     record = stage(store, 1)
-    shard = Path(store.url) / record.path / "c.0.0.0.0"
+    shard = root_of(store) / record.path / "c.0.0.0.0"
     data = bytearray(shard.read_bytes())
     data[100] ^= 4
     shard.write_bytes(data)
     with pytest.raises(ValueError, match="checksum"):
-        zarr.open_array(f"{store.url}/{record.path}", mode="r")[:]
+        zarr.open_array(root_of(store) / record.path, mode="r")[:]
 
 
 def test_every_flipped_bit_raises_with_the_key(store: LatentStore) -> None:
     record = stage(store, 1, latent(5, size=2))
-    shard = Path(store.url) / record.path / "c.0.0.0.0"
+    shard = root_of(store) / record.path / "c.0.0.0.0"
     good = shard.read_bytes()
     flagged = 0
     for byte in range(0, 2 * 4 * 36, 7):
@@ -221,7 +245,7 @@ def test_a_pinned_reader_does_not_move(store: LatentStore) -> None:
 
 def test_a_row_without_bytes_is_refused(store: LatentStore) -> None:
     record = stage(store, 1)
-    (Path(store.url) / record.path / "c.0.0.0.0").unlink()
+    (root_of(store) / record.path / "c.0.0.0.0").unlink()
     with store.writer() as writer, pytest.raises(StoreError, match="bytes"):
         writer.commit([record])
     assert LatentStore.open(store.url).records() == []
@@ -255,7 +279,7 @@ def test_what_must_not_be_cached_is_refused(
     with pytest.raises(error) as caught:
         stage(store, 1, array, **changes)
     assert "Jane" not in str(caught.value)
-    assert not (Path(store.url) / "latents.zarr").exists()
+    assert not (root_of(store) / "latents.zarr").exists()
 
 
 def test_variance_channels_belong_to_their_own_encoding(store: LatentStore) -> None:
@@ -270,7 +294,7 @@ def test_variance_channels_belong_to_their_own_encoding(store: LatentStore) -> N
 
 
 def test_stores_of_other_versions_are_refused(store: LatentStore) -> None:
-    path = Path(store.url) / "store.json"
+    path = root_of(store) / "store.json"
     header = json.loads(path.read_text())
     path.write_text(json.dumps({**header, "format_version": 99}))
     with pytest.raises(StoreError, match="newer"):
@@ -285,26 +309,26 @@ def test_stores_of_other_versions_are_refused(store: LatentStore) -> None:
 
 def test_half_copied_stores_are_refused(store: LatentStore) -> None:
     store.append_catalog([series(1)])
-    root = Path(store.url)
+    root = root_of(store)
     fragment = next((root / "catalog").iterdir())
     data = fragment.read_bytes()
     fragment.write_bytes(data[:-20])
     with pytest.raises(StoreError, match="damaged"):
-        LatentStore.open(root).series()
+        LatentStore.open(store.url).series()
     fragment.unlink()
     with pytest.raises(StoreError, match="partial copy"):
-        LatentStore.open(root).series()
+        LatentStore.open(store.url).series()
     for snapshot in (root / "snapshots").iterdir():
         snapshot.unlink()
     with pytest.raises(StoreError, match="no snapshot"):
-        LatentStore.open(root)
+        LatentStore.open(store.url)
     with pytest.raises(StoreError, match="no store"):
-        LatentStore.open(root / "elsewhere")
+        LatentStore.open(store.url + "/elsewhere")
 
 
 def test_a_flipped_bit_in_a_snapshot_is_refused(store: LatentStore) -> None:
     store.append_catalog([series(1)])
-    path = Path(store.url) / "snapshots" / "00000001.json"
+    path = root_of(store) / "snapshots" / "00000001.json"
     good = path.read_bytes()
     for byte in range(0, len(good), 11):
         bad = bytearray(good)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_latents import ENCODING, key_of, make_store, smooth, stage
 
 from diffusion.alignment import align_depth
 from diffusion.config import DataConfig
+from diffusion.made_up import ENCODING, key_of, make_store, smooth, stage
 from diffusion.objective import build_objective
-from diffusion.stream import Batch, PairStream, valid_mask, whole_latents_inside
+from diffusion.pairs import whole_latents_inside
+from diffusion.stream import Batch, PairStream, valid_mask
 from diffusion.unet import build_unet
 from latentcache.errors import CorruptLatentError, InputError
 from latentcache.records import LatentRecord

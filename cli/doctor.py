@@ -1,0 +1,192 @@
+"""``ctpipe doctor``: whether this machine, this store and these weights fit the run that is planned."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.output import AsJson, Exit, emit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diffusion.config import TrainConfig
+    from latentcache.store import LatentStore
+
+REMEDIES = {
+    "out of memory": "set data.batch_size lower, model.activation_checkpointing=true, data.window=32, --latent-patch 2, "
+    "or several GPUs with parallel.strategy=fsdp; for the VAE, --memory-gib",
+    "NaN or infinity": "the run stops and names step, study and tensor; run `ctpipe verify STORE`; if it is clean, lower "
+    "optimiser.learning_rate or set optimiser.precision=fp32, and --resume",
+    "checkpoint not 130/130": "the file is not a MAISI VAE's, or is cut: compare its size with the publisher's; the "
+    "loader names the missing tensors",
+    "unreadable archive": "it is quarantined with its reason, the others go on: repair or replace the zip, then run "
+    "`ctpipe ingest` again",
+    "disk full": "the checkpoint before is whole: free space and run the same command with --resume; `ctpipe gc STORE` "
+    "removes what no snapshot names",
+}
+"""The README's troubleshooting table; error messages say the same."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: ``level`` is ok, note or problem."""
+
+    name: str
+    level: str
+    detail: str
+
+
+def register(app: typer.Typer) -> None:
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    store: Annotated[str | None, typer.Argument(help="Also look at this store and at a run on it.")] = None,
+    preset: Annotated[str, typer.Option(help="The run that is planned: tiny, medium or classic.")] = "medium",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as for `ctpipe train`.")] = None,
+    vae: Annotated[str, typer.Option(help="The VAE to look at: `tiny` or a path.")] = "tiny",
+    as_json: AsJson = False,
+) -> int:
+    """Device, memory for the preset, VAE weights, store health, expected epoch time.
+
+    Examples:
+
+        ctpipe doctor
+
+        ctpipe doctor STORE --preset medium --vae weights/autoencoder_epoch273.pt
+    """
+    from diffusion.config import load_config
+    from latentcache.errors import CtpipeError
+    from latentcache.store import LatentStore
+
+    overrides = ["losses.perceptual_weight=0", *(set_ or [])] if preset == "classic" else list(set_ or [])
+    config, _ = load_config(preset, None, overrides)
+    findings: list[Finding] = []
+
+    def look(name: str, found: Callable[[], tuple[str, str]]) -> None:
+        try:
+            findings.append(Finding(name, *found()))
+        except CtpipeError as error:
+            findings.append(Finding(name, "problem", str(error)))
+
+    latents: list[LatentStore] = []
+    look("machine", machine)
+    look("device", device)
+    look("disk", disk)
+    look("VAE weights", lambda: vae_weights(vae))
+    if store is not None:
+        look("store", lambda: store_health(latents, LatentStore.open(store)))
+    look("memory", lambda: memory(config, latents))
+    look("epoch", lambda: epoch_time(config, latents))
+    healthy = not any(f.level == "problem" for f in findings)
+    lines = [f"{f.level:8s} {f.name:12s} {f.detail}" for f in findings]
+    lines += ["", "When something goes wrong:"] + [f"  {name}: {remedy}" for name, remedy in REMEDIES.items()]
+    result = {"healthy": healthy, "findings": [asdict(f) for f in findings], "remedies": REMEDIES}
+    emit(result, "\n".join(lines), as_json)
+    return Exit.OK if healthy else Exit.FAILED
+
+
+def machine() -> tuple[str, str]:
+    import psutil
+    import torch
+
+    gib = psutil.virtual_memory().total / 2**30
+    return "ok", f"{os.cpu_count()} cores, {gib:.0f} GiB, python {platform.python_version()}, torch {torch.__version__}"
+
+
+def device() -> tuple[str, str]:
+    """Each GPU and what a large matrix product reaches on it."""
+    import torch
+
+    from diffusion.progress import measured_matmul_rate
+
+    if not torch.cuda.is_available():
+        rate = measured_matmul_rate(torch.device("cpu"), torch.float32)
+        return "note", f"no CUDA device: training and encoding run on the CPU ({rate / 1e9:.0f} GFLOP/s measured)"
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        rate = measured_matmul_rate(torch.device("cuda", index), torch.bfloat16)
+        name = torch.cuda.get_device_name(index)
+        rows.append(f"{name} {free / 2**30:.0f}/{total / 2**30:.0f} GiB free, {rate / 1e12:.0f} TFLOP/s in bf16")
+    return "ok", "; ".join(rows)
+
+
+def disk() -> tuple[str, str]:
+    free = shutil.disk_usage(os.curdir).free / 2**30
+    return ("ok" if free > 30 else "note"), f"{free:.0f} GiB free here; a `medium` run keeps up to 3 x 9 GiB"
+
+
+def vae_weights(spec: str) -> tuple[str, str]:
+    from pipeline.vae import load_vae
+
+    vae = load_vae(spec)
+    count = sum(p.numel() for p in vae.network.parameters())
+    return "ok", f"{spec if spec == 'tiny' else 'loaded'}: {count:,} parameters, SHA-256 begins {vae.sha256[:12]}"
+
+
+def store_health(opened: list[LatentStore], latents: LatentStore) -> tuple[str, str]:
+    """Counts, and pairs that cannot be trained on yet. A deep check is ``ctpipe verify``."""
+    opened.append(latents)
+    pairs = latents.pairs()
+    splits = {name: sum(p.split == name for p in pairs) for name in ("train", "val", "test")}
+    rows = latents.manifest_table(["role"]).num_rows
+    bad = sum(p.status != "ok" for p in pairs)
+    text = f"snapshot {latents.snapshot}: {len(pairs)} pairs {splits}, {rows} latents, {bad} pairs quarantined"
+    if not splits["val"]:
+        return "problem", text + "; the val split is empty: assign patients with `ctpipe ingest --splits CSV`"
+    return ("ok" if rows else "problem"), text + ("" if rows else "; run `ctpipe encode`")
+
+
+def sample_shape(config: TrainConfig, latents: list[LatentStore]) -> tuple[tuple[int, int, int], int | None]:
+    """The largest sample of the store and its samples an epoch; without a store 300 slices of 512 x 512."""
+    from diffusion.stream import PairStream
+
+    if latents:
+        stream = PairStream(latents[0], config.data, in_plane_multiple=config.model.in_plane_multiple)
+        if stream.pairs:
+            return stream.shapes[0], stream.samples_per_epoch
+    side = config.data.crop or 128
+    return (config.data.window or 75, side, side), None
+
+
+def memory(config: TrainConfig, latents: list[LatentStore]) -> tuple[str, str]:
+    from diffusion.estimate import estimate_step, memory_present, remedies
+    from diffusion.world import World, default_device
+
+    world = World(device=default_device())
+    shape, _ = sample_shape(config, latents)
+    need = estimate_step(config, shape, world)
+    present = memory_present(world.device)
+    text = (
+        f"{config.preset}: {need.parameters / 1e6:.0f}M parameters, batch {config.data.batch_size} of {shape} needs "
+        f"{need.peak_bytes / 2**30:.1f} GiB, {present / 2**30:.1f} GiB free on {world.device.type}"
+    )
+    if need.peak_bytes <= present:
+        return "ok", text
+    return "problem", text + ": " + "; ".join(remedies(config))
+
+
+def epoch_time(config: TrainConfig, latents: list[LatentStore]) -> tuple[str, str]:
+    """From the model's arithmetic and the measured matrix product, at 40% of it (20% on a CPU)."""
+    import torch
+
+    from diffusion.estimate import estimate_step
+    from diffusion.progress import measured_matmul_rate
+    from diffusion.world import World, default_device
+
+    world = World(device=default_device())
+    shape, samples = sample_shape(config, latents)
+    flops: Any = estimate_step(config, shape, world).forward_flops_per_sample
+    passes = 4 if config.model.activation_checkpointing else 3
+    on_gpu = world.device.type == "cuda"
+    rate = measured_matmul_rate(world.device, torch.bfloat16 if on_gpu else torch.float32) * (0.4 if on_gpu else 0.2)
+    seconds = passes * flops * (samples or 250) / rate
+    whose = f"{samples} samples of this store" if samples else "250 volumes"
+    return "ok", f"about {seconds / 60:.1f} min for {whose}, {flops / 1e12:.2f} TFLOP forward each"

@@ -1,0 +1,57 @@
+"""``ctpipe status``: what a store holds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from cli.output import AsJson, Exit, emit
+
+
+def register(app: typer.Typer) -> None:
+    app.command("status")(status)
+
+
+def status(
+    store: Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")],
+    snapshot: Annotated[int | None, typer.Option(help="Show this snapshot instead of the last.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Count series, pairs and latents, and say what is still to encode.
+
+    Examples:
+
+        ctpipe status STORE
+
+        ctpipe status STORE --snapshot 12 --json
+    """
+    from latentcache.status import status as count
+    from latentcache.store import LatentStore
+
+    found = count(LatentStore.open(store, snapshot))
+    emit(found, _text(found), as_json)
+    return Exit.OK
+
+
+def _text(found: dict[str, Any]) -> str:
+    series, pairs = found["series"], found["pairs"]
+    lines = [
+        f"snapshot {found['snapshot']} of {len(found['snapshots'])} kept",
+        f"series {series['total']} ({series['quarantined']} quarantined): {_counts(series['by_role'])}",
+        f"  splits: {_counts(series['by_split'])}",
+        f"pairs {pairs['total']} ({pairs['quarantined']} quarantined): {_counts(pairs['by_split'])}",
+    ]
+    for key, encoding in found["encodings"].items():
+        lines.append(f"encode key {key}: {_counts(encoding['latents'])}; {encoding['series_missing']} series to encode")
+        if "window" in encoding:
+            lines.append(f"  window {encoding['window']}, VAE {encoding['vae_sha256'][:12]}")
+        else:
+            lines.append(f"  {encoding['problem']}")
+    lines += [f"pinned: snapshot {number} by {', '.join(names)}" for number, names in found["pinned"].items()]
+    lines += [f"generated: {key}" for key in found["generated"]]
+    return "\n".join(lines)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in sorted(counts.items())) or "none"

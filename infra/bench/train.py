@@ -1,0 +1,220 @@
+"""The trainer: cached latents against a VAE in the loop, and whether data keeps up, on this device.
+
+    python infra/bench/train.py [--quick] [--steps 12] [--side 64] [--depth 64] [--no-s3]
+
+1. An epoch with cached latents and one that encodes thin and thick volumes inside the loop, at equal settings and in one
+   run: the same U-Net, the same batches; volumes lie in memory, which flatters the loop (the predecessor read DICOM).
+2. The same ratio at full size (512x512x300, `medium` on a 64x64 and a 128x128 latent grid, MAISI's VAE) by counting
+   operations; on a GPU the U-Net's step is measured as well (see unet_gpu.py for all variants).
+3. A consumer that takes a batch every 100 ms: the share of its time spent waiting, from a local store and from S3
+   (`rclone serve s3` on loopback), latents of 4x75x128x128.
+
+Prints a table, then one JSON object, which is also kept in infra/bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+
+from diffusion.config import DataConfig, load_config  # noqa: E402
+from diffusion.estimate import count_forward  # noqa: E402
+from diffusion.loop import Trainer  # noqa: E402
+from diffusion.loop_interface import LoopConfig  # noqa: E402
+from diffusion.made_up import make_store  # noqa: E402
+from diffusion.model_config import model_preset  # noqa: E402
+from diffusion.objective import build_objective  # noqa: E402
+from diffusion.stream import PairStream, Step  # noqa: E402
+from diffusion.train import latent_loss  # noqa: E402
+from diffusion.unet import build_unet, parameter_count  # noqa: E402
+from diffusion.world import World, default_device  # noqa: E402
+from latentcache.store import LatentStore  # noqa: E402
+from pipeline.vae import load_vae  # noqa: E402
+from pipeline.vae_architecture import KlAutoencoder, VaeArchitecture  # noqa: E402
+
+CONSUMER_S = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few steps, small latents: under 60 s on 2 cores")
+    parser.add_argument("--steps", type=int, default=12, help="steps timed for each of cached and in-loop")
+    parser.add_argument("--side", type=int, default=64, help="in-plane pixels of the volumes encoded in the loop")
+    parser.add_argument("--depth", type=int, default=64, help="their slices")
+    parser.add_argument("--batches", type=int, default=60, help="batches that the waiting consumer takes")
+    parser.add_argument("--no-s3", action="store_true", help="leave out the S3 server")
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.batches = 3, 15
+    device = default_device()
+    result: dict[str, Any] = {
+        "bench": "train",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": options.quick,
+        "medium_parameters": parameter_count(model_preset("medium")),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        result |= cached_against_in_loop(Path(scratch) / "epoch", device, options)
+        result |= full_size_by_counting()
+        if device.type == "cuda":
+            result |= measured_on_gpu(Path(scratch) / "gpu", device, options.steps)
+        result |= waiting(Path(scratch) / "wait", options)
+    for name, value in result.items():
+        print(f"{name:32s} {value}")
+    kept = Path(__file__).parent / "results" / f"train-{device.type}.json"
+    if not options.quick:
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(result, sort_keys=True))
+
+
+class EncodingStream:
+    """The cached stream's steps, but each latent is encoded anew from a volume: the loop that the cache replaces."""
+
+    def __init__(self, cached: PairStream, vae: Any, volume_zyx: tuple[int, int, int]) -> None:
+        self.cached, self.vae = cached, vae
+        self.volume = np.random.default_rng(0).uniform(-1, 1, volume_zyx).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.cached)
+
+    def state_dict(self) -> dict[str, int]:
+        return self.cached.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.cached.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Step]:
+        for step in self.cached:
+            yield replace(step, batches=map(self._encoded, step.batches))
+
+    def _encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for name in ("thin", "condition"):
+            latents = [self.vae.encode(self.volume) for _ in batch["study_key"]]
+            assert latents[0].shape == batch[name].shape[1:], (latents[0].shape, batch[name].shape)
+        return batch
+
+
+def cached_against_in_loop(folder: Path, device: torch.device, options: Any) -> dict[str, Any]:
+    """Seconds of a step, and of an epoch of 250 patients, fed either way."""
+    depth, side = options.depth // 4, options.side // 4
+    store = make_store(folder, splits=("train",) * 4, depths=(depth,), side=side)
+    config, _ = load_config(
+        "tiny", None, ["window=null", f"depth_bucket={depth}", "batch_size=1", "samples_per_step=1"]
+    )
+    cached = PairStream(store, config.data, in_plane_multiple=config.model.in_plane_multiple)
+    vae = load_vae("tiny", device)
+    seconds = {}
+    for name, stream in (("cached", cached), ("in_loop", EncodingStream(cached, vae, (4 * depth, 4 * side, 4 * side)))):
+        torch.manual_seed(0)
+        loss = latent_loss(build_objective("bridge"), device)
+        loop = LoopConfig(config.optimiser, config.validation, config.budget, config.parallel)
+        trainer = Trainer(build_unet(config.model).to(device), loss, stream, loop, folder, world=World(device=device))
+        steps = iter(stream)
+        trainer.training_step(next(steps))
+        begin = time.perf_counter()
+        for step in islice(steps, options.steps):
+            trainer.training_step(step)
+        seconds[name] = (time.perf_counter() - begin) / options.steps
+    return {
+        "volume_zyx": [4 * depth, 4 * side, 4 * side],
+        "cached_step_s": round(seconds["cached"], 4),
+        "in_loop_step_s": round(seconds["in_loop"], 4),
+        "cached_epoch_250_s": round(250 * seconds["cached"], 1),
+        "in_loop_epoch_250_s": round(250 * seconds["in_loop"], 1),
+        "cached_vs_inloop": round(seconds["in_loop"] / seconds["cached"], 2),
+        "cached_vs_inloop_of": "tiny U-Net and tiny VAE, measured",
+    }
+
+
+def full_size_by_counting() -> dict[str, Any]:
+    """Operations of MAISI's encoder on 512x512x300 beside those of a training step of `medium`."""
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae = KlAutoencoder(VaeArchitecture())
+        vae.encode(torch.zeros(1, 1, 300, 512, 512))
+    encode = counter.get_total_flops() / 1e12
+    result: dict[str, Any] = {"maisi_encode_tflop_512x512x300": round(encode, 1)}
+    for name, preset, side in (("patch2", "classic", 128), ("patch1", "medium", 128)):
+        step = 3 * count_forward(model_preset(preset), 1, (75, side, side), bf16=True)[1] / 1e12
+        result[f"step_tflop_{name}"] = round(step, 1)
+        result[f"flop_ratio_full_size_{name}"] = round((step + 2 * encode) / step, 2)
+    return result
+
+
+def measured_on_gpu(folder: Path, device: torch.device, steps: int) -> dict[str, Any]:
+    """`medium` on whole volumes at 75x64x64, as unet_gpu.py measures it, compiled."""
+    import unet_gpu
+
+    from diffusion.progress import measured_matmul_rate
+
+    config = model_preset("medium")
+    store = make_store(folder, splits=("train",) * 4, depths=(75,), side=64)
+    flops = count_forward(config, 1, (75, 64, 64), bf16=True)[1]
+    rate = measured_matmul_rate(device, torch.bfloat16)
+    row = unet_gpu.measure(config, store, device, 75, 64, 1, "compiled", steps, flops, rate)
+    return {key: row[key] for key in ("step_s", "mfu", "peak_gib", "epoch_s", "data_wait")}
+
+
+def waiting(folder: Path, options: Any) -> dict[str, Any]:
+    """Share of a consumer's time spent waiting when it takes a batch every 100 ms."""
+    depth, side = (75, 32) if options.quick else (75, 128)
+    local = make_store(folder / "local", splits=("train",) * 4, depths=(depth,), side=side)
+    result = {"wait_latent": [4, depth, side, side], "wait_local": round(wait_fraction(local, options.batches), 5)}
+    if options.no_s3:
+        return result
+    with s3_copy(folder / "local", folder / "s3") as remote:
+        result["wait_s3"] = round(wait_fraction(remote, options.batches), 5)
+    return result
+
+
+def wait_fraction(store: LatentStore, batches: int) -> float:
+    """Waiting over the whole time, the first batch (nothing is read ahead yet) left out."""
+    data = DataConfig(window=24, windows_per_volume=64, batch_size=2, readers=2, read_ahead=6)
+    stream = PairStream(store, data, samples_per_step=2)
+    steps = iter(stream)
+    next(next(steps).batches)
+    waited, begin = 0.0, time.perf_counter()
+    for step in islice(steps, batches):
+        asked = time.perf_counter()
+        for _ in step.batches:
+            waited += time.perf_counter() - asked
+            time.sleep(CONSUMER_S)
+            asked = time.perf_counter()
+    return waited / (time.perf_counter() - begin)
+
+
+@contextmanager
+def s3_copy(source: Path, root: Path) -> Iterator[LatentStore]:
+    """The same store behind a real S3 server on loopback."""
+    from s3_server import serve
+
+    with serve(root) as server:
+        os.environ.update(server.environment | {"AWS_ENDPOINT_URL": f"http://{server.direct}"})
+        shutil.copytree(source, root / "bucket" / "store")
+        yield LatentStore.open("s3://bucket/store")
+
+
+if __name__ == "__main__":
+    main()

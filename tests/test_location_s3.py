@@ -1,0 +1,121 @@
+"""S3 with failures on purpose: a store keeps its promises, and what cannot be helped is said plainly."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from killed_writer import ENCODING, latent, stage
+from s3_server import S3Server, serve
+
+from latentcache import location_s3
+from latentcache.errors import CorruptLatentError, StoreError
+from latentcache.gc import collect
+from latentcache.location import open_location
+from latentcache.store import LatentStore
+from latentcache.verify import verify
+
+KEYS = [f"{n:016x}" for n in range(3)]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serve(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+@pytest.fixture
+def url(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield f"s3://bucket/{tmp_path.name}"
+    server.fault = lambda number, method, path: ""
+    server.correct_ranges = True
+
+
+def life(url: str) -> LatentStore:
+    """Create, stage, commit, read windows, collect, verify."""
+    store = LatentStore.create(url, secret_fingerprint="f")
+    store.register_encoding(ENCODING)
+    with store.writer() as writer:
+        writer.commit([stage(store, KEYS[0])])
+        writer.commit([stage(store, k) for k in KEYS[1:]])
+    stage(store, KEYS[0])
+    again = pickle.loads(pickle.dumps(LatentStore.open(url)))
+    assert sorted(r.key for r in again.records()) == KEYS
+    for row in again.records():
+        np.testing.assert_array_equal(again.read(row, slice(1, 4)), latent(row.key)[:, 1:4])
+    assert collect(again, grace_s=-3600).attempts == 1
+    return again
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", "drop-answer", "cut"])
+def test_every_fifth_request_fails(server: S3Server, url: str, fault: str) -> None:
+    server.seen.clear()
+    server.fault = lambda number, method, path: fault if number % 5 == 4 else ""
+    store = life(url)
+    result = verify(store)
+    assert result.problems == []
+    assert (result.latents, result.orphans) == (3, 0)
+    assert server.seen[fault] > 10
+
+
+def test_slow_answers_are_waited_for(server: S3Server, url: str) -> None:
+    server.fault = lambda number, method, path: "slow" if method == "GET" else ""
+    assert len(life(url).records()) == 3
+
+
+def test_a_server_that_answers_ranges_wrongly_is_read_whole(server: S3Server, url: str) -> None:
+    server.correct_ranges = False
+    assert len(life(url).records()) == 3
+
+
+def test_a_server_that_stays_broken_is_named(server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = life(url)
+    row = store.records()[0]
+    real = location_s3.S3Store.from_url
+    monkeypatch.setattr(
+        location_s3.S3Store, "from_url", lambda u, **options: real(u, **options | {"retry_config": {"max_retries": 1}})
+    )
+    broken = LatentStore.open(url)
+    server.fault = lambda number, method, path: "500"
+    with pytest.raises(StoreError, match="failed on"):
+        broken.read(row)
+    with pytest.raises(StoreError, match="failed on"):
+        stage(broken, KEYS[1])
+    server.fault = lambda number, method, path: ""
+    assert verify(store).problems == []
+
+
+def test_wrong_credentials_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-key")
+    with pytest.raises(StoreError, match="refused access"):
+        open_location(url).read("store.json")
+
+
+def test_a_flipped_bit_behind_the_server_is_found(server: S3Server, url: str) -> None:
+    store = life(url)
+    row = store.records()[1]
+    shard = server.root / url.rsplit("/", 1)[1] / row.path / "c.0.0.0.0"
+    data = bytearray(shard.read_bytes())
+    data[9] ^= 16
+    shard.write_bytes(data)
+    with pytest.raises(CorruptLatentError, match=row.key):
+        store.read(row)
+    assert {p.subject for p in verify(store).problems} == {f"{row.key} thin"}
+
+
+def test_a_name_is_put_once_even_where_the_server_ignores_conditions(url: str) -> None:
+    location = open_location(url)
+    location.put_once("a/b", [b"1", np.arange(3, dtype=np.uint8)])
+    with pytest.raises(FileExistsError):
+        location.put_once("a/b", [b"2"])
+    assert location.read("a/b") == b"1\x00\x01\x02"
+    location.delete("a/b")
+    location.delete("a/b")
+    assert list(location.list("a")) == []
+    with pytest.raises(FileNotFoundError):
+        location.size("a/b")
