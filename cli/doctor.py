@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from latentcache.store import LatentStore
 
 REMEDIES = {
-    "out of memory": "set data.batch_size lower, model.activation_checkpointing=true, data.window=32, --latent-patch 2, "
-    "or several GPUs with parallel.strategy=fsdp; for the VAE, --memory-gib",
-    "NaN or infinity": "the run stops and names step, study and tensor; run `ctpipe verify STORE`; if it is clean, lower "
-    "optimiser.learning_rate or set optimiser.precision=fp32, and --resume",
+    "out of memory": "set data.batch_size lower, model.activation_checkpointing=true, data.window=32, --latent-patch 2 "
+    "or, with several GPUs, parallel.strategy=fsdp; for the VAE, --memory-gib",
+    "NaN or infinity": "the run stops and names step, study and tensor; run `ctpipe verify STORE`; if it is clean, "
+    "lower optimiser.learning_rate or set optimiser.precision=fp32, and --resume",
     "checkpoint not 130/130": "the file is not a MAISI VAE's, or is cut: compare its size with the publisher's; the "
     "loader names the missing tensors",
     "unreadable archive": "it is quarantined with its reason, the others go on: repair or replace the zip, then run "
@@ -189,4 +189,5 @@ def epoch_time(config: TrainConfig, latents: list[LatentStore]) -> tuple[str, st
     rate = measured_matmul_rate(world.device, torch.bfloat16 if on_gpu else torch.float32) * (0.4 if on_gpu else 0.2)
     seconds = passes * flops * (samples or 250) / rate
     whose = f"{samples} samples of this store" if samples else "250 volumes"
-    return "ok", f"about {seconds / 60:.1f} min for {whose}, {flops / 1e12:.2f} TFLOP forward each"
+    length = f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+    return "ok", f"about {length} for {whose}, {flops / 1e12:.2f} TFLOP forward each"

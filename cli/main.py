@@ -49,3 +49,7 @@ def main() -> None:
         stderr.print("interrupted; run the same command again to resume")
         sys.exit(130)
     sys.exit(int(code) if isinstance(code, int) else Exit.OK)
+
+
+if __name__ == "__main__":
+    main()

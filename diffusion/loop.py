@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diffusion.checkpoint import CheckpointFolder, gather, restore
 from diffusion.ema import PowerEma
@@ -102,6 +103,7 @@ class Trainer:
             seen.append((batch["study_key"], terms.named()))
         assert len(seen) == step.n_batches, "the stream was closed while a step was under way"
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optimiser.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         mean_loss, told, late = self.world.sum(total).tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(float(norm))):
             raise non_finite(self.step, seen, self.module)
@@ -135,9 +137,10 @@ class Trainer:
             self.resume()
         journal = Journal(self.run_dir, self.step) if self.world.rank == 0 else None
         try:
-            reason = self._train(journal)
-            if self.saved_at < self.step:
-                self.save(journal)
+            with stop_signals() as signalled:
+                reason = self._train(journal, signalled)
+                if self.saved_at < self.step:
+                    self.save(journal)
             if journal:
                 journal.write("event", self.step, {"stopped_by": reason})
         finally:
@@ -155,26 +158,25 @@ class Trainer:
             parameters=self.parameter_count,
         )
 
-    def _train(self, journal: Journal | None) -> str:
+    def _train(self, journal: Journal | None, signalled: list[int]) -> str:
         """Step after step until there is a reason to stop, which is returned."""
         reason = self._reason_at_a_step()
         if reason:
             return reason
-        with stop_signals() as signalled:
-            for step in self.stream:
-                self.meter.begin_step()
-                self.loss, told, late = self.training_step(step, bool(signalled))
-                self.meter.end_step(step.samples)
-                if journal:
-                    self._report(journal, step)
-                reason = self._reason_at_a_step() or ("max-seconds" if late else None)
-                reason = "signal" if told else reason
-                if reason != "signal" and self._validation_is_due(step, last=bool(reason)):
-                    reason = self._validate(journal) or reason
-                if reason:
-                    return reason
-                if self.step - self.saved_at >= self.config.budget.checkpoint_every_steps:
-                    self.save(journal)
+        for step in self.stream:
+            self.meter.begin_step()
+            self.loss, told, late = self.training_step(step, bool(signalled))
+            self.meter.end_step(step.samples)
+            if journal:
+                self._report(journal, step)
+            reason = self._reason_at_a_step() or ("max-seconds" if late else None)
+            reason = "signal" if told else reason
+            if reason != "signal" and self._validation_is_due(step, last=bool(reason)):
+                reason = self._validate(journal) or reason
+            if reason:
+                return reason
+            if self.step - self.saved_at >= self.config.budget.checkpoint_every_steps:
+                self.save(journal)
         raise AssertionError("a stream of steps has no end")
 
     def _reason_at_a_step(self) -> str | None:

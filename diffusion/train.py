@@ -15,7 +15,7 @@ from torch import nn
 
 from diffusion.checkpoint import CheckpointFolder
 from diffusion.config import LossConfig, TrainConfig, check, to_dict
-from diffusion.estimate import check_resources, estimate_step
+from diffusion.estimate import check_resources, estimate_step, remedies
 from diffusion.held_out import ValidateImages, generators, validation
 from diffusion.loop import Trainer
 from diffusion.loop_interface import LoopConfig, Terms, TrainSummary
@@ -94,7 +94,14 @@ def train(
         meter=Meter(world.device, need.forward_flops_per_sample, rate),
         on_progress=on_progress,
     )
-    return trainer.run(resume=resume and CheckpointFolder(run_dir).path("last") is not None)
+    try:
+        return trainer.run(resume=resume and CheckpointFolder(run_dir).path("last") is not None)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"out of memory at step {trainer.step}, where about {need.peak_bytes / 2**30:.1f} GiB were expected",
+            expected="a step that fits beside whatever else uses the device",
+            remedy="; ".join(remedies(config)) + "; then --resume.",
+        ) from error
 
 
 def reopen(store: LatentStore, card: RunCard) -> LatentStore:

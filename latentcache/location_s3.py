@@ -147,18 +147,19 @@ class S3Location:
             return int(obstore.head(self._store, path)["size"])
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        with _errors(prefix):
-            for batch in obstore.list(self._store, prefix or None, chunk_size=1000):
-                yield from map(_entry, batch)
+        def batches() -> Any:
+            return [meta for batch in obstore.list(self._store, prefix or None, chunk_size=1000) for meta in batch]
+
+        yield from map(_entry, _repeated(prefix, batches))
 
     def objects(self, prefix: str) -> Sequence[Entry]:
-        with _errors(prefix):
-            return [_entry(meta) for meta in obstore.list_with_delimiter(self._store, prefix or None)["objects"]]
+        return [_entry(meta) for meta in self._folder(prefix)["objects"]]
 
     def folders(self, prefix: str) -> Sequence[str]:
-        with _errors(prefix):
-            found = obstore.list_with_delimiter(self._store, prefix or None)["common_prefixes"]
-        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._folder(prefix)["common_prefixes"])
+
+    def _folder(self, prefix: str) -> Any:
+        return _repeated(prefix, lambda: obstore.list_with_delimiter(self._store, prefix or None))
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), _errors(path):

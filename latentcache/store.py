@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from latentcache.admission import check_key, check_latent, load_encoding
 from latentcache.arrays import Latent, read_latent, write_latent
 from latentcache.commit import Writer
-from latentcache.errors import InputError, NonFiniteError, StoreError
+from latentcache.errors import InputError, StoreError
 from latentcache.index import COLUMNS, KeyIndex
 from latentcache.location import Location, open_location
 from latentcache.manifest import Snapshot, check_version, load_snapshot, read_table, snapshot_path
 from latentcache.records import (
     FORMAT_VERSION,
-    LATENT_CHANNELS,
     Encoding,
     LatentRecord,
     LatentRole,
@@ -34,8 +32,6 @@ from latentcache.schema import Kind, from_table, matrix
 from latentcache.statistics import Moments, merge_all, valid_latents
 
 STORE = "store.json"
-_KEY = re.compile(r"[0-9a-f]{16}")
-_ROLES = ("thin", "thick", "thick_on_thin")
 
 
 class LatentStore:
@@ -198,7 +194,7 @@ class LatentStore:
 
     def encoding(self, encode_key: str) -> Encoding:
         """Raises StoreError if the store has no such encoding, or its file is damaged."""
-        return _encoding(self.location, encode_key)
+        return load_encoding(self.location, encode_key)
 
     def encode_keys(self) -> list[str]:
         """Keys of all registered encodings."""
@@ -229,7 +225,7 @@ class LatentStore:
             NonFiniteError: NaN or infinity in the latent.
         """
         encoding = self.encoding(encode_key)
-        shape = _checked(array, encoding, key, role, dz_mm, valid_zyx)
+        shape = check_latent(array, encoding, key, role, dz_mm, valid_zyx)
         array = np.ascontiguousarray(array)
         d, h, w = valid_latents(valid_zyx)
         moments = Moments.of(array[:, :d, :h, :w])
@@ -343,8 +339,7 @@ class LatentStore:
         Raises:
             StoreError: There is none and ``create`` is false.
         """
-        if not _KEY.fullmatch(generation_key):
-            raise _bad_key("generation key", generation_key)
+        check_key("generation key", generation_key)
         location = self.location.child(f"generated/{generation_key}")
         if create:
             try:
@@ -352,67 +347,3 @@ class LatentStore:
             except StoreError:
                 pass  # sampled before: go on with it
         return self._open_at(location)
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_encoding(url: str, encode_key: str, text: str) -> Encoding:
-    encoding = Encoding.from_json(text)
-    if encoding.encode_key != encode_key:
-        raise StoreError(
-            f"encodings/{encode_key}.json does not hash to its name",
-            expected="the encoding that the key was made from",
-            remedy="Restore the file from a copy of the store.",
-        )
-    return encoding
-
-
-def _encoding(location: Location, encode_key: str) -> Encoding:
-    try:
-        text = location.read(f"encodings/{encode_key}.json").decode()
-    except FileNotFoundError as error:
-        raise StoreError(
-            f"no encoding {encode_key} in this store",
-            expected="a registered encode key",
-            remedy="Run `ctpipe status STORE` to see the keys; register the encoding before staging latents.",
-        ) from error
-    return _cached_encoding(location.url, encode_key, text)
-
-
-def _checked(
-    array: NDArray[Any], encoding: Encoding, key: str, role: str, dz_mm: float, valid_zyx: tuple[int, int, int]
-) -> tuple[int, int, int, int]:
-    """Refuse what must never be cached."""
-    if not _KEY.fullmatch(key):
-        raise _bad_key("latent key", key)
-    if role not in _ROLES:
-        raise InputError(f"latent role {role!r}", expected=", ".join(_ROLES), remedy="Use one of these.")
-    channels = LATENT_CHANNELS * (2 if encoding.posterior == "mean+logvar" else 1)
-    if array.dtype != np.float16 or array.ndim != 4 or array.shape[0] != channels:
-        raise InputError(
-            f"latent {key} {role} is {array.dtype} of shape {array.shape}",
-            expected=f"float16 of shape ({channels}, d, h, w)",
-            remedy="Encode with the VAE of this encoding; one store holds latents of one channel count an encoding.",
-        )
-    valid = valid_latents(valid_zyx)
-    if min(valid) < 1 or any(n > have for n, have in zip(valid, array.shape[1:], strict=True)) or not dz_mm > 0:
-        raise InputError(
-            f"latent {key} {role}: valid_zyx {valid_zyx} and dz_mm {dz_mm} with latents of {array.shape[1:]}",
-            expected="at least one voxel, no more than four a latent along each axis, and a positive spacing",
-            remedy="Pass the volume's shape before padding and the distance between latent slices.",
-        )
-    if not np.isfinite(array).all():
-        raise NonFiniteError(
-            f"latent {key} {role} holds {int((~np.isfinite(array)).sum())} values that are NaN or infinite",
-            expected="finite float16 values",
-            remedy="Encode in float32 or bfloat16, and look at the series for values outside the window.",
-        )
-    channels, depth, height, width = array.shape
-    return (channels, depth, height, width)
-
-
-def _bad_key(what: str, found: str) -> InputError:
-    return InputError(
-        f"{what} of {len(found)} characters",
-        expected="16 lower-case hexadecimal digits",
-        remedy="Use the keyed hash; names and numbers of patients must not reach the store.",
-    )

@@ -54,8 +54,9 @@ def verify(store: LatentStore, *, threads: int = 2) -> Verification:
         catalogued = _catalogued(store)
     except CtpipeError:
         return result  # the damaged fragment is already among the problems
+    encodings = set(store.encode_keys())
     with ThreadPoolExecutor(threads) as pool:
-        for row, problems in zip(rows, pool.map(lambda r: list(check_latent(store, r)), rows), strict=True):
+        for row, problems in zip(rows, pool.map(lambda r: list(check_latent(store, r, encodings)), rows), strict=True):
             result.latents += 1
             result.bytes += Layout(row.shape).shard_bytes
             result.problems += problems
@@ -106,7 +107,7 @@ def _verify_encodings(store: LatentStore, result: Verification) -> None:
             result.problems.append(Problem(f"encodings/{encode_key}.json", f"cannot be read: {type(error).__name__}"))
 
 
-def check_latent(store: LatentStore, row: LatentRecord) -> Iterator[Problem]:
+def check_latent(store: LatentStore, row: LatentRecord, encodings: set[str]) -> Iterator[Problem]:
     """Everything that a manifest row says, against the bytes."""
     subject = f"{row.key} {row.role}"
     layout = Layout(row.shape)
@@ -123,7 +124,7 @@ def check_latent(store: LatentStore, row: LatentRecord) -> Iterator[Problem]:
         return
     if hashlib.sha256(shard).hexdigest() != row.sha256:
         yield Problem(subject, "SHA-256 differs from the manifest's")
-    if row.encode_key not in store.encode_keys():
+    if row.encode_key not in encodings:
         yield Problem(subject, f"its encoding {row.encode_key} is not registered")
     try:
         array = store.read(row)

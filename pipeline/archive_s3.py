@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from latentcache.errors import InputError
 from pipeline.zip_directory import ArchiveError
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
 
 
 class ObjectFile:
@@ -23,7 +26,8 @@ class ObjectFile:
         try:
             if store is None:
                 prefix, _, path = url.rpartition("/")
-                store = obstore.store.from_url(prefix)
+                plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
+                store = obstore.store.from_url(prefix, client_options={"allow_http": True} if plain else None)
             self._store, self._path = store, path
             meta = obstore.head(store, path)
         except (obstore.exceptions.BaseError, ValueError, OSError) as error:

@@ -8,10 +8,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache.manifest import read_fragment, unique_rows
+from latentcache.location import Location
+from latentcache.manifest import Fragment, read_fragment, unique_rows
 from latentcache.records import PairRecord, SeriesRecord
 from latentcache.schema import SCHEMAS, Kind, from_table
 from latentcache.store import LatentStore
+
+KEPT_COLUMNS = 256
+_columns: dict[tuple[str, str], pa.ChunkedArray] = {}
 
 
 def series_where(store: LatentStore, column: str, values: Collection[str]) -> list[SeriesRecord]:
@@ -24,6 +28,16 @@ def pairs_where(store: LatentStore, column: str, values: Collection[str]) -> lis
     return from_table(_rows(store, "pairs", column, values), PairRecord)
 
 
+def _column(location: Location, kind: Kind, fragment: Fragment, column: str) -> pa.ChunkedArray:
+    """One column of a fragment, kept: fragments never change, and every batch of an ingest asks again."""
+    name = (fragment.sha256, column)
+    if name not in _columns:
+        while len(_columns) >= KEPT_COLUMNS:
+            _columns.pop(next(iter(_columns)))
+        _columns[name] = read_fragment(location, kind, fragment, [column]).column(column)
+    return _columns[name]
+
+
 def _rows(store: LatentStore, kind: Kind, column: str, values: Collection[str]) -> pa.Table:
     empty = SCHEMAS[kind].empty_table()
     if not values:
@@ -31,8 +45,7 @@ def _rows(store: LatentStore, kind: Kind, column: str, values: Collection[str]) 
     wanted = pa.array(sorted(values), pa.string())
     parts: list[Any] = [empty]
     for fragment in store.current_snapshot.fragments[kind]:
-        column_alone = read_fragment(store.location, kind, fragment, [column])
-        chosen = pc.is_in(column_alone.column(column), value_set=wanted)
+        chosen = pc.is_in(_column(store.location, kind, fragment, column), value_set=wanted)
         if pc.any(chosen).as_py():
             parts.append(read_fragment(store.location, kind, fragment).filter(chosen))
     return unique_rows(pa.concat_tables([part.cast(empty.schema) for part in parts]), kind)

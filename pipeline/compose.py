@@ -48,8 +48,9 @@ class ComposeSettings:
     """How decoded slices become HU.
 
     Attributes:
-        detail: ``absolute``: take D as it is; ``residual``: B + (D - D of the condition), which cancels the VAE's own
-            round-trip error and needs the condition decoded too.
+        detail: ``residual``: B + (D - D of the condition), which cancels the VAE's own round-trip error; where no
+            decoded condition is at hand, and with ``absolute``, D is taken as it is. On phantoms through the tiny VAE,
+            with the true latent, in 40/400 HU: absolute 20.9 dB, residual 28.5 dB, the VAE's own ceiling 20.8 dB.
         consistency: Whether to project onto the measured slices.
         profile: Slice profile of the thick series; None for the box of its slice thickness.
         noise_hu: Residual to aim for; None for the noise of the thick slices. A profile fitted on a pair comes with
@@ -57,7 +58,7 @@ class ComposeSettings:
         base_method: Interpolation along z for B.
     """
 
-    detail: Detail = "absolute"
+    detail: Detail = "residual"
     consistency: bool = True
     profile: SliceProfile | None = None
     noise_hu: float | None = None
@@ -118,7 +119,7 @@ def compose(
         thick: The measured series, in-plane grid equal to the target's.
         target: Lattice of the result.
         settings: Defaults to restoring and projecting with the box of the slice thickness.
-        condition_hu: (z, y, x) HU of the decoded condition, for ``detail="residual"``.
+        condition_hu: (z, y, x) HU of the decoded condition, for residual detail.
 
     Returns:
         (z, y, x) int16 HU, and a JSON-ready mapping: residuals before and after in HU, overall and a thick slice;
@@ -127,10 +128,11 @@ def compose(
     settings = settings or ComposeSettings()
     if decoded_hu.shape != target.shape_zyx or thick.hu.shape[1:] != target.shape_zyx[1:]:
         raise AssertionError(f"decoded {decoded_hu.shape}, thick {thick.hu.shape}, target {target.shape_zyx}")
-    if (settings.detail == "residual") != (condition_hu is not None):
-        raise AssertionError("the decoded condition belongs to residual detail, and to it alone")
+    if settings.detail == "absolute":
+        condition_hu = None
     x, restored = _restored(decoded_hu, window, thick, target, settings, condition_hu)
-    figures: dict[str, Any] = {"detail": settings.detail, "restored_fraction": round(restored, 6)}
+    detail = "absolute" if condition_hu is None else "residual"
+    figures: dict[str, Any] = {"detail": detail, "restored_fraction": round(restored, 6)}
     if settings.consistency:
         figures |= _made_consistent(x, thick, target, settings)
     floor = _floor(thick)

@@ -184,15 +184,13 @@ def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettin
     refuse_existing(settings.write.out_dir / task.key)
     kept = _measured_slices(task, thick)
     target = task.target.with_z(np.asarray(task.target.z_mm)[kept])
-    detail = settings.compose.detail if task.condition is not None and thick is not None else "absolute"
     composing = replace(
         settings.compose,
-        detail=detail,
         profile=settings.compose.profile or (task.fit.profile if task.fit else None),
         noise_hu=settings.compose.noise_hu or (task.fit.noise_hu if task.fit else None),
     )
     condition = None
-    if detail == "residual" and task.condition is not None:
+    if composing.detail == "residual" and task.condition is not None and thick is not None:
         condition = decoded_hu(vae, window, *task.condition)[kept]
     samples = (decoded_hu(vae, window, url, row)[kept] for url, row in task.latents)
     volume = average_samples(samples, window, thick, target, composing, condition)

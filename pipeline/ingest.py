@@ -30,6 +30,8 @@ from pipeline.private import PrivateStore
 
 log = logging.getLogger("ctpipe.ingest")
 BATCH = 256
+COMPACT_EVERY = 32
+"""Batches after which PRIVATE's fragments are merged: each batch looks through all of them."""
 KNOWN = ("archive_key", "size", "mtime_ns", "etag", "digest", "category")
 ScanJob = tuple[FoundArchive, str, bool]
 """Arguments of `scan_archive`."""
@@ -118,10 +120,12 @@ def ingest(
         splits = PatientSplits(store, options.overrides.splits)
         writer = BatchWriter(store, private, options.overrides, splits)
         done = 0
-        for batch in _batches(found, plan, options):
+        for number, batch in enumerate(_batches(found, plan, options), start=1):
             writer.commit(batch)
             done += len(batch)
             progress(done, len(plan.to_scan))
+            if number % COMPACT_EVERY == 0:
+                private.compact()
         relabel(store, private, {found[i].url: found[i].category for i in plan.relabelled})
         refused = apply_overrides(store, private, splits, options.overrides, left_out)
     private.compact()

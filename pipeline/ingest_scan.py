@@ -117,6 +117,9 @@ def scan_joined(archives: Sequence[str], series_uids: set[str]) -> list[ScannedS
     finally:
         joined.close()
     return [
-        replace(one, pointer_members=tuple((*joined.origin(index), frame) for _, index, frame in one.pointer_members))
+        replace(
+            one,
+            pointer_members=tuple((*joined.origin(index), frame) for _, index, frame in one.pointer_members),
+        )
         for one in whole
     ]

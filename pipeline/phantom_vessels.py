@@ -40,8 +40,8 @@ def add_heart_and_vessels(
     anatomy.solids += chain(aorta, [v + 1.6 for v in radii], Material(55))
     anatomy.solids += chain(aorta, radii, systemic)
     _add_mediastinum(anatomy, rng, at)
-    _add_pulmonary(anatomy, rng, arterial, systemic, at)
     _add_airways(anatomy, rng, at)
+    _add_pulmonary(anatomy, rng, arterial, systemic, at)
     for _ in range(int(rng.integers(0, 6))):
         k = int(rng.integers(len(aorta) - 1))
         spot = (aorta[k][0] + radii[k] * 0.9, aorta[k][1] + radii[k] * 0.3, aorta[k][2])

@@ -131,7 +131,7 @@ def summarise(scores: Sequence[Score]) -> list[dict[str, Any]]:
         rmse = window.width * 10 ** (-mean_psnr / 20)
         row["meaning"] = (
             f"Under {name} ({window.lower:.0f} to {window.upper:.0f} HU) the VAE alone leaves an error of about "
-            f"{rmse:.1f} HU, {mean_psnr:.1f} dB: a model that works on these latents should not be expected to do better."
+            f"{rmse:.1f} HU, {mean_psnr:.1f} dB: no model on these latents should be expected to do better."
         )
         rows.append(row)
     return rows

@@ -268,6 +268,18 @@ def test_patients_without_an_id_fall_back_to_the_study(bench: Bench) -> None:
     assert all("no-patient-id" in row.flags for row in rows)
 
 
+def test_archives_without_study_uids_are_not_taken_for_one_study(bench: Bench) -> None:
+    def wipe(ds: object) -> None:
+        ds.StudyInstanceUID = ""  # type: ignore[attr-defined]
+
+    for name, number in (("a", 3), ("b", 4)):
+        scans = [replace(scan, edit=wipe) for scan in study("ANON", number)]
+        write_zip(bench.data / "APE" / f"{name}.zip", scans)
+    assert bench.run().pairs == 2
+    rows = list(bench.series().values())
+    assert len({row.study_key for row in rows}) == len({row.patient_key for row in rows}) == 2
+
+
 def test_a_shared_id_is_noticed_by_its_birth_dates(bench: Bench) -> None:
     def born(date: str) -> object:
         return lambda ds: setattr(ds, "PatientBirthDate", date)

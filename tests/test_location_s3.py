@@ -52,42 +52,41 @@ def life(url: str) -> LatentStore:
     return again
 
 
-@pytest.mark.parametrize("fault", ["500", "drop", "drop-answer", "cut"])
-def test_every_fifth_request_fails(server: S3Server, url: str, fault: str) -> None:
+def test_every_fourth_request_fails(server: S3Server, url: str) -> None:
+    faults = ("500", "drop", "drop-answer", "cut", "slow")
     server.seen.clear()
-    server.fault = lambda number, method, path: fault if number % 5 == 4 else ""
+    server.fault = lambda number, method, path: faults[number // 4 % len(faults)] if number % 4 == 3 else ""
     store = life(url)
     result = verify(store)
     assert result.problems == []
     assert (result.latents, result.orphans) == (3, 0)
-    assert server.seen[fault] > 10
-
-
-def test_slow_answers_are_waited_for(server: S3Server, url: str) -> None:
-    server.fault = lambda number, method, path: "slow" if method == "GET" else ""
-    assert len(life(url).records()) == 3
+    assert all(server.seen[fault] > 1 for fault in faults)
 
 
 def test_a_server_that_answers_ranges_wrongly_is_read_whole(server: S3Server, url: str) -> None:
     server.correct_ranges = False
-    assert len(life(url).records()) == 3
+    store = LatentStore.create(url, secret_fingerprint="f")
+    store.register_encoding(ENCODING)
+    row = stage(store, KEYS[0])
+    np.testing.assert_array_equal(store.read(row, slice(1, 4)), latent(row.key)[:, 1:4])
 
 
 def test_a_server_that_stays_broken_is_named(server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = life(url)
-    row = store.records()[0]
     real = location_s3.S3Store.from_url
     monkeypatch.setattr(
         location_s3.S3Store, "from_url", lambda u, **options: real(u, **options | {"retry_config": {"max_retries": 1}})
     )
-    broken = LatentStore.open(url)
+    monkeypatch.setattr(location_s3, "READ_ATTEMPTS", 2)
+    store = LatentStore.create(url, secret_fingerprint="f")
+    store.register_encoding(ENCODING)
+    row = stage(store, KEYS[0])
     server.fault = lambda number, method, path: "500"
     with pytest.raises(StoreError, match="failed on"):
-        broken.read(row)
+        store.read(row)
     with pytest.raises(StoreError, match="failed on"):
-        stage(broken, KEYS[1])
+        stage(store, KEYS[1])
     server.fault = lambda number, method, path: ""
-    assert verify(store).problems == []
+    np.testing.assert_array_equal(store.read(row), latent(row.key))
 
 
 def test_wrong_credentials_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,15 +96,15 @@ def test_wrong_credentials_are_named(url: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_flipped_bit_behind_the_server_is_found(server: S3Server, url: str) -> None:
-    store = life(url)
-    row = store.records()[1]
+    store = LatentStore.create(url, secret_fingerprint="f")
+    store.register_encoding(ENCODING)
+    row = stage(store, KEYS[0])
     shard = server.root / url.rsplit("/", 1)[1] / row.path / "c.0.0.0.0"
     data = bytearray(shard.read_bytes())
     data[9] ^= 16
     shard.write_bytes(data)
     with pytest.raises(CorruptLatentError, match=row.key):
         store.read(row)
-    assert {p.subject for p in verify(store).problems} == {f"{row.key} thin"}
 
 
 def test_a_name_is_put_once_even_where_the_server_ignores_conditions(url: str) -> None:

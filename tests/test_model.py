@@ -94,7 +94,6 @@ def test_samples_differ_by_seed_and_number_and_the_mean_is_their_mean() -> None:
 @pytest.mark.parametrize("objective", ["bridge", "flow"])
 def test_windows_leave_no_seam_in_a_generated_latent(objective: str) -> None:
     """Steps between neighbouring slices are as large where windows begin and end as anywhere."""
-    torch.set_num_threads(1)
     model = interpolator(network(scale=0.05), objective)
     rng = np.random.default_rng(0)
     condition = np.repeat(latents(1, 8, 8), 40, axis=1) + 0.05 * rng.standard_normal((4, 40, 8, 8)).astype(np.float32)

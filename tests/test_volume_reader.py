@@ -188,8 +188,11 @@ def test_values_above_int16_saturate_with_a_flag(tmp_path: Path) -> None:
     assert "saturated" in volume.flags
 
 
-@pytest.mark.parametrize("syntax", [EXPLICIT, RLE, SV1, JPEG12, JPEGLS, J2K, HTJ2K])
-@pytest.mark.parametrize("keep", [0.3, 0.9, 0.995])
+# CharLS needs seconds of CPU to throw on some machines, so one cut is enough for JPEG-LS.
+@pytest.mark.parametrize(
+    ("syntax", "keep"),
+    [(s, k) for s in (EXPLICIT, RLE, SV1, JPEG12, J2K, HTJ2K) for k in (0.3, 0.9, 0.995)] + [(JPEGLS, 0.9)],
+)
 def test_truncated_pixel_data_are_refused(tmp_path: Path, syntax: str, keep: float) -> None:
     stored = anatomy(4, 64)
     files = series_files(stored, syntax=syntax)

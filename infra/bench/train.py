@@ -2,8 +2,8 @@
 
     python infra/bench/train.py [--quick] [--steps 12] [--side 64] [--depth 64] [--no-s3]
 
-1. An epoch with cached latents and one that encodes thin and thick volumes inside the loop, at equal settings and in one
-   run: the same U-Net, the same batches; volumes lie in memory, which flatters the loop (the predecessor read DICOM).
+1. An epoch with cached latents and one that encodes thin and thick volumes inside the loop, at equal settings and in
+   one run: the same U-Net and batches; volumes lie in memory, which flatters the loop (the predecessor read DICOM).
 2. The same ratio at full size (512x512x300, `medium` on a 64x64 and a 128x128 latent grid, MAISI's VAE) by counting
    operations; on a GPU the U-Net's step is measured as well (see unet_gpu.py for all variants).
 3. A consumer that takes a batch every 100 ms: the share of its time spent waiting, from a local store and from S3

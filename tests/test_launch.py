@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion.launch import check_gpus, is_worker, torchrun_command
+from diffusion.loop_interface import TrainSummary
+from diffusion.made_up import make_store
+from latentcache.errors import InputError
+
+
+def test_too_many_gpus_are_refused() -> None:
+    with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES"):
+        check_gpus(torch.cuda.device_count() + 1)
+    check_gpus(0)
+
+
+def test_a_worker_knows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert not is_worker()
+    monkeypatch.setenv("RANK", "0")
+    assert is_worker()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_program_once_a_process(tmp_path: Path) -> None:
+    program = (
+        f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])"
+    )
+    subprocess.run(torchrun_command(2, [sys.executable, "-c", program]), check=True, timeout=120)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"0": "2", "1": "2"}
+
+
+def run_on_ray(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a Ray worker runs: the same call as everywhere."""
+    from dataclasses import asdict
+
+    from diffusion.config import load_config
+    from diffusion.train import train
+    from latentcache.store import LatentStore
+
+    torch.set_num_threads(1)
+    config, _ = load_config("tiny", None, settings["overrides"])
+    return asdict(train(LatentStore.open(settings["store"]), settings["run"], config))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ray_train_gives_the_losses_of_one_process(tmp_path: Path) -> None:
+    import ray
+
+    from diffusion.config import load_config
+    from diffusion.journal import read_log
+    from diffusion.launch import train_on_ray
+    from diffusion.train import train
+
+    overrides = ["model.width=8", "model.groups=4", "model.heads=2", "window=4", "max_steps=4", "max_seconds=null",
+                 "samples_per_step=4", "batch_size=2", "every_epochs=0", "readers=0"]  # fmt: skip
+    store = make_store(tmp_path / "s", side=8)
+    alone: TrainSummary = train(store, tmp_path / "one", load_config("tiny", None, overrides)[0])
+    settings = {"store": str(tmp_path / "s"), "run": str(tmp_path / "two"), "overrides": overrides,
+                "ray_storage": str(tmp_path / "ray")}  # fmt: skip
+    try:
+        figures = train_on_ray(run_on_ray, settings, 2, use_gpu=False)
+    finally:
+        ray.shutdown()
+    assert (figures["steps"], figures["stopped_by"]) == (4, "max-steps")
+    one, two = (
+        [x["loss"] for x in read_log(tmp_path / name / "log.jsonl") if x["kind"] == "train"] for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-5)
+    assert alone.steps == 4
