@@ -1,7 +1,7 @@
 # Two commands do everything from a fresh clone: `make demo` and `make test`. Both make .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_NUM_THREADS ?= 2
+WORKERS ?= 2
 
 .PHONY: demo test test-all lint real clean
 
@@ -20,7 +20,7 @@ demo: .venv/.run
 	$(BIN)/ctpipe demo demo-out
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow and not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not real"
 
 real: .venv/.dev
 	$(BIN)/python -m pytest -m "real and not slow"

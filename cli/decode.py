@@ -35,7 +35,10 @@ def decode(
         bool, typer.Option("--uncertainty", help="Also write the standard deviation over samples, in HU.")
     ] = False,
     detail: Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")] = "residual",
-    consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
+    consistency: Annotated[
+        bool | None,
+        typer.Option(help="Project onto the measured thick slices; by default where thin slices are sampled."),
+    ] = None,
     transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
     restore_identity: Annotated[
         bool, typer.Option("--restore-identity", help="Write the patient's identity back, for use inside the hospital.")
@@ -48,7 +51,8 @@ def decode(
 ) -> int:
     """Write stored thin latents, or thin latents sampled from thick ones, as DICOM series.
 
-    Series already in OUT are left alone, so that running it again resumes.
+    A stored latent is written as the plain round trip through the VAE (with --consistency it is composed with the
+    measured thick slices as sampled ones are). Series already in OUT are left alone, so that running it again resumes.
 
     Examples:
 
@@ -70,7 +74,7 @@ def decode(
     from pipeline.private import PrivateStore
 
     transfer_syntax_uid(transfer_syntax)
-    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
+    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency is not False)
     latents = LatentStore.open(store)
     people = PrivateStore.open(store, private)
     generated: Sequence[LatentStore] = ()
@@ -98,7 +102,9 @@ def decode(
             latents,
             people,
             encode_key,
-            DecodeSettings(writing, composing, restore_identity=restore_identity),
+            DecodeSettings(
+                writing, composing, restore_identity=restore_identity, compose_stored=consistency is True
+            ),
             EngineOptions(name=engine, devices=tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)),  # type: ignore[arg-type]
             vae=vae,
             memory_gib=memory_gib,

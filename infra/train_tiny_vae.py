@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ ARCHITECTURE: dict[str, Any] = {
     "num_res_blocks": [2, 2, 2],
     "attention_levels": [False, False, False],
     "latent_channels": 4,
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
     "norm_eps": 1e-6,
     "with_encoder_nonlocal_attn": False,
     "with_decoder_nonlocal_attn": False,
@@ -55,7 +55,8 @@ ARCHITECTURE: dict[str, Any] = {
 TRAINING_SEED = 1_000_000  # phantoms of users and tests have small seeds: training never sees them
 HELD_OUT_SEED = 900_000
 SOFT_TISSUE = Window()
-LATENT_SIGMA = 0.05
+LATENT_SIGMA = 0.02
+ANCHOR = 6.0
 FIELDS = ((96, 320.0), (128, 320.0), (128, 320.0), (160, 320.0), (192, 320.0), (192, 240.0), (224, 320.0))
 """Matrix and field of view (mm): what GroupNorm sees of a crop must resemble a whole volume, so planes stay wide."""
 
@@ -64,78 +65,99 @@ FIELDS = ((96, 320.0), (128, 320.0), (128, 320.0), (160, 320.0), (192, 320.0), (
 class Recipe:
     """What decides the weights, apart from the clock."""
 
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1.2e-3
     warmup_steps: int = 40
-    kl_weight: float = 2e-4
+    kl_weight: float = 5e-5
     ema_half_life_steps: int = 60
     pool: int = 6
-    crops_per_volume: int = 30
+    draws_per_patient: int = 40
     final_phase: float = 0.35  # share of the run under MSE alone
 
 
 def build() -> AutoencoderKL:
-    """A new network that starts near a linear one: quiet residual branches and mid-grey output.
+    return AutoencoderKL(**{k: v for k, v in ARCHITECTURE.items() if k != "class"})
 
-    The posterior's standard deviation is the constant LATENT_SIGMA, in training and in the weights: a learned one takes
-    a third of a short run to shrink, and only the mean is ever cached.
+
+def start_linear(model: AutoencoderKL, volumes: list[NDArray[np.float32]]) -> None:
+    """Start at a linear autoencoder: latents are principal components of 4x4x4 blocks, interpolated on the way back.
+
+    From random weights a short run ends below what four principal components give; from here it starts there. Residual
+    branches begin quiet, so all that is left between the blocks and the latents is GroupNorm. It is made nearly the
+    identity by a pair of channels at +-ANCHOR in a group, far above the signal: they fix the group's mean and scale,
+    whatever the crop holds. The posterior's standard deviation is the constant LATENT_SIGMA: only the mean is cached.
     """
-    model = AutoencoderKL(**{k: v for k, v in ARCHITECTURE.items() if k != "class"})
+    mean, basis, spread = principal_blocks(volumes)
+    encoder, decoder = model.encoder.blocks, model.decoder.blocks
+    triangle = torch.tensor([0.25, 0.5, 0.25])
+    smooth = torch.einsum("a,b,c->abc", triangle, triangle, triangle)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("conv2.conv.weight", "conv2.conv.bias")):
+            parameter.mul_(0.05)
+        elif name.endswith("nin_shortcut.conv.weight"):
+            n = min(parameter.shape[:2])
+            parameter[:n] *= 0
+            parameter[torch.arange(n), torch.arange(n), 0, 0, 0] = 1
+    # 4x4x4 block -> 8 taps of a 2x2x2 block -> +-component j on channels 2j, 2j + 1.
+    first, half, quarter = encoder[0].conv, encoder[3].conv.conv, encoder[6].conv.conv
+    first.weight[0], first.bias[0] = 0, 0
+    first.weight[0, 0, 1, 1, 1] = 1
+    half.weight[:8], half.bias[:8] = 0, 0
+    quarter.weight[:16], quarter.bias[:16] = 0, 0
+    components = (basis / spread[:, None]).reshape(4, 2, 2, 2, 2, 2, 2)  # j, z2, z1, y2, y1, x2, x1
+    for k, (z1, y1, x1) in enumerate(np.ndindex(2, 2, 2)):
+        half.weight[k, 0, z1, y1, x1] = 1
+        for j in range(4):
+            part = components[j, :, z1, :, y1, :, x1]
+            quarter.weight[2 * j, k, :2, :2, :2] = part
+            quarter.weight[2 * j + 1, k, :2, :2, :2] = -part
+    for j in range(4):
+        offset = float((basis[j] / spread[j]).sum()) * mean
+        quarter.bias[2 * j], quarter.bias[2 * j + 1] = -offset, offset
+    scale = _anchor(encoder[8], signals=8)
+    encoder[10].conv.weight.mul_(0.02)
+    decoder[0].conv.weight[:8], decoder[0].conv.bias[:8] = 0, 0
+    for quant in (model.quant_conv_mu.conv, model.post_quant_conv.conv):
+        quant.weight[..., 0, 0, 0], quant.bias[:] = torch.eye(4), 0
+    for j in range(4):
+        for sign in (0, 1):
+            encoder[10].conv.weight[j, 2 * j + sign, 1, 1, 1] = (0.5 - sign) * scale
+            decoder[0].conv.weight[2 * j + sign, j, 1, 1, 1] = 1 - 2 * sign
+    encoder[10].conv.bias[:] = 0
+    for up in (decoder[3].postconv.conv, decoder[6].postconv.conv):
+        up.weight[:8], up.bias[:8] = 0, 0
+        for c in range(8):
+            up.weight[c, c] = smooth
+    scale = _anchor(decoder[8], signals=2)
+    block_mean = float(basis[0].sum()) * float(spread[0]) / 64
+    decoder[10].conv.weight.mul_(0.02)
+    decoder[10].conv.weight[0, 0, 1, 1, 1] = 0.5 * scale * block_mean
+    decoder[10].conv.weight[0, 1, 1, 1, 1] = -0.5 * scale * block_mean
+    decoder[10].conv.bias[:] = mean
     log_variance = model.quant_conv_log_sigma.conv
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("conv2.conv.weight"):
-                parameter.mul_(0.05)
-        list(model.decoder.parameters())[-1].fill_(0.4)
-        log_variance.weight.zero_()
-        log_variance.bias.fill_(2 * math.log(LATENT_SIGMA))
-    log_variance.requires_grad_(False)
-    return model
+    log_variance.weight[:], log_variance.bias[:] = 0, 2 * math.log(LATENT_SIGMA)
 
 
-class ExactWeightGradient(torch.autograd.Function):
-    """A 3-D convolution in bfloat16 whose weight gradient is computed in float32.
-
-    On a CPU, oneDNN's bfloat16 weight gradients of the half- and quarter-resolution convolutions of this network come out
-    wrong by 70-90%, at random infinite (torch 2.13, avx512_bf16; outputs and input gradients are right to 1%). Training
-    on them seems to work and stalls at 14 dB.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, stride: Any, padding: Any) -> Any:
-        x, low = x.to(torch.bfloat16), weight.to(torch.bfloat16)
-        ctx.save_for_backward(x, low)
-        ctx.geometry = (stride, padding)
-        return torch.nn.functional.conv3d(x, low, bias.to(torch.bfloat16), stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (grad,) = gradients
-        x, weight = ctx.saved_tensors
-        (stride, padding), ones = ctx.geometry, (1, 1, 1)
-        settings = (stride, padding, ones, False, (0, 0, 0), 1)
-        backward = torch.ops.aten.convolution_backward
-        bias = [len(weight)]
-        grad_x, _, _ = backward(grad, x, weight, bias, *settings, (True, False, False))
-        _, grad_weight, grad_bias = backward(
-            grad.float(), x.float(), weight.float(), bias, *settings, (False, True, True)
-        )
-        return grad_x, grad_weight, grad_bias, None, None
+def _anchor(last_block: Any, signals: int) -> float:
+    """Puts +-ANCHOR on the last two channels of every group; returns the first group's scale, given unit signals."""
+    bias = last_block.conv2.conv.bias
+    size = len(bias) // int(ARCHITECTURE["norm_num_groups"])
+    bias[size - 2 :: size] = ANCHOR
+    bias[size - 1 :: size] = -ANCHOR
+    return float(math.sqrt((2 * ANCHOR**2 + signals) / size))
 
 
-def exact_weight_gradients(model: AutoencoderKL) -> None:
-    """Give every convolution below full resolution the gradient above; at full resolution oneDNN's own is right."""
-    full = tuple(f"encoder.blocks.{k}." for k in range(4)) + tuple(f"decoder.blocks.{k}." for k in (6, 7, 8, 10))
-    for name, conv in model.named_modules():
-        if not isinstance(conv, torch.nn.Conv3d) or name.startswith(full):
-            continue
-
-        def forward(x: torch.Tensor, conv: torch.nn.Conv3d = conv) -> Any:
-            if not torch.is_autocast_enabled("cpu"):
-                return torch.nn.functional.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # type: ignore[arg-type]
-            with torch.autocast("cpu", enabled=False):
-                return ExactWeightGradient.apply(x, conv.weight, conv.bias, conv.stride, conv.padding)
-
-        conv.forward = forward  # type: ignore[method-assign]
+def principal_blocks(volumes: list[NDArray[np.float32]]) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Mean, four principal components (4, 64) and their standard deviations (4,) of 4x4x4 blocks of [0, 1] volumes."""
+    rows = []
+    for volume in volumes:
+        d, h, w = (n // 4 for n in volume.shape)
+        cut = volume[: 4 * d, : 4 * h, : 4 * w].reshape(d, 4, h, 4, w, 4)
+        rows.append(cut.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 64))
+    blocks = np.concatenate(rows)
+    mean = float(blocks.mean())
+    values, vectors = np.linalg.eigh(np.cov((blocks - mean).T))
+    basis = torch.from_numpy(vectors[:, ::-1][:, :4].T.astype(np.float32).copy())
+    return mean, basis, torch.from_numpy(np.sqrt(values[::-1][:4]).astype(np.float32).copy())
 
 
 class Crops:
@@ -194,34 +216,34 @@ class Crops:
         return np.asarray(np.clip(image + noise, 0, 1), dtype=np.float32)
 
     def draw(self, voxels: float) -> torch.Tensor:
-        """A crop (1, 1, d, h, w) of about ``voxels`` at most, every side a multiple of 4."""
+        """Two crops (2, 1, d, h, w) of about ``voxels`` each at most, every side a multiple of 4."""
         rng = self.rng
         if not self.volumes:
             while len(self.volumes) < self.recipe.pool:
                 self.volumes += self._patient()
-        elif self.drawn % self.recipe.crops_per_volume == 0:
+        elif self.drawn % self.recipe.draws_per_patient == 0:
             fresh = self._patient()
             self.volumes = self.volumes[len(fresh) :] + fresh
         self.drawn += 1
-        volume = self.volumes[int(rng.integers(len(self.volumes)))]
-        depth = min(int(rng.choice([4, 8, 8, 12, 16])) * (2 if voxels > 2e5 else 1), volume.shape[0] // 4 * 4)
-        side = min(int(math.sqrt(voxels / depth)) // 4 * 4, volume.shape[1] // 4 * 4)
-        shape = (depth, side, side)
-        if rng.random() < 0.02:
-            return torch.from_numpy(self._geometry_patch(shape))[None, None]
-        for _ in range(4):
+        volumes = [self.volumes[int(k)] for k in rng.choice(len(self.volumes), 2, replace=False)]
+        limit = [min(v.shape[axis] for v in volumes) // 4 * 4 for axis in range(2)]
+        depth = min(int(rng.choice([8, 12, 16, 24])), limit[0])
+        side = min(int(math.sqrt(voxels / depth)) // 4 * 4, limit[1])
+        return torch.from_numpy(np.stack([self._crop(v, (depth, side, side)) for v in volumes])[:, None])
+
+    def _crop(self, volume: NDArray[np.float32], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        """A random crop, flipped and windowed at random; plain geometry in place of an empty one."""
+        rng = self.rng
+        for _ in range(3):
             start = [int(rng.integers(n - s + 1)) for n, s in zip(volume.shape, shape, strict=True)]
             crop = volume[tuple(slice(o, o + s) for o, s in zip(start, shape, strict=True))]
-            if crop.std() > 60:  # an empty corner teaches nothing; one in a while is wanted
+            if crop.std() > 100:
                 break
-        crop = crop[:, ::-1] if rng.random() < 0.5 else crop
-        crop = crop[:, :, ::-1] if rng.random() < 0.5 else crop
-        crop = crop[::-1] if rng.random() < 0.5 else crop
+        for axis in range(3):
+            crop = np.flip(crop, axis) if rng.random() < 0.5 else crop
         crop = crop.swapaxes(1, 2) if rng.random() < 0.5 else crop
         unit = (self._window().to_unit(np.ascontiguousarray(crop)) + 1) / 2
-        if unit.std() < 0.01:
-            return torch.from_numpy(self._geometry_patch(shape))[None, None]
-        return torch.from_numpy(unit)[None, None]
+        return self._geometry_patch(shape) if unit.std() < 0.02 or rng.random() < 0.02 else unit
 
 
 def held_out(count: int = 2) -> list[NDArray[np.float32]]:
@@ -260,19 +282,6 @@ def export(model: AutoencoderKL, path: Path, facts: dict[str, Any]) -> None:
     os.replace(aside, path)
 
 
-def decode_mixed(model: AutoencoderKL, z: torch.Tensor) -> torch.Tensor:
-    """``model.decode`` under autocast, but for the convolution from 4 channels, which stays in float32.
-
-    On CPUs with native bfloat16 its weight gradient comes back as NaN now and then (torch 2.13).
-    """
-    first, *rest = model.decoder.blocks
-    with torch.autocast("cpu", enabled=False):
-        h = first(model.post_quant_conv(z.float()))
-    for block in rest:
-        h = block(h)
-    return torch.as_tensor(h)
-
-
 def loss_terms(
     model: AutoencoderKL, x: torch.Tensor, progress: float, recipe: Recipe
 ) -> tuple[torch.Tensor, dict[str, float]]:
@@ -280,14 +289,12 @@ def loss_terms(
 
     The little noise keeps the decoder smooth in the latents; the KL keeps their scale near one.
     """
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mu, _ = model.encode(x)
-        y = decode_mixed(model, mu + LATENT_SIGMA * torch.randn_like(mu))
-    error = y.float() - x
+    mu, _ = model.encode(x)
+    error = model.decode(mu + LATENT_SIGMA * torch.randn_like(mu)) - x
     # What overshoots a clipped voxel is clipped again on the way back to HU: it counts little.
     beyond = ((x >= 1) & (error > 0)) | ((x <= 0) & (error < 0))
     error = torch.where(beyond, 0.25 * error, error)
-    energy = mu.float().square().mean()
+    energy = mu.square().mean()
     mse, l1 = error.square().mean(), error.abs().mean()
     final = progress > 1 - recipe.final_phase
     loss = (12 * mse + 0.05 * l1) if final else (l1 + 4 * mse)
@@ -309,8 +316,8 @@ def mean_over_workers(model: AutoencoderKL, clock: float, workers: int) -> float
 
 
 def crop_voxels(progress: float) -> float:
-    """Crops grow at the end, so that GroupNorm's statistics come close to a whole volume's."""
-    return 1e5 if progress < 0.75 else 2.5e5
+    """Crops grow, so that GroupNorm's statistics come close to a whole volume's at the end."""
+    return 3e4 if progress < 0.6 else (6e4 if progress < 0.85 else 1.5e5)
 
 
 def learning_rate(step: int, progress: float, recipe: Recipe) -> float:
@@ -327,8 +334,13 @@ def train(rank: int, args: argparse.Namespace, recipe: Recipe) -> None:
         dist.init_process_group("gloo", init_method=f"file://{args.rendezvous}", rank=rank, world_size=args.workers)
     torch.manual_seed(args.seed)
     model = build()
+    with torch.no_grad():
+        starters = Crops(args.seed + 50, replace(recipe, pool=6))
+        starters.draw(1e4)
+        start_linear(model, [(SOFT_TISSUE.to_unit(v) + 1) / 2 for v in starters.volumes])
+    model.quant_conv_log_sigma.requires_grad_(False)
+    model = model.to(memory_format=torch.channels_last_3d)
     average = deepcopy(model).eval()
-    exact_weight_gradients(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
     step, spent = 0, 0.0

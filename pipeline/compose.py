@@ -145,6 +145,30 @@ def _floor(thick: Volume) -> int:
     return min(-1024, int(thick.hu.min()))
 
 
+def plain_round_trip(
+    decoded_hu: NDArray[np.float32], window: Window, thick: Volume | None, target: Geometry
+) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
+    """What the autoencoder gave, and nothing else inside the window: (z, y, x) int16 HU and figures.
+
+    Only voxels at the window's edges, where a latent says no more than "here or beyond", take interpolated thick HU,
+    and only within the thick series' extent. So the written series, clipped to the window, is the round trip itself.
+    """
+    x = np.clip(decoded_hu, window.lower, window.upper).astype(np.float32, copy=False)
+    if thick is None:
+        warning = "no thick series: values beyond the window are clipped, agreement is not checked"
+        return np.rint(x).astype(np.int16), {"detail": "round trip", "warning": warning}
+    low, high = thick.geometry.extent_mm
+    z = np.asarray(target.z_mm)
+    measured = ((z >= low - 1e-6) & (z <= high + 1e-6))[:, None, None]
+    base = interpolated(thick, target, "cubic")
+    below = measured & (x <= window.lower) & (base < window.lower)
+    above = measured & (x >= window.upper) & (base > window.upper)
+    restored = below | above
+    np.copyto(x, base, where=restored)
+    np.clip(np.rint(x, out=x), _floor(thick), 32767, out=x)
+    return x.astype(np.int16), {"detail": "round trip", "restored_fraction": round(float(restored.mean()), 6)}
+
+
 def agreement(hu: NDArray[np.int16], thick: Volume, target: Geometry, settings: ComposeSettings) -> dict[str, Any]:
     """RMS(A x - y) of finished HU (z, y, x), overall and a thick slice, under the names that ``compose`` uses."""
     operator = slice_operator(_profile(thick, settings), np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm))

@@ -14,8 +14,8 @@ from latentcache.errors import InputError
 from latentcache.records import LatentRecord, SeriesRecord
 from latentcache.store import LatentStore
 from pipeline.atomic_folder import refuse_existing
-from pipeline.compose import ComposeSettings
-from pipeline.derived import DerivedSeries, WriteSettings, average_samples, write_derived
+from pipeline.compose import ComposeSettings, plain_round_trip
+from pipeline.derived import DerivedSeries, DerivedVolume, WriteSettings, average_samples, write_derived
 from pipeline.dicom_provenance import Provenance
 from pipeline.dicom_uids import SeriesIdentity
 from pipeline.geometry import Geometry
@@ -35,11 +35,17 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How latents are decoded, composed and written."""
+    """How latents are decoded, composed and written.
+
+    Attributes:
+        compose_stored: Stored thin latents too are handed over at the window's edges and projected onto the thick
+            slices. By default they are written as the plain round trip, which is what shows the autoencoder's error.
+    """
 
     write: WriteSettings
     compose: ComposeSettings = field(default_factory=ComposeSettings)
     restore_identity: bool = False
+    compose_stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,16 +190,7 @@ def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettin
     refuse_existing(settings.write.out_dir / task.key)
     kept = _measured_slices(task, thick)
     target = task.target.with_z(np.asarray(task.target.z_mm)[kept])
-    composing = replace(
-        settings.compose,
-        profile=settings.compose.profile or (task.fit.profile if task.fit else None),
-        noise_hu=settings.compose.noise_hu or (task.fit.noise_hu if task.fit else None),
-    )
-    condition = None
-    if composing.detail == "residual" and task.condition is not None and thick is not None:
-        condition = decoded_hu(vae, window, *task.condition)[kept]
-    samples = (decoded_hu(vae, window, url, row)[kept] for url, row in task.latents)
-    volume = average_samples(samples, window, thick, target, composing, condition)
+    volume = _composed(vae, prepared, target, kept, settings)
     row = task.latents[0][1]
     provenance = Provenance(
         kind=task.kind,
@@ -206,6 +203,27 @@ def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettin
     )
     identity = _identity(prepared, settings.restore_identity)
     return write_derived(task.key, volume, target, prepared.header, identity, provenance, settings.write)
+
+
+def _composed(
+    vae: Decoder, prepared: PreparedDecode, target: Geometry, kept: slice, settings: DecodeSettings
+) -> DerivedVolume:
+    """The task's latents as finished HU on ``target``, the slices ``kept`` of the latents' own volume."""
+    task, thick, window = prepared.task, prepared.thick, settings.write.window
+    samples = (decoded_hu(vae, window, url, row)[kept] for url, row in task.latents)
+    if task.kind == "decoded" and not settings.compose_stored:
+        (one,) = samples
+        hu, figures = plain_round_trip(one, window, thick, target)
+        return DerivedVolume(hu, None, 1, figures)
+    composing = replace(
+        settings.compose,
+        profile=settings.compose.profile or (task.fit.profile if task.fit else None),
+        noise_hu=settings.compose.noise_hu or (task.fit.noise_hu if task.fit else None),
+    )
+    condition = None
+    if composing.detail == "residual" and task.condition is not None and thick is not None:
+        condition = decoded_hu(vae, window, *task.condition)[kept]
+    return average_samples(samples, window, thick, target, composing, condition)
 
 
 def _measured_slices(task: DecodeTask, thick: Volume | None) -> slice:

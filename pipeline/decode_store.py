@@ -111,7 +111,7 @@ def decode_store(
             keys=keys,
             split=split,
             with_identity=settings.restore_identity,
-            protocols=protocols if settings.compose.consistency else None,
+            protocols=protocols if settings.compose.consistency and (generated or settings.compose_stored) else None,
         )
     )
     if not tasks:

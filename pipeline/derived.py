@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compose import ComposeSettings, agreement, compose
+from pipeline.compose import ComposeSettings, agreement, compose, plain_round_trip
 from pipeline.dicom_provenance import Provenance
 from pipeline.dicom_uids import SeriesIdentity
 from pipeline.dicom_write import write_series
@@ -103,8 +103,7 @@ def _composed(
 ) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
     if thick is not None:
         return compose(decoded, window, thick, target, settings, condition_hu=condition_hu)
-    clipped = np.rint(np.clip(decoded, window.lower, window.upper)).astype(np.int16)
-    return clipped, {"warning": "no thick series: values beyond the window are clipped, agreement is not checked"}
+    return plain_round_trip(decoded, window, None, target)
 
 
 def write_derived(

@@ -40,8 +40,11 @@ class EngineOptions:
         gpus_per_worker: Share of a GPU that one Ray actor reserves.
         prefetch: Items prepared ahead of each device; bounds memory.
         attempts: Tries an item gets before it is set aside. Errors meant for users are not tried again.
+        losses: Workers of a cluster that may die on one item before it is set aside. More than ``attempts``, because a
+            node that is taken away is not the item's fault.
         scheduler: Address of a dask scheduler, e.g. ``tcp://host:8786``.
         ray_address: Address of a Ray cluster, ``auto``, or None to start Ray on this machine.
+        start_timeout_s: Seconds that Ray may take until any worker is ready (autoscaled nodes take minutes).
         timeout_s: Seconds an item may take on Ray before its worker is killed and it is set aside; None for no limit.
             Threads and dask workers cannot be interrupted.
     """
@@ -51,8 +54,10 @@ class EngineOptions:
     gpus_per_worker: float = 1.0
     prefetch: int = 1
     attempts: int = 2
+    losses: int = 3
     scheduler: str | None = None
     ray_address: str | None = None
+    start_timeout_s: float = 900.0
     timeout_s: float | None = None
 
     @property
@@ -160,9 +165,9 @@ def _embedded_dask(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
     """Threads of dask's local scheduler: each carries one item from prepare to run, and waits there for a device.
 
     A thread beyond the number of devices prepares its item while the devices are busy, so that at most
-    ``devices * (1 + prefetch)`` prepared items exist. Windows of items keep the graph, and the driver's memory, flat.
+    ``devices * (1 + prefetch)`` prepared items exist. The graph is one task a thread, which takes items until there are
+    no more: nothing grows with their number, and no thread waits for the slowest of a window.
     """
-    import dask
     from dask.threaded import get
 
     states: queue.SimpleQueue[S] = queue.SimpleQueue()
@@ -177,33 +182,54 @@ def _embedded_dask(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
             states.put(state)
 
     threads = len(options.devices) * (1 + options.prefetch)
-    done: queue.SimpleQueue[Outcome[T, R] | BaseException | None] = queue.SimpleQueue()
+    # Bounded, so that a consumer that is slower than the devices slows them down.
+    done: queue.Queue[Outcome[T, R] | BaseException | None] = queue.Queue(maxsize=4 * threads)
     stopping = threading.Event()
-
-    def carry(item: T) -> None:
-        if not stopping.is_set():
-            done.put(attempt(item, options.attempts, chain(item, stage, on_device)))
-
-    def drive(window: list[T]) -> None:
-        graph = {("carry", n): (carry, dask.core.quote(item)) for n, item in enumerate(window)}
-        try:
-            get(graph, list(graph), num_workers=threads)
-        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
-            done.put(error)
-        finally:
-            done.put(None)
-
+    taking = threading.Lock()
     source = iter(items)
-    while window := list(itertools.islice(source, 64 * len(options.devices))):
-        driver = threading.Thread(target=drive, args=(window,), name="ctpipe-dask", daemon=True)
-        driver.start()
+
+    def hand_over(outcome: Outcome[T, R] | BaseException | None) -> None:
+        while True:
+            try:
+                return done.put(outcome, timeout=0.5)
+            except queue.Full:
+                if stopping.is_set():
+                    return
+
+    def carry() -> None:
         try:
-            while (outcome := done.get()) is not None:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                yield outcome
+            while not stopping.is_set():
+                with taking:
+                    item = next(source, _END)
+                if isinstance(item, _End):
+                    return
+                hand_over(attempt(item, options.attempts, chain(item, stage, on_device)))
         except BaseException:
             stopping.set()
             raise
-        finally:
-            driver.join()
+
+    def drive() -> None:
+        graph = {("carry", n): (carry,) for n in range(threads)}
+        try:
+            get(graph, list(graph), num_workers=threads)
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
+            hand_over(error)
+        hand_over(None)
+
+    driver = threading.Thread(target=drive, name="ctpipe-dask", daemon=True)
+    driver.start()
+    try:
+        while (outcome := done.get()) is not None:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield outcome
+    finally:
+        stopping.set()
+        driver.join()
+
+
+class _End:
+    """Marks that the items are used up; an item may be None."""
+
+
+_END = _End()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -56,25 +57,22 @@ def _carry(item: T, stage: Stage[T, P, S, R], device: str, attempts: int, token:
 def cluster_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
     """Run a stage on the workers of ``options.scheduler``.
 
-    A worker that dies takes its item to another one; an item that kills ``attempts`` workers is set aside.
+    A worker that dies takes its item to another one; an item that too many died on is set aside. How many that is, is
+    the scheduler's own setting (``distributed.scheduler.allowed-failures``).
 
     Raises:
         InputError: The scheduler cannot be reached, has no workers, or a node runs another version.
     """
-    import uuid
-
-    import dask
     from distributed import Client, Future, KilledWorker, as_completed
 
-    with dask.config.set({"distributed.scheduler.allowed-failures": options.attempts}):
-        try:
-            client = Client(options.scheduler, set_as_default=False, timeout="20s")
-        except (OSError, TimeoutError) as error:
-            raise InputError(
-                "the dask scheduler does not answer",
-                expected="a scheduler at --dask-scheduler",
-                remedy="Start it first.",
-            ) from error
+    try:
+        client = Client(options.scheduler, set_as_default=False, timeout="20s")
+    except (OSError, TimeoutError) as error:
+        raise InputError(
+            "the dask scheduler does not answer",
+            expected="a scheduler at --dask-scheduler",
+            remedy="Start it first.",
+        ) from error
     with client:
         workers = client.scheduler_info(n_workers=-1)["workers"]
         if not workers:
@@ -95,16 +93,17 @@ def cluster_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
             running.add(submit(item))
         for future in running:
             item = asked.pop(future)
-            yield _result(item, future, options.attempts, KilledWorker)
+            yield _result(item, future, KilledWorker)
             for following in itertools.islice(source, 1):
                 running.add(submit(following))
 
 
-def _result(item: T, future: Any, attempts: int, killed: type[Exception]) -> Outcome[T, Any]:
+def _result(item: T, future: Any, killed: type[Exception]) -> Outcome[T, Any]:
     """The outcome that a worker returned, or the one for an item that no worker survived."""
     try:
         outcome: Outcome[T, Any] = future.result()
         return outcome
-    except killed:
-        reason = f"{attempts} workers died on it, most likely out of memory; give workers more memory"
-        return Outcome(item, error=reason, error_kind="WorkerDied", attempts=attempts)
+    except killed as error:
+        died = int(getattr(error, "allowed_failures", 0)) + 1
+        reason = f"{died} workers died on it, most likely out of memory; give workers more memory"
+        return Outcome(item, error=reason, error_kind="WorkerDied", attempts=died)

@@ -96,7 +96,7 @@ def test_ray_outlives_a_dead_worker_a_poison_pill_and_a_hanging_item(ray_session
         11: "Timeout",
     }
     assert outcomes[3].value == 9
-    assert "2 workers died" in str(outcomes[7].error)
+    assert "3 workers died" in str(outcomes[7].error)
 
 
 def test_ray_says_why_a_worker_cannot_start(ray_session: None) -> None:
