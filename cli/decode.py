@@ -39,6 +39,9 @@ def decode(
         bool | None,
         typer.Option(help="Project onto the measured thick slices; by default where thin slices are sampled."),
     ] = None,
+    refiner: Annotated[
+        Path | None, typer.Option(help="A run of `ctpipe train-refiner`, to correct the slices in pixel space.")
+    ] = None,
     transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
     restore_identity: Annotated[
         bool, typer.Option("--restore-identity", help="Write the patient's identity back, for use inside the hospital.")
@@ -74,7 +77,11 @@ def decode(
     from pipeline.private import PrivateStore
 
     transfer_syntax_uid(transfer_syntax)
-    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency is not False)
+    composing = ComposeSettings(
+        detail=parse_detail(detail),
+        consistency=consistency is not False,
+        refiner=refiner_of(refiner, "cuda:0" if gpus else "cpu"),
+    )
     latents = LatentStore.open(store)
     people = PrivateStore.open(store, private)
     generated: Sequence[LatentStore] = ()
@@ -102,9 +109,7 @@ def decode(
             latents,
             people,
             encode_key,
-            DecodeSettings(
-                writing, composing, restore_identity=restore_identity, compose_stored=consistency is True
-            ),
+            DecodeSettings(writing, composing, restore_identity=restore_identity, compose_stored=consistency is True),
             EngineOptions(name=engine, devices=tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)),  # type: ignore[arg-type]
             vae=vae,
             memory_gib=memory_gib,
@@ -164,6 +169,17 @@ def sample_pairs(
         stores.append(latents.generated(done.generation_key))
     said = sampling_facts(model, options, samples)
     return model.encode_key, stores, {"checkpoint_sha256": model.checkpoint_sha256, "sampling": said}
+
+
+def refiner_of(run: Path | None, device: str) -> Any:
+    """The refiner of a run, None for none; read once here, so that one that is no refiner is refused before work."""
+    if run is None:
+        return None
+    from pipeline.refiner import RefinerFile
+
+    file = RefinerFile.of(run, device)
+    file.load()
+    return file
 
 
 def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[str, Any]:

@@ -18,6 +18,10 @@ def encode(
     vae: Annotated[str, typer.Option(help="`tiny`, or the path of MAISI weights (.pt or .safetensors).")] = "tiny",
     window: Annotated[str, typer.Option(help="soft-tissue, maisi, lung, or C:W in HU.")] = "soft-tissue",
     gpus: Annotated[int, typer.Option(min=0, help="GPUs to use; 0 encodes on the CPU.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Without GPUs: series encoded at once on CPUs.")] = 1,
+    gpu_share: Annotated[
+        float, typer.Option(min=0.05, max=1, help="On Ray, a worker's share of a GPU; 0.5 puts two on each.")
+    ] = 1.0,
     engine: Annotated[str, typer.Option(help="dask (embedded, the default), ray, or inline.")] = "dask",
     dask_scheduler: Annotated[str | None, typer.Option(help="A dask scheduler, e.g. tcp://host:8786.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster's address, or `auto`.")] = None,
@@ -26,6 +30,9 @@ def encode(
     memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Arithmetic threads a device; pinned, for equal bytes.")] = 2,
     prefetch: Annotated[int, typer.Option(min=0, help="Series read ahead of each device.")] = 1,
+    series_timeout: Annotated[
+        float | None, typer.Option(min=1, help="On Ray, seconds after which a series is set aside.")
+    ] = None,
     round_trip: Annotated[
         float, typer.Option(min=0, max=1, help="Share of latents whose round trip is measured.")
     ] = 0.02,
@@ -45,6 +52,7 @@ def encode(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from latentcache.errors import InputError
     from pipeline.encode_store import EncodeSettings, encode_store, parse_roles
     from pipeline.engine import EngineOptions
     from pipeline.hu import Window
@@ -60,11 +68,15 @@ def encode(
     )
     options = EngineOptions(
         name=engine,  # type: ignore[arg-type]
-        devices=tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",),
+        devices=tuple(f"cuda:{i}" for i in range(round(gpus / gpu_share))) or ("cpu",) * workers,
+        gpus_per_worker=gpu_share,
         prefetch=prefetch,
         scheduler=dask_scheduler,
         ray_address=ray_address,
+        timeout_s=series_timeout,
     )
+    if gpu_share < 1 and engine != "ray":
+        raise InputError("--gpu-share without Ray", expected="--engine ray", remedy="Give --engine ray, or no share.")
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, disable=not progress_wanted()) as progress:
         bar = progress.add_task("encode", total=None)

@@ -77,7 +77,7 @@ def evaluate_run(
     from latentcache.errors import InputError
     from latentcache.store import LatentStore
     from pipeline.compose import ComposeSettings
-    from pipeline.evaluate_store import EvaluationSettings, evaluate_pairs, finish
+    from pipeline.evaluate_store import SCORES_VERSION, EvaluationSettings, evaluate_pairs, finish
     from pipeline.hu import Window
     from pipeline.private import PrivateStore
     from pipeline.vae import load_vae
@@ -119,7 +119,7 @@ def evaluate_run(
             return generated.read(record)
 
         compose = ComposeSettings(detail=kind, consistency=consistency)
-        identity = hashlib.sha256(f"{sampled.generation_key}|{compose}|1".encode()).hexdigest()[:16]
+        identity = hashlib.sha256(f"{sampled.generation_key}|{compose}|{SCORES_VERSION}".encode()).hexdigest()[:16]
         evaluation = EvaluationSettings(window, model.encode_key, compose, identity=identity)
         folder = run / "evaluation" / split
         if split == "test":
@@ -150,7 +150,7 @@ def _log_test_use(run: Path, generation_key: str, pairs: int) -> None:
 
 def summary_text(document: dict[str, Any], folder: Path) -> str:
     """The table that people read."""
-    from pipeline.report import label
+    from pipeline.report_views import label
 
     lines = [f"{document['cases']} pairs of split {document['split']}, PSNR in the window (dB), SSIM, MAE (HU)"]
     for name, row in document["methods"].items():

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.decode import sampling_facts
+from cli.decode import refiner_of, sampling_facts
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 
@@ -36,6 +36,9 @@ def interpolate(
     consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
     fwhm_mm: Annotated[
         float | None, typer.Option(min=0.1, help="Measured width of the slice profile; by default the thickness.")
+    ] = None,
+    refiner: Annotated[
+        Path | None, typer.Option(help="A run of `ctpipe train-refiner`, to correct the slices in pixel space.")
     ] = None,
     transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
     restore_identity: Annotated[
@@ -81,6 +84,7 @@ def interpolate(
             detail=parse_detail(detail),
             consistency=consistency,
             profile=SliceProfile("gaussian", fwhm_mm) if fwhm_mm else None,
+            refiner=refiner_of(refiner, device),
         ),
         spacing_mm=spacing_mm,
         trained_spacing_mm=trained_spacing_mm or learnt_spacing(model) or 1.0,

@@ -18,7 +18,7 @@ def status(
     snapshot: Annotated[int | None, typer.Option(help="Show this snapshot instead of the last.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Count series, pairs and latents, and say what is still to encode.
+    """Count series, pairs and latents, say what is still to encode and how far a running job is.
 
     Examples:
 
@@ -28,8 +28,10 @@ def status(
     """
     from latentcache.status import status as count
     from latentcache.store import LatentStore
+    from pipeline.encode_commit import read_progress
 
-    found = count(LatentStore.open(store, snapshot))
+    opened = LatentStore.open(store, snapshot)
+    found = {**count(opened), "running": read_progress(opened.location)}
     emit(found, _text(found), as_json)
     return Exit.OK
 
@@ -50,7 +52,18 @@ def _text(found: dict[str, Any]) -> str:
             lines.append(f"  {encoding['problem']}")
     lines += [f"pinned: snapshot {number} by {', '.join(names)}" for number, names in found["pinned"].items()]
     lines += [f"generated: {key}" for key in found["generated"]]
-    return "\n".join(lines)
+    return "\n".join([*_running(found["running"]), *lines])
+
+
+def _running(job: dict[str, Any] | None) -> list[str]:
+    """How far the job is that last wrote to the store; a silent one may have been killed."""
+    if job is None:
+        return []
+    left = "" if job["seconds_left"] is None else f", {job['seconds_left'] / 60:.0f} min left"
+    return [
+        f"{job['stage']} {job['attempted']} of {job['planned']}, {job['per_second']:.2f} a second{left}; "
+        f"{job['latents']} latents committed; last heard of {job['silent_s']:.0f} s ago"
+    ]
 
 
 def _counts(counts: dict[str, int]) -> str:

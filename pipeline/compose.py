@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from pipeline.profile_fit import check_operator
 from pipeline.resample import ZMethod, z_weights
 from pipeline.slice_profile import SliceOperator, SliceProfile, default_profile, slice_operator
 from pipeline.volume import Volume
+
+if TYPE_CHECKING:
+    from pipeline.refiner import RefinerFile
 
 HANDOVER_FRACTION = 0.025
 """Width of the hand-over at a window's edge, as a share of the window, where base lies at the edge."""
@@ -56,6 +59,7 @@ class ComposeSettings:
         noise_hu: Residual to aim for; None for the noise of the thick slices. A profile fitted on a pair comes with
             the residual of that pair's true thin series, which also holds what no profile explains.
         base_method: Interpolation along z for B.
+        refiner: A pixel-space network that corrects the composed slices before they are projected; None for none.
     """
 
     detail: Detail = "residual"
@@ -63,6 +67,7 @@ class ComposeSettings:
     profile: SliceProfile | None = None
     noise_hu: float | None = None
     base_method: ZMethod = "cubic"
+    refiner: RefinerFile | None = None
 
 
 def hand_over(decoded: NDArray[np.float32], base: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
@@ -130,9 +135,15 @@ def compose(
         raise AssertionError(f"decoded {decoded_hu.shape}, thick {thick.hu.shape}, target {target.shape_zyx}")
     if settings.detail == "absolute":
         condition_hu = None
-    x, restored = _restored(decoded_hu, window, thick, target, settings, condition_hu)
+    x, restored = restore(decoded_hu, window, thick, target, settings, condition_hu)
     detail = "absolute" if condition_hu is None else "residual"
     figures: dict[str, Any] = {"detail": detail, "restored_fraction": round(restored, 6)}
+    if settings.refiner is not None:
+        from pipeline.refiner import refine
+
+        base = interpolated(thick, target, settings.base_method)
+        change = refine(settings.refiner, base, x, window, target.spacing_mm_zyx[0], detail)
+        figures |= {"refiner_sha256": settings.refiner.sha256, "refiner_change_hu": round(change, 3)}
     if settings.consistency:
         figures |= _made_consistent(x, thick, target, settings)
     floor = _floor(thick)
@@ -180,7 +191,7 @@ def _profile(thick: Volume, settings: ComposeSettings) -> SliceProfile:
     return settings.profile or default_profile(thick.geometry.thickness_mm, thick.geometry.spacing_mm_zyx[0])
 
 
-def _restored(
+def restore(
     decoded_hu: NDArray[np.float32],
     window: Window,
     thick: Volume,
@@ -188,6 +199,7 @@ def _restored(
     settings: ComposeSettings,
     condition_hu: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.float32], float]:
+    """Decoded HU with the clipped range handed over to B, (z, y, x) float32, and the share of voxels that changed."""
     x = interpolated(thick, target, settings.base_method)
     changed = 0
     for rows in row_blocks(x.shape[1]):

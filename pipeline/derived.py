@@ -129,6 +129,7 @@ def write_derived(
     provenance = replace(
         provenance,
         checkpoint_sha256=settings.checkpoint_sha256,
+        refiner_sha256=str(volume.figures.get("refiner_sha256", "")),
         store_snapshot=settings.store_snapshot,
         sampling=sampling,
         consistency=volume.figures,

@@ -36,6 +36,7 @@ class Provenance:
         window: (centre, width) in HU of what the latents hold.
         encode_key: The latents' encode key; with ``vae_sha256`` it fixes the autoencoder.
         checkpoint_sha256: Of the diffusion model, empty when none was used.
+        refiner_sha256: Of the pixel-space refiner's weights and settings, empty when none was used.
         sampling: Sampler, steps, seeds, samples.
         consistency: Figures of agreement with the measured thick series.
         notes: Anything a reader must know, e.g. that spacing was resampled.
@@ -48,6 +49,7 @@ class Provenance:
     encode_key: str = ""
     vae_sha256: str = ""
     checkpoint_sha256: str = ""
+    refiner_sha256: str = ""
     store_snapshot: int | None = None
     generation_key: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class Provenance:
         for label, value in (
             ("VAE", self.vae_sha256),
             ("model", self.checkpoint_sha256),
+            ("refiner", self.refiner_sha256),
             ("encoding", self.encode_key),
         ):
             if value:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache.records import COMPRESSION, Encoding, LatentRecord, LatentRole, PairRecord, SeriesRecord
+from latentcache.records import COMPRESSION, Encoding, LatentRecord, LatentRole, PairRecord
+from pipeline.engine import timed
+from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.resample import resample_z
 from pipeline.volume import SeriesPointer, Volume
@@ -31,6 +34,22 @@ class Encoder(Protocol):
     def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int]) -> Any: ...
 
     def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any: ...
+
+
+class CatalogSeries(Protocol):
+    """The part of a catalog row that planning needs; a million of them fit in memory, whole rows do not."""
+
+    @property
+    def series_key(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def status(self) -> str: ...
+
+    @property
+    def source_digest(self) -> str: ...
 
 
 class Staging(Protocol):
@@ -86,11 +105,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a worker hands to the committing driver. ``pair`` is the pair's row with the pixel proof, if it was due."""
+    """What a worker hands to the committing driver. ``pair`` is the pair's row with the pixel proof, if it was due.
+
+    ``seconds`` splits the device part: ``proof``, ``window`` (with interpolation), ``vae``, ``round_trip``, ``stage``.
+    """
 
     name: str
     records: tuple[LatentRecord, ...]
     pair: PairRecord | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def make_encoding(vae: Encoder, window: Window, pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX) -> Encoding:
@@ -107,7 +130,7 @@ def make_encoding(vae: Encoder, window: Window, pad_multiple_zyx: tuple[int, int
 
 
 def plan(
-    series: Sequence[SeriesRecord],
+    series: Iterable[CatalogSeries],
     pairs: Sequence[PairRecord],
     have: Set[tuple[str, str]],
     encode_key: str,
@@ -149,7 +172,7 @@ def plan(
             yield EncodeTask(one.series_key, encode_key, thin_at, thick_at, tuple(wanted))
 
 
-def pair_digest(thin: SeriesRecord, thick: SeriesRecord) -> str:
+def pair_digest(thin: CatalogSeries, thick: CatalogSeries) -> str:
     """Digest of both sources, for the latent that depends on both."""
     return hashlib.sha256(f"{thin.source_digest}|{thick.source_digest}".encode()).hexdigest()[:16]
 
@@ -177,40 +200,49 @@ def encode_one(
     ``thick_on_thin`` is the thick HU, linearly interpolated by physical position onto the thin grid, encoded.
     """
     task, thin, thick = prepared.task, prepared.thin, prepared.thick
-    proved = _prove(task, thin, thick)
+    seconds: dict[str, float] = {}
+    proved = timed(seconds, "proof", lambda: _prove(task, thin, thick))
     records = []
     for want in task.wanted:
-        if want.role == "thick_on_thin":
-            assert thin is not None
-            assert thick is not None
-            if proved is not None and proved.status != "ok":
-                continue
-            hu, geometry = (
-                resample_z(thick.hu, np.array(thick.geometry.z_mm), np.array(thin.geometry.z_mm)),
-                thin.geometry,
-            )
-        else:
-            volume = thin if want.role == "thin" else thick
-            assert volume is not None
-            hu, geometry = volume.hu, volume.geometry
-        unit = window.to_unit(hu)
-        latent = np.asarray(vae.encode(unit, pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
-        psnr = _round_trip_psnr(vae, latent, unit) if _sampled(want, round_trip_fraction) else None
-        dz = geometry.spacing_mm_zyx[0]
-        records.append(
-            store.stage(
-                latent.astype(np.float16),
-                encode_key=task.encode_key,
-                key=want.key,
-                role=want.role,
-                z0_mm=geometry.z_mm[0] + (COMPRESSION - 1) / 2 * dz,
-                dz_mm=COMPRESSION * dz,
-                valid_zyx=geometry.shape_zyx,
-                source_digest=want.source_digest,
-                round_trip_psnr=psnr,
-            )
+        if want.role == "thick_on_thin" and proved is not None and proved.status != "ok":
+            continue
+        unit, geometry = timed(seconds, "window", functools.partial(_input, want.role, thin, thick, window))
+        latent = timed(seconds, "vae", functools.partial(_encoded, vae, unit, pad_multiple_zyx))
+        psnr = None
+        if _sampled(want, round_trip_fraction):
+            psnr = timed(seconds, "round_trip", functools.partial(_round_trip_psnr, vae, latent, unit))
+        staged = functools.partial(
+            store.stage,
+            latent.astype(np.float16),
+            encode_key=task.encode_key,
+            key=want.key,
+            role=want.role,
+            z0_mm=geometry.z_mm[0] + (COMPRESSION - 1) / 2 * geometry.spacing_mm_zyx[0],
+            dz_mm=COMPRESSION * geometry.spacing_mm_zyx[0],
+            valid_zyx=geometry.shape_zyx,
+            source_digest=want.source_digest,
+            round_trip_psnr=psnr,
         )
-    return Encoded(task.name, tuple(records), proved)
+        records.append(timed(seconds, "stage", staged))
+    return Encoded(task.name, tuple(records), proved, seconds)
+
+
+def _input(
+    role: LatentRole, thin: Volume | None, thick: Volume | None, window: Window
+) -> tuple[NDArray[np.float32], Geometry]:
+    """What the VAE sees for one role, on [-1, 1], and the lattice it lies on."""
+    if role == "thick_on_thin":
+        assert thin is not None
+        assert thick is not None
+        hu = resample_z(thick.hu, np.array(thick.geometry.z_mm), np.array(thin.geometry.z_mm))
+        return window.to_unit(hu), thin.geometry
+    volume = thin if role == "thin" else thick
+    assert volume is not None
+    return window.to_unit(volume.hu), volume.geometry
+
+
+def _encoded(vae: Encoder, unit: NDArray[np.float32], pad_multiple_zyx: tuple[int, int, int]) -> NDArray[np.float32]:
+    return np.asarray(vae.encode(unit, pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
 
 
 def _prove(task: EncodeTask, thin: Volume | None, thick: Volume | None) -> PairRecord | None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentcache.commit import Writer
+import pyarrow.compute as pc
+
 from latentcache.errors import InputError
 from latentcache.records import COMPRESSION, Encoding, LatentRole
 from latentcache.store import LatentStore
 from pipeline import encode
 from pipeline.encode import Encoded, Encoder, EncodeTask, Prepared
+from pipeline.encode_commit import GroupCommit, Progress
 from pipeline.engine import EngineOptions, Outcome, Stage, stream
 from pipeline.hu import Window
 from pipeline.private import PrivateStore
+from pipeline.volume import SeriesPointer
 
 log = logging.getLogger("ctpipe.encode")
 
@@ -63,42 +67,114 @@ class EncodeSummary:
 
 
 def load_encoder(device: str, settings: EncodeSettings) -> Encoder:
-    """A VAE on a device, with torch's threads pinned."""
+    """A VAE on a device, with torch's threads pinned.
+
+    Raises:
+        InputError: CUDA is asked for and this process has none, or the weights are unusable.
+    """
     import torch
 
     from pipeline.vae import load_vae
 
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            "no CUDA device in this process",
+            expected="a GPU with its driver, because --gpus asks for one",
+            remedy="Give --gpus 0 to encode on the CPU, or start the worker on a GPU node with the CUDA image.",
+        )
     torch.set_num_threads(settings.torch_threads)
     vae: Encoder = load_vae(settings.vae, device=device, memory_gib=settings.memory_gib)
     return vae
 
 
-@functools.lru_cache(maxsize=4)
-def _store_for_staging(url: str) -> LatentStore:
-    """A worker's own handle: opened once a process."""
-    return LatentStore.open(url)
+@dataclass(frozen=True)
+class Bench:
+    """What a worker keeps: the VAE on its device, and its own handle of the store."""
+
+    vae: Encoder
+    store: LatentStore
 
 
-def run_task(vae: Encoder, prepared: Prepared, *, store_url: str, settings: EncodeSettings) -> Encoded:
+def set_up(device: str, *, store_url: str, fingerprint: str, encode_key: str, settings: EncodeSettings) -> Bench:
+    """A worker's state. Checks first what a mount can get wrong: that it is the driver's store that the worker sees.
+
+    Raises:
+        InputError: The store or the VAE's weights are not there or not the driver's, or there is no CUDA device.
+    """
+    try:
+        store = LatentStore.open(store_url)
+    except InputError as error:
+        raise InputError(
+            f"a worker does not see the store {store_url}",
+            expected="the same store at the same URL on every node",
+            remedy=f"Mount it there, or use s3://. On the worker: {error.found}.",
+        ) from error
+    if store.secret_fingerprint != fingerprint:
+        raise InputError(
+            f"a worker sees another store at {store_url}",
+            expected=f"the driver's store, secret fingerprint {fingerprint}",
+            remedy=f"The worker's has {store.secret_fingerprint}: mount the same volume on every node.",
+        )
+    store.encoding(encode_key)
+    vae = load_encoder(device, settings)
+    found = encode.make_encoding(vae, settings.window, settings.pad_multiple_zyx).encode_key
+    if found != encode_key:
+        raise InputError(
+            f"a worker's VAE gives encode key {found}",
+            expected=f"the driver's, {encode_key}",
+            remedy="Put the same weights' file on every node.",
+        )
+    return Bench(vae, store)
+
+
+def run_task(bench: Bench, prepared: Prepared, *, settings: EncodeSettings) -> Encoded:
     """The stage's device part: encode and stage one task's latents."""
-    store = _store_for_staging(store_url)
+    import torch
+
+    # OpenMP's count is a thread's own: an engine's new thread must not fall back to all cores, which changes low bits.
+    if torch.get_num_threads() != settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
     return encode.encode_one(
-        vae,
+        bench.vae,
         settings.window,
-        store,
+        bench.store,
         prepared,
         round_trip_fraction=settings.round_trip_fraction,
         pad_multiple_zyx=settings.pad_multiple_zyx,
     )
 
 
-def plan_tasks(
-    store: LatentStore, private: PrivateStore, encode_key: str, roles: Sequence[LatentRole]
-) -> tuple[list[EncodeTask], int]:
-    """Tasks for every latent that is missing, and the number already there."""
-    have: set[tuple[str, str]] = {(r.key, r.role) for r in store.records(encode_key)}
-    tasks = list(encode.plan(store.series(), store.pairs(), have, encode_key, private.pointer, roles))
-    return tasks, len(have)
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """What planning needs of a catalog row; see ``encode.CatalogSeries``."""
+
+    series_key: str
+    role: str
+    status: str
+    source_digest: str
+
+
+class Plan:
+    """What a store lacks. ``count`` reads no archive places; ``tasks`` looks them up one by one, as they are taken."""
+
+    def __init__(self, store: LatentStore, private: PrivateStore, encode_key: str, roles: Sequence[LatentRole]) -> None:
+        names = ("series_key", "role", "status", "source_digest")
+        columns = (store.catalog_table(names).column(name).to_pylist() for name in names)
+        self.series = [PlanRow(*row) for row in zip(*columns, strict=True)]
+        self.pairs = store.pairs()
+        self.encode_key, self.roles, self.private = encode_key, roles, private
+        held = store.manifest_table(("encode_key", "key", "role"))
+        held = held.filter(pc.equal(held.column("encode_key"), encode_key))
+        self.have = set(zip(held.column("key").to_pylist(), held.column("role").to_pylist(), strict=True))
+
+    def count(self) -> int:
+        return sum(1 for _ in self._plan(lambda key: SeriesPointer(key, ())))
+
+    def tasks(self) -> Iterator[EncodeTask]:
+        return self._plan(self.private.pointer)
+
+    def _plan(self, pointer: Callable[[str], SeriesPointer]) -> Iterator[EncodeTask]:
+        return encode.plan(self.series, self.pairs, self.have, self.encode_key, pointer, self.roles)
 
 
 def encode_store(
@@ -115,52 +191,60 @@ def encode_store(
     ``on_outcome(outcome, planned)`` is called in the driver after each task.
 
     Raises:
-        InputError: The store is empty, the VAE's weights are unusable, or another driver holds the lease.
+        InputError: The store is empty, the VAE's weights are unusable, no worker can start, or another driver holds
+            the lease.
     """
     store = LatentStore.open(store_url)
     private = PrivateStore.open(store_url, private_url)
-    probe = load_encoder("cpu", settings)
-    encoding: Encoding = encode.make_encoding(probe, settings.window, settings.pad_multiple_zyx)
-    del probe
-    tasks, already = plan_tasks(store, private, encoding.encode_key, settings.roles)
-    if not store.series():
+    encoding: Encoding = encode.make_encoding(load_encoder("cpu", settings), settings.window, settings.pad_multiple_zyx)
+    plan = Plan(store, private, encoding.encode_key, settings.roles)
+    if not plan.series:
         raise InputError(
             "a store without series", expected="a store that ingest filled", remedy="Run ctpipe ingest first."
         )
-    summary = EncodeSummary(encoding.encode_key, planned=len(tasks), already=already, snapshot=store.snapshot)
-    if dry_run or not tasks:
+    summary = EncodeSummary(encoding.encode_key, plan.count(), already=len(plan.have), snapshot=store.snapshot)
+    if dry_run or not summary.planned:
         return summary
     store.register_encoding(encoding)
-    stage: Stage[EncodeTask, Prepared, Encoder, Encoded] = Stage(
+    stage: Stage[EncodeTask, Prepared, Bench, Encoded] = Stage(
         prepare=functools.partial(encode.prepare, threads=settings.reader_threads),
-        setup=functools.partial(load_encoder, settings=settings),
-        run=functools.partial(run_task, store_url=store_url, settings=settings),
+        setup=functools.partial(
+            set_up,
+            store_url=store_url,
+            fingerprint=store.secret_fingerprint,
+            encode_key=encoding.encode_key,
+            settings=settings,
+        ),
+        run=functools.partial(run_task, settings=settings),
     )
-    with store.writer() as writer:
-        for outcome in stream(tasks, stage, options):
-            if outcome.value is None:
-                summary.failed[outcome.item.name] = outcome.error or "unknown"
-                log.warning("task %s set aside: %s", outcome.item.name, outcome.error)
-            else:
-                _commit(store, writer, outcome, summary)
-            for name, value in outcome.seconds.items():
-                summary.seconds[name] = summary.seconds.get(name, 0.0) + value
+    progress = Progress(store.location, encoding.encode_key, summary.planned)
+    device = "cuda" if options.wants_gpu else "cpu"
+    with (
+        store.writer() as writer,
+        GroupCommit(writer, encoding.encode_key, device, progress.note) as commits,
+        contextlib.closing(stream(plan.tasks(), stage, options)) as outcomes,
+    ):
+        for outcome in outcomes:
+            commits.put(outcome)
+            _tell(outcome, summary)
             if on_outcome is not None:
-                on_outcome(outcome, len(tasks))
+                on_outcome(outcome, summary.planned)
+    progress.end()
+    summary.committed = commits.committed
     summary.snapshot = LatentStore.open(store_url).snapshot
     return summary
 
 
-def _commit(store: LatentStore, writer: Writer, outcome: Outcome[EncodeTask, Encoded], summary: EncodeSummary) -> None:
-    """One task's pair proof, then its latents: a crash between the two leaves work to do again, never a false row."""
-    encoded = outcome.value
-    assert encoded is not None
-    if encoded.pair is not None:
-        writer.append_catalog([], [encoded.pair])
-        if encoded.pair.status != "ok":
-            summary.unpaired_by_pixels[encoded.pair.pair_key] = encoded.pair.reason
-    timing = {"key": encoded.name, "stage": "encode", "attempts": outcome.attempts, **outcome.seconds}
-    summary.committed += len(writer.commit(encoded.records, timings=[timing]))
+def _tell(outcome: Outcome[EncodeTask, Encoded], summary: EncodeSummary) -> None:
+    """Enter one outcome in the summary and the log; keys only."""
+    if outcome.value is None:
+        summary.failed[outcome.item.name] = outcome.error or "unknown"
+        log.warning("task %s set aside: %s", outcome.item.name, outcome.error)
+    elif outcome.value.pair is not None and outcome.value.pair.status != "ok":
+        summary.unpaired_by_pixels[outcome.value.pair.pair_key] = outcome.value.pair.reason
+    parts = outcome.value.seconds if outcome.value is not None else {}
+    for name, value in (*outcome.seconds.items(), *parts.items()):
+        summary.seconds[name] = summary.seconds.get(name, 0.0) + value
 
 
 def parse_roles(text: str) -> tuple[LatentRole, ...]:

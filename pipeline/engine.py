@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
@@ -127,7 +127,9 @@ def timed(seconds: dict[str, float], name: str, action: Callable[[], R]) -> R:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
+def stream(
+    items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions
+) -> Generator[Outcome[T, R], None, None]:
     """Run a stage over items and yield outcomes as they complete, holding a bounded number in memory."""
     if options.name == "inline":
         yield from _inline(items, stage, options)

@@ -1,10 +1,10 @@
-"""Evaluate one held-out pair: every method on the thin grid, inside the extent that the thick series covers."""
+"""Scores of one held-out pair: every method on the thin grid, inside the extent that the thick series covers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 
 from latentcache.errors import InputError
 from pipeline import metrics
+from pipeline.densitometry import LAA_THRESHOLD_HU, lung_density, lung_mask
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
-from pipeline.resample import ZMethod, resample_z
-from pipeline.volume import Volume
+from pipeline.metrics_noise import noise_texture, slice_inconsistency
+from pipeline.metrics_sharpness import sharpness
+from pipeline.null_space import null_space_figures
+from pipeline.slice_profile import SliceOperator
 
-BASELINES: tuple[ZMethod, ...] = ("nearest", "linear", "cubic", "lanczos")
+FULL_RANGE_HU = (-1024.0, 2048.0)
+"""The range of the literature's figures (RPLHR-CT: 3072 HU)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class CaseScores:
     """Scores of one pair. ``scores[method]`` has psnr_db and ssim in the window, mae_hu there, and bias by tissue.
 
     Identical volumes have no PSNR: ``psnr_db`` is None and ``identical`` true. A method that could not be scored stands
-    in ``failures`` with its reason and never in a mean.
+    in ``failures`` with its reason and never in a mean; ``notes`` says what is peculiar about the case itself.
     """
 
     key: str
@@ -34,6 +38,39 @@ class CaseScores:
     scores: dict[str, dict[str, Any]]
     failures: dict[str, str]
     consistency: dict[str, Any]
+    patient: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a case is scored against.
+
+    Attributes:
+        truth: (z, y, x) HU.
+        geometry: Lattice of ``truth``.
+        thick_z_mm: Positions of the thick slices.
+        operator: A from ``geometry`` to the thick slices; None leaves the null-space figures out.
+    """
+
+    truth: NDArray[Any]
+    geometry: Geometry | None = None
+    thick_z_mm: tuple[float, ...] = ()
+    operator: SliceOperator | None = None
+    clipped: dict[tuple[float, float], NDArray[np.float32]] = field(default_factory=dict, repr=False)
+    lung: list[NDArray[np.bool_]] = field(default_factory=list, repr=False)
+
+    def within(self, low: float, high: float) -> NDArray[np.float32]:
+        """The truth clipped to a range, made once."""
+        if (low, high) not in self.clipped:
+            self.clipped[low, high] = _clip(self.truth, low, high)
+        return self.clipped[low, high]
+
+    def lung_mask(self) -> NDArray[np.bool_]:
+        """The truth's lung, found once."""
+        if not self.lung:
+            self.lung.append(lung_mask(self.truth))
+        return self.lung[0]
 
 
 def common_slices(thick: Geometry, thin: Geometry) -> slice:
@@ -51,12 +88,6 @@ def common_slices(thick: Geometry, thin: Geometry) -> slice:
     return slice(int(inside[0]), int(inside[-1]) + 1)
 
 
-def interpolations(thick: Volume, thin: Geometry) -> dict[str, NDArray[np.float32]]:
-    """The classical methods on the thin grid, in HU."""
-    source, target = np.array(thick.geometry.z_mm), np.array(thin.z_mm)
-    return {method: resample_z(thick.hu, source, target, method) for method in BASELINES}
-
-
 def score(
     key: str,
     category: str,
@@ -66,39 +97,108 @@ def score(
     consistency: Mapping[str, Any] | None = None,
 ) -> CaseScores:
     """Score volumes (z, y, x) in HU against the truth, inside the window (both clipped; data range = width)."""
+    case = Case(truth)
     scores: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
-    clipped_truth = np.clip(truth.astype(np.float32), window.lower, window.upper)
     for name, volume in methods.items():
         try:
-            clipped = np.clip(volume.astype(np.float32), window.lower, window.upper)
-            value = metrics.psnr(clipped, clipped_truth, data_range=window.width)
-            scores[name] = {
-                "psnr_db": value if math.isfinite(value) else None,
-                "identical": not math.isfinite(value),
-                "ssim": metrics.ssim(clipped, clipped_truth, data_range=window.width),
-                "mae_hu": metrics.mean_absolute_error(clipped, clipped_truth),
-                "bias": metrics.bias_by_tissue(clipped, clipped_truth),
-            }
+            scores[name] = score_method(volume, case, window)
         except InputError as error:
             failures[name] = str(error)
-    return CaseScores(key, category, len(truth), scores, failures, dict(consistency or {}))
+    return CaseScores(key, category, len(truth), scores, failures, dict(consistency or {}), notes=notes_on(truth))
 
 
-def summarise(cases: Iterable[CaseScores]) -> dict[str, Any]:
-    """Mean over patients by method, with the number of cases; infinite PSNR (identical volumes) is counted apart."""
-    cases = list(cases)
-    out: dict[str, Any] = {"cases": len(cases), "methods": {}, "failures": {}}
-    names = dict.fromkeys(name for case in cases for name in case.scores)
-    for name in names:
-        rows = [case.scores[name] for case in cases if name in case.scores]
-        finite = [row["psnr_db"] for row in rows if not row["identical"]]
-        out["methods"][name] = {
-            "psnr_db": float(np.mean(finite)) if finite else None,
-            "ssim": float(np.mean([row["ssim"] for row in rows])),
-            "mae_hu": float(np.mean([row["mae_hu"] for row in rows])),
-            "cases": len(rows),
-            "identical": len(rows) - len(finite),
-        }
-    out["failures"] = {case.key: case.failures for case in cases if case.failures}
+def score_method(volume: NDArray[Any], case: Case, window: Window) -> dict[str, Any]:
+    """Every figure of one method. What a case does not allow stands in ``not_measured`` with the reason.
+
+    Raises:
+        InputError: Another shape than the truth's, or values that are not finite: nothing of it can be scored.
+    """
+    metrics.check(volume, case.truth)
+    out = _basic(_clip(volume, window.lower, window.upper), case.within(window.lower, window.upper), window.width)
+    whole = metrics.mean_squared_error(_clip(volume, *FULL_RANGE_HU), _clip(case.truth, *FULL_RANGE_HU))
+    span = FULL_RANGE_HU[1] - FULL_RANGE_HU[0]
+    out["psnr_3072_db"] = 10 * math.log10(span**2 / whole) if whole else None
+    if case.geometry is None:
+        return out
+    missing: dict[str, str] = {}
+    for name, measure in _further(volume, case, window).items():
+        try:
+            out[name] = measure()
+        except InputError as error:
+            missing[name] = str(error)
+    out["not_measured"] = missing
     return out
+
+
+def _basic(clipped: NDArray[np.float32], truth: NDArray[np.float32], width: float) -> dict[str, Any]:
+    value = metrics.psnr(clipped, truth, data_range=width)
+    return {
+        "psnr_db": value if math.isfinite(value) else None,
+        "identical": not math.isfinite(value),
+        "ssim": metrics.ssim(clipped, truth, data_range=width),
+        "mae_hu": metrics.mean_absolute_error(clipped, truth),
+        "bias": metrics.bias_by_tissue(clipped, truth),
+    }
+
+
+def _further(volume: NDArray[Any], case: Case, window: Window) -> dict[str, Callable[[], Any]]:
+    """The figures that need geometry, to be called one by one."""
+    geometry = case.geometry
+    assert geometry is not None
+    dz, dy, dx = geometry.spacing_mm_zyx
+    clipped, truth = _clip(volume, window.lower, window.upper), case.within(window.lower, window.upper)
+
+    def ms_ssim() -> dict[str, float]:
+        value, scales = metrics.ms_ssim(clipped, truth, data_range=window.width)
+        return {"value": value, "scales": scales}
+
+    def lung() -> dict[str, float]:
+        if window.lower > LAA_THRESHOLD_HU - 50:
+            raise InputError(
+                f"a window from {window.lower:g} HU", expected="one that holds lung", remedy="Encode with `lung`."
+            )
+        return asdict(lung_density(volume, case.lung_mask(), dz * dy * dx))
+
+    def unseen() -> dict[str, float]:
+        if case.operator is None or not case.operator.covered.any():
+            raise InputError("no slice operator", expected="thick slices within the thin grid", remedy="None.")
+        return asdict(null_space_figures(clipped, truth, case.operator))
+
+    low = max(window.lower, -850.0)
+    return {
+        "ssim_3d": lambda: metrics.ssim(clipped, truth, data_range=window.width, axes=(0, 1, 2)),
+        "ms_ssim": ms_ssim,
+        "phase": lambda: metrics.error_by_phase(clipped, truth, np.array(geometry.z_mm), np.array(case.thick_z_mm)),
+        "slice_to_slice": lambda: slice_inconsistency(clipped, truth),
+        "noise": lambda: noise_texture(clipped, truth, (dy, dx)),
+        "sharpness_z": lambda: asdict(sharpness(clipped, truth, dz, low_hu=low, high_hu=min(40.0, window.upper))),
+        "null_space": unseen,
+        "lung": lung,
+    }
+
+
+def notes_on(truth: NDArray[Any]) -> tuple[str, ...]:
+    """What a reader of the figures must know about the truth: constant slices are no anatomy and score too well."""
+    constant = sum(1 for piece in truth if piece.min() == piece.max())
+    return (f"{constant} of {len(truth)} true slices are constant",) if constant else ()
+
+
+def failed(key: str, category: str, patient: str, reason: str) -> CaseScores:
+    """A case of which nothing can be scored."""
+    return CaseScores(key, category, 0, {}, {"case": reason}, {}, patient)
+
+
+def finite(value: Any) -> Any:
+    """The same document with None for numbers that JSON cannot hold (NaN, infinity)."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _clip(volume: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
+    return np.asarray(np.clip(volume, np.float32(low), np.float32(high)), dtype=np.float32)

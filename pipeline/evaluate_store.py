@@ -1,4 +1,8 @@
-"""Evaluate a store's held-out pairs one by one, with bounded memory; a case that is done is not done again."""
+"""Evaluate a store's held-out pairs one by one, with bounded memory; a case that is done is not done again.
+
+Methods of a case are made, scored and dropped one after the other: beside the truth and the thick series, at most two
+thin volumes are in memory, and what the VAE needs to decode one.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,25 @@ from numpy.typing import NDArray
 from latentcache.errors import CtpipeError, InputError
 from latentcache.records import PairRecord
 from latentcache.store import LatentStore
+from pipeline.baselines import BASELINES, apply, weights
 from pipeline.compose import ComposeSettings, compose
 from pipeline.encode import Encoder
-from pipeline.evaluate import CaseScores, common_slices, interpolations, score, summarise
+from pipeline.evaluate import Case, CaseScores, common_slices, failed, finite, notes_on, score_method
+from pipeline.evaluate_summary import summarise
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.private import PrivateStore
 from pipeline.protocol_fit import ProtocolFit, Protocols
-from pipeline.report import CaseView
+from pipeline.report_views import CaseView, view_stride
+from pipeline.slice_profile import SliceProfile, default_profile, slice_operator
 from pipeline.volume import Volume
 from pipeline.volume_reader import read_series
 
 log = logging.getLogger("ctpipe.evaluate")
 
-VIEWED = ("truth", "nearest", "linear", "cubic", "model", "vae_ceiling")
+VIEWED = ("truth", "nearest", "linear", "cubic", "model", "vae_ceiling", "uncertainty")
+SCORES_VERSION = "2"
+"""Part of a case's identity: raise it when a figure's definition changes, so that old cases are done again."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,16 @@ class EvaluationSettings:
 
 
 LatentOf = Callable[[PairRecord], NDArray[Any]]
+SamplesOf = Callable[[PairRecord], Iterator[NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class MethodOutput:
+    """One method's volume (z, y, x) in HU on the compared slices, with the figures of its composition."""
+
+    name: str
+    hu: NDArray[Any]
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def evaluate_pairs(
@@ -54,8 +73,12 @@ def evaluate_pairs(
     generated: LatentOf,
     settings: EvaluationSettings,
     folder: Path,
+    samples: SamplesOf | None = None,
 ) -> Iterator[CaseScores]:
     """Score every method on each pair and yield cases in order; ``generated`` gives the model's raw latents of a pair.
+
+    Args:
+        samples: Single samples of a pair, whose spread the viewer shows; None shows none.
 
     Raises:
         InputError: There is no pair to evaluate. A single pair's failure is recorded in its case instead.
@@ -68,6 +91,7 @@ def evaluate_pairs(
         )
     (folder / "cases").mkdir(parents=True, exist_ok=True)
     protocols = Protocols(store.pairs(), {s.series_key: s for s in store.series()}, private.pointer, read_series)
+    work = _Work(store, private, vae, generated, settings, samples)
     for number, pair in enumerate(pairs):
         path = folder / "cases" / f"{pair.pair_key}.json"
         done = _finished(path, settings.identity)
@@ -75,43 +99,53 @@ def evaluate_pairs(
             yield done
             continue
         try:
-            view_folder = folder if number < settings.views else None
-            case = _evaluate(store, private, vae, pair, generated, settings, protocols.fit(pair), view_folder)
+            case = _evaluate(work, pair, protocols.fit(pair), folder if number < settings.views else None)
         except CtpipeError as error:
             log.warning("pair %s could not be evaluated: %s", pair.pair_key, error)
-            case = CaseScores(pair.pair_key, pair.category, 0, {}, {"case": str(error)}, {})
-        _write(path, json.dumps({"identity": settings.identity, **asdict(case)}))
+            case = failed(pair.pair_key, pair.category, pair.patient_key, str(error))
+        _write(path, json.dumps(finite({"identity": settings.identity, **asdict(case)}), allow_nan=False))
         yield case
 
 
-def case_volumes(
-    store: LatentStore,
-    vae: Encoder,
-    pair: PairRecord,
-    thick: Volume,
-    thin: Geometry,
-    generated: LatentOf,
-    settings: EvaluationSettings,
-    fit: ProtocolFit | None = None,
-) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
-    """Every method's volume in HU on the measured part of the thin grid, and the model's consistency figures.
+@dataclass(frozen=True)
+class _Work:
+    """What every case needs."""
+
+    store: LatentStore
+    private: PrivateStore
+    vae: Encoder
+    generated: LatentOf
+    settings: EvaluationSettings
+    samples: SamplesOf | None = None
+
+
+def case_methods(
+    work: _Work, pair: PairRecord, thick: Volume, thin: Geometry, fit: ProtocolFit | None = None
+) -> Iterator[MethodOutput]:
+    """Every method's volume on the measured part of the thin grid, made when asked for.
 
     The model's output is composed as ``ctpipe decode --checkpoint`` composes it, with the protocol's slice profile
-    fitted on other patients.
+    fitted on other patients; back-projection uses the same profile.
     """
-    window, shape = settings.window, thin.shape_zyx
+    settings, store = work.settings, work.store
+    window = settings.window
     inside = common_slices(thick.geometry, thin)
     target = thin.with_z(np.array(thin.z_mm)[inside])
 
     def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
-        return window.from_unit(np.asarray(vae.decode(np.asarray(latent, dtype=np.float32), shape))[inside])
+        unit = np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), thin.shape_zyx))
+        return window.from_unit(unit[inside])
 
-    methods: dict[str, NDArray[Any]] = dict(interpolations(thick, target))
+    source, wanted = np.array(thick.geometry.z_mm), np.array(target.z_mm)
+    profile = settings.compose.profile or (fit.profile if fit else _stated_profile(thick))
+    for method in BASELINES:
+        yield MethodOutput(method, apply(weights(method, source, wanted, profile), thick.hu))
     condition = store.find(pair.pair_key, "thick_on_thin", settings.encode_key)
+    condition_hu = None
     if condition is not None:
-        methods["condition_round_trip"] = decoded(store.read(condition))
-    residual = settings.compose.detail == "residual"
-    if residual and condition is None:
+        condition_hu = decoded(store.read(condition))
+        yield MethodOutput("condition_round_trip", condition_hu)
+    if settings.compose.detail == "residual" and condition_hu is None:
         raise InputError(
             f"pair {pair.pair_key} without a thick_on_thin latent",
             expected="one, because residual detail needs the condition decoded",
@@ -122,51 +156,88 @@ def case_volumes(
         composing = replace(
             composing, profile=composing.profile or fit.profile, noise_hu=composing.noise_hu or fit.noise_hu
         )
-    condition_hu = methods["condition_round_trip"] if residual else None
-    methods["model"], figures = compose(
-        decoded(generated(pair)), window, thick, target, composing, condition_hu=condition_hu
-    )
+    if composing.detail == "absolute":
+        condition_hu = None
+    hu, figures = compose(decoded(work.generated(pair)), window, thick, target, composing, condition_hu=condition_hu)
+    del condition_hu
+    yield MethodOutput("model", hu, figures)
+    del hu
     ceiling = store.find(pair.thin_key, "thin", settings.encode_key)
     if ceiling is not None:
-        methods["vae_ceiling"] = decoded(store.read(ceiling))
-    return methods, figures
+        yield MethodOutput("vae_ceiling", decoded(store.read(ceiling)))
 
 
-def _evaluate(
-    store: LatentStore,
-    private: PrivateStore,
-    vae: Encoder,
-    pair: PairRecord,
-    generated: LatentOf,
-    settings: EvaluationSettings,
-    fit: ProtocolFit | None,
-    view_folder: Path | None,
-) -> CaseScores:
-    thick = read_series(private.pointer(pair.thick_key))
-    thin = read_series(private.pointer(pair.thin_key))
-    methods, figures = case_volumes(store, vae, pair, thick, thin.geometry, generated, settings, fit)
-    truth = thin.hu[common_slices(thick.geometry, thin.geometry)]
+def _evaluate(work: _Work, pair: PairRecord, fit: ProtocolFit | None, view_folder: Path | None) -> CaseScores:
+    thick, thin = (read_series(work.private.pointer(key)) for key in (pair.thick_key, pair.thin_key))
+    inside = common_slices(thick.geometry, thin.geometry)
+    geometry = thin.geometry.with_z(np.array(thin.geometry.z_mm)[inside])
+    profile = fit.profile if fit else _stated_profile(thick)
+    operator = slice_operator(profile, np.array(thick.geometry.z_mm), np.array(geometry.z_mm))
+    case = Case(thin.hu[inside], geometry, thick.geometry.z_mm, operator)
+    scores: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    misfit: Mapping[str, Any] = {}
+    stride = view_stride(case.truth.shape)
+    view = {"truth": _for_viewer(case.truth, stride)}
+    for output in case_methods(work, pair, thick, thin.geometry, fit):
+        if view_folder is not None and output.name in VIEWED:
+            view[output.name] = _for_viewer(output.hu, stride)
+        if output.figures:
+            misfit = {"rms_hu": output.figures.get("rms_after_hu"), **output.figures}
+        try:
+            scores[output.name] = score_method(output.hu, case, work.settings.window)
+        except InputError as error:
+            failures[output.name] = str(error)
     if view_folder is not None:
-        _save_view(view_folder, pair.pair_key, thin.geometry.spacing_mm_zyx, {**methods, "truth": truth})
-    misfit = {"rms_hu": figures.get("rms_after_hu"), **figures}
-    return score(pair.pair_key, pair.category, truth, methods, settings.window, misfit)
+        if work.samples is not None:
+            spread = _spread(work, work.samples(pair), thin.geometry.shape_zyx)
+            view["uncertainty"] = _for_viewer(spread[inside], stride)
+        dz, dy, dx = geometry.spacing_mm_zyx
+        _save_view(view_folder, pair.pair_key, (dz, dy * stride, dx * stride), view)
+    return CaseScores(
+        pair.pair_key, pair.category, len(case.truth), scores, failures, dict(misfit),
+        pair.patient_key, notes_on(case.truth),
+    )  # fmt: skip
+
+
+def _stated_profile(thick: Volume) -> SliceProfile:
+    return default_profile(thick.geometry.thickness_mm, thick.geometry.spacing_mm_zyx[0])
+
+
+def _spread(work: _Work, latents: Iterator[NDArray[Any]], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Standard deviation in HU of decoded samples (Welford's update, one sample in memory at a time)."""
+    count, window = 0, work.settings.window
+    mean = np.zeros(shape, dtype=np.float32)
+    squares = np.zeros(shape, dtype=np.float32)
+    for latent in latents:
+        hu = window.from_unit(np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), shape)))
+        count += 1
+        step = hu - mean
+        mean += step / np.float32(count)
+        squares += step * (hu - mean)
+    return np.asarray(np.sqrt(squares / np.float32(max(count - 1, 1))))
+
+
+def _for_viewer(hu: NDArray[Any], stride: int) -> NDArray[np.int16]:
+    return np.asarray(np.clip(np.rint(hu[:, ::stride, ::stride]), -1024, 3071).astype(np.int16))
 
 
 def _save_view(
-    folder: Path, key: str, spacing: tuple[float, float, float], volumes: Mapping[str, NDArray[Any]]
+    folder: Path, key: str, spacing: tuple[float, float, float], volumes: Mapping[str, NDArray[np.int16]]
 ) -> None:
-    """Volumes for the viewer as int16 HU; ``truth`` and the methods that a reader compares."""
-    chosen = {n: np.clip(np.rint(volumes[n]), -1024, 3071).astype(np.int16) for n in VIEWED if n in volumes}
     (folder / "views").mkdir(exist_ok=True)
     draft = folder / "views" / f".{key}.part.npz"
-    np.savez_compressed(draft, spacing_mm_zyx=np.array(spacing), **chosen)
+    arrays: dict[str, Any] = {"spacing_mm_zyx": np.array(spacing), **volumes}
+    np.savez_compressed(draft, **arrays)
     draft.replace(folder / "views" / f"{key}.npz")
 
 
-def load_views(folder: Path) -> list[CaseView]:
-    """The volumes that an evaluation kept for its report."""
+def load_views(folder: Path, keys: Sequence[str] | None = None) -> list[CaseView]:
+    """The volumes that an evaluation kept for its report; ``keys`` leaves out those of an earlier evaluation."""
     views = []
     for path in sorted((folder / "views").glob("[!.]*.npz")):
+        if keys is not None and path.stem not in keys:
+            continue
         with np.load(path) as data:
             dz, dy, dx = (float(v) for v in data["spacing_mm_zyx"])
             volumes = {name: data[name] for name in VIEWED if name in data}
@@ -176,16 +247,21 @@ def load_views(folder: Path) -> list[CaseView]:
 
 def finish(folder: Path, cases: Sequence[CaseScores], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``metrics.json``: the facts, means over patients, and every case."""
-    document = {**facts, **summarise(cases), "by_case": [asdict(case) for case in cases]}
-    _write(folder / "metrics.json", json.dumps(document, indent=1, sort_keys=True))
+    document: dict[str, Any] = finite({**facts, **summarise(cases), "by_case": [asdict(case) for case in cases]})
+    _write(folder / "metrics.json", json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
     return document
 
 
 def _finished(path: Path, identity: str) -> CaseScores | None:
     if not path.is_file():
         return None
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    return CaseScores(**raw) if raw.pop("identity") == identity else None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # a case file that is no JSON is done again
+    if raw.pop("identity", None) != identity:
+        return None
+    return CaseScores(**{**raw, "notes": tuple(raw.get("notes", ()))})
 
 
 def _write(path: Path, text: str) -> None:

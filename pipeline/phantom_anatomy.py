@@ -108,7 +108,11 @@ class Body:
         wide, deep, fat = self.half_width, self.half_depth, self.fat
         canvas.paint(everywhere, shell((wide, deep)), Material(45))
         canvas.paint(everywhere, shell((wide - 1.8, deep - 1.8)), Material(-104, 6, 8))
-        canvas.paint(everywhere, shell((wide - 1.8 - fat, deep - 1.8 - 0.7 * fat)), Material(self.muscle_hu, 7, 6))
+        muscle = shell((wide - 1.8 - fat, deep - 1.8 - 0.7 * fat))
+        canvas.paint(everywhere, muscle, Material(self.muscle_hu, 7, 6))
+        # Septa of fat through the muscle: where the coarse texture crosses zero, thin sheets that lie at any angle.
+        septa = np.clip(0.5 + (0.13 - np.abs(canvas.coarse)) / 0.12, 0, 1)
+        canvas.paint(everywhere, np.asarray(0.75 * muscle * septa, dtype=np.float32), Material(-90, 8))
         # Fat between the muscle layers and under the ribs: thin shells, so that the wall is not one grey band.
         a, b = self.cavity
         for gap, thickness in ((11.0, 2.6), (3.0, 2.6)):

@@ -32,7 +32,7 @@ def jitter(rng: np.random.Generator, point: Point, amount: float) -> Point:
 def add_bones(anatomy: Anatomy, rng: np.random.Generator, low_z: float, high_z: float) -> None:
     """Ribs, spine and sternum: cortex around marrow, ribs sloping down towards the front."""
     a, b = anatomy.body.cavity
-    spacing, drop = rng.uniform(23, 27), rng.uniform(70, 95)
+    spacing, drop = rng.uniform(23, 27), rng.uniform(55, 80)
     phase, radius = rng.uniform(0, spacing), rng.uniform(4.6, 5.6)
     first = int(np.floor((low_z - phase) / spacing)) - 1
     last = int(np.ceil((high_z + drop - phase) / spacing)) + 1

@@ -71,6 +71,21 @@ def _add_heart(anatomy: Anatomy, rng: np.random.Generator, arterial: Material, s
         part((2, 26, 16), (31, 15, 20), systemic),
         part((18, -44, -10), (30, 8, 36), FAT, 0.2),
     ]
+    # Papillary muscles and trabeculae run through the blood of the ventricles and the right atrium, mostly obliquely.
+    for (x, y, z), (p, q, r), count in (
+        ((34, -3, -6), (20, 14, 24), 9),
+        ((6, -30, 2), (33, 13, 29), 14),
+        ((-34, -2, 6), (16, 21, 25), 5),
+    ):
+        for _ in range(count):
+            ends = [rng.standard_normal(3) for _ in range(2)]
+            ends = [0.9 * e / np.linalg.norm(e) * (p, q, r) for e in ends]
+            a, b = (
+                (float(g * (x + e[0]) + ox), float(g * (y + e[1]) - 8 + oy), float(z + 100 + oz + g * e[2]))
+                for e in ends
+            )
+            thick = float(rng.uniform(1.0, 3.0))
+            anatomy.solids.append(Tube(a, b, thick, 0.6 * thick, wall))
     for y, z in ((-14, 20), (-24, 0), (8, 24)):
         a = (g * -20 + ox, g * y - 8 + oy, 100 + z + oz)
         b = (g * 46 + ox, g * (y - 14) - 8 + oy, 88 + z + oz)
@@ -112,13 +127,15 @@ def _add_pulmonary(anatomy: Anatomy, rng: np.random.Generator, arterial: Materia
             (0.75, 0.6, 0.3),
             (0.9, -0.2, -0.6),
             (0.9, 0.2, 0.5),
+            (0.8, -0.6, 0.6),
+            (0.9, 0.7, -0.3),
         )
         for x, y, z in lobes:
             for kind, material, shift in (("artery", arterial, 0.0), ("vein", venous, -17.0)):
                 growth = Growth(kind, min_radius=0.5, max_segments=420)
                 heading = (side * x + rng.uniform(-0.2, 0.2), y + rng.uniform(-0.2, 0.2), z + rng.uniform(-0.2, 0.2))
                 root = (hilum[0], hilum[1] + 0.4 * shift, hilum[2] + shift)
-                tree = grow(rng, root, heading, float(rng.uniform(3.6, 4.9)), inside, growth)
+                tree = grow(rng, root, heading, float(rng.uniform(4.0, 5.6)), inside, growth)
                 anatomy.segments += tree
                 anatomy.solids += tubes(tree, material)
                 if kind == "vein":

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from pipeline.hu import Window
 from pipeline.report_charts import bar_chart, line_chart
-
-VIEWER_VOXELS = 3_000_000
-"""Voxels a volume keeps in the page, so that five of them stay under 15 MB."""
-
-# Companding of HU to 8 bits: fine where soft tissue is judged, coarse in air and bone. Knots (HU, code).
-CODE_KNOTS_HU = (-1024.0, -250.0, 350.0, 2000.0)
-CODE_KNOTS = (0.0, 40.0, 215.0, 255.0)
-
-METHOD_LABELS = {
-    "nearest": "Nearest slice",
-    "linear": "Linear interpolation",
-    "cubic": "Cubic interpolation",
-    "lanczos": "Lanczos interpolation",
-    "condition_round_trip": "VAE round trip of linear interpolation",
-    "model": "ctpipe model",
-    "vae_ceiling": "VAE round trip of the truth (ceiling)",
-    "truth": "True thin series",
-    "thick": "Thick series",
-}
-
-
-@dataclass(frozen=True)
-class CaseView:
-    """Volumes of one case for the viewer, all on one grid (z, y, x) in HU, with the spacing in mm."""
-
-    key: str
-    spacing_mm_zyx: tuple[float, float, float]
-    volumes: Mapping[str, NDArray[Any]]
+from pipeline.report_views import CODE_KNOTS, CODE_KNOTS_HU, CaseView, encode_view, label
 
 
 def write_report(
@@ -83,7 +49,7 @@ def write_report(
                 "window": [window.center, window.width],
                 "knotsHu": CODE_KNOTS_HU,
                 "knots": CODE_KNOTS,
-                "cases": [_encode_view(view) for view in views],
+                "cases": [encode_view(view) for view in views],
             }
         ),
     }
@@ -98,10 +64,6 @@ def write_report(
 def _script_json(value: Any) -> str:
     """JSON that cannot close the script element it stands in."""
     return json.dumps(value, separators=(",", ":")).replace("</", "<\\/")
-
-
-def label(method: str) -> str:
-    return METHOD_LABELS.get(method, method)
 
 
 def _psnr_rows(document: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -163,35 +125,3 @@ def _definition_list(facts: Mapping[str, Any]) -> str:
         + "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
         + "</dl>"
     )
-
-
-def _encode_view(view: CaseView) -> dict[str, Any]:
-    """Every volume as one JPEG sheet of companded axial slices; in-plane reduced when the page would grow too large."""
-    shape = next(iter(view.volumes.values())).shape
-    stride = 1
-    while shape[0] * -(-shape[1] // stride) * -(-shape[2] // stride) > VIEWER_VOXELS:
-        stride += 1
-    dz, dy, dx = view.spacing_mm_zyx
-    volumes = {name: volume[:, ::stride, ::stride] for name, volume in view.volumes.items()}
-    depth, rows, columns = next(iter(volumes.values())).shape
-    across = int(np.ceil(np.sqrt(depth)))
-    return {
-        "key": view.key,
-        "shape": [depth, rows, columns],
-        "spacing": [dz, dy * stride, dx * stride],
-        "across": across,
-        "volumes": [{"name": n, "label": label(n), "src": _sheet(v, across)} for n, v in volumes.items()],
-    }
-
-
-def _sheet(volume: NDArray[Any], across: int) -> str:
-    depth, rows, columns = volume.shape
-    codes = np.interp(volume.astype(np.float32), CODE_KNOTS_HU, CODE_KNOTS).round().astype(np.uint8)
-    down = -(-depth // across)
-    sheet = np.zeros((down * rows, across * columns), np.uint8)
-    for k in range(depth):
-        r, c = divmod(k, across)
-        sheet[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns] = codes[k]
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "JPEG", quality=86)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -113,6 +113,27 @@ def test_interpolate_needs_no_store(
         ctpipe(*words)
 
 
+def test_a_refiner_is_trained_resumed_and_used(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--patch", "8,16,16", "--batch", 2, "--width", 4, "--blocks", 1, "--json"]
+    words = ["train-refiner", site.store, tmp_path / "run", "--checkpoint", site.run, "--sampling-steps", 1, *small]
+    capsys.readouterr()
+    assert ctpipe(*words, "--steps", 3) == Exit.OK
+    trained = result(capsys)
+    assert trained["steps"] == 3
+    assert trained["validation"]["composed_psnr_db"] > 5
+    assert ctpipe(*words, "--steps", 3, "--resume") == Exit.OK
+    assert result(capsys)["sha256"] == trained["sha256"]
+    series = ["--checkpoint", site.run, "--split", "test", "--steps", 1, "--engine", "inline"]
+    assert ctpipe("decode", site.store, tmp_path / "out", *series, "--refiner", tmp_path / "run", "--json") == Exit.OK
+    ((key, figures),) = result(capsys)["written"].items()
+    assert figures["refiner_sha256"] == trained["sha256"]
+    written = pydicom.dcmread(tmp_path / "out" / key / "00001.dcm")
+    assert read_provenance(written)["refiner_sha256"] == trained["sha256"]
+    assert f"refiner {trained['sha256'][:16]}" in written.DerivationDescription
+    with pytest.raises(InputError, match=r"no refiner\.safetensors"):
+        ctpipe("decode", site.store, tmp_path / "none", *series, "--refiner", tmp_path)
+
+
 def test_a_vae_that_did_not_encode_the_store_is_refused(site: Site, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

@@ -111,6 +111,26 @@ def test_a_stored_series_comes_back_on_its_own_lattice(world: World, tmp_path: P
         assert read_provenance(ds)["kind"] == "decoded"
 
 
+def test_a_stored_latent_is_written_as_the_plain_round_trip(world: World, tmp_path: Path) -> None:
+    task = world.plan(split="test")[0]
+    done = run(world, task, tmp_path)
+    assert "rms_after_hu" not in done.figures
+    at = decode.decoded_hu(world.codec, WINDOW, *task.latents[0])
+    written = np.stack([pydicom.dcmread(p).pixel_array for p in sorted((tmp_path / task.key).iterdir())])
+    seen = np.clip(written, WINDOW.lower, WINDOW.upper)
+    # Inside the window nothing but the rounding of stored values.
+    assert np.abs(seen - np.clip(at, WINDOW.lower, WINDOW.upper)).max() <= 0.5
+    assert written.min() < WINDOW.lower - 400, "lung restored from the thick slices"
+    thick_at = geometry_of(task.thick) if task.thick else None
+    assert thick_at is not None
+    low, high = thick_at.extent_mm
+    z = np.asarray(task.target.z_mm)
+    beyond = (z < low - 1e-6) | (z > high + 1e-6)
+    assert written[beyond].min(initial=0) >= WINDOW.lower, "nothing was measured there"
+    composed = DecodeSettings(WriteSettings(tmp_path / "composed", WINDOW), compose_stored=True)
+    assert "rms_after_hu" in decode.decode_one(world.codec, decode.prepare(task), settings=composed).figures
+
+
 def test_generated_slices_stay_within_what_was_measured(world: World, tmp_path: Path) -> None:
     (task,) = world.plan(generated=[world.generated("one", 0.0)], split="test")
     run(world, task, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import time
@@ -72,7 +73,11 @@ def ray_session() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():
+        # Ray leaves the handles of its processes to the collector, which complains of them.
+        warnings.simplefilter("ignore", ResourceWarning)
+        ray.shutdown()
+        gc.collect()
 
 
 def test_dask_cluster_gives_every_item_one_outcome(dask_scheduler: str) -> None:

@@ -1,0 +1,223 @@
+"""``ctpipe train-refiner``: a small network in pixel space that corrects thin slices after decoding."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+
+if TYPE_CHECKING:
+    from diffusion.loop_interface import Terms
+    from diffusion.stream import Step
+    from latentcache.store import LatentStore
+    from pipeline.refiner_data import RefinerPatches
+    from pipeline.refiner_source import Sampled
+
+READ_AHEAD = 4
+HELD_OUT_PAIRS = 2
+
+
+def register(app: typer.Typer) -> None:
+    app.command("train-refiner")(train_refiner)
+
+
+def train_refiner(
+    store: Annotated[str, typer.Argument(help="An encoded store whose pairs it learns from.")],
+    run: Annotated[Path, typer.Argument(help="Folder for the run; give it to --refiner afterwards.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The diffusion run whose output it will correct; else plain interpolation.")
+    ] = None,
+    vae: Annotated[str, typer.Option(help="The VAE that encoded the store: `tiny` or a path.")] = "tiny",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 4000,
+    patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "16,64,64",
+    batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 4,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the network.")] = 16,
+    blocks: Annotated[int, typer.Option(min=0, help="Residual blocks; each widens its view by 2 voxels.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    sampling_steps: Annotated[int | None, typer.Option(min=1, help="Of the diffusion run's sampler.")] = None,
+    seed: Annotated[int, typer.Option(help="Of patches, operators and sampling.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Train the refiner on patches streamed from the archives that the store was made of.
+
+    Half of the patches see the measured thick slices, half see thick slices simulated from the thin ones by other
+    slice profiles, phases and overlaps. The validation split is scored with a profile that training never draws.
+
+    Examples:
+
+        ctpipe train-refiner STORE RUN --steps 4000
+
+        ctpipe train-refiner STORE RUN --checkpoint MODEL_RUN --device cuda --width 32 --blocks 5
+    """
+    import torch
+
+    from cli.train import progress_line
+    from diffusion.config import BudgetConfig, OptimiserConfig, ValidationConfig
+    from diffusion.loop import Trainer
+    from diffusion.loop_interface import LoopConfig
+    from diffusion.world import World
+    from latentcache.store import LatentStore
+    from pipeline.private import PrivateStore
+    from pipeline.refiner import FILE_NAME, Refiner, RefinerCard, RefinerConfig, save_refiner
+    from pipeline.refiner_data import PatchSettings, RefinerPatches
+    from pipeline.refiner_source import RefinerSource, held_out_figures
+
+    latents, people = LatentStore.open(store), PrivateStore.open(store, private)
+    config = RefinerConfig(width, blocks)
+    cutting = PatchSettings(parse_patch(patch), batch=batch, seed=seed)
+    with tempfile.TemporaryDirectory(prefix="ctpipe-refiner-") as scratch:
+        model: Sampled | None = None
+        facts: dict[str, Any] = {}
+        if checkpoint is not None:
+            model, facts = sampled(latents, checkpoint, vae, sampling_steps, seed, device)
+        source = RefinerSource(latents, people, Path(scratch), model)
+        training = RefinerPatches(source.keys("train"), source.case, source.window, cutting)
+        held_out = source.keys("val")[:HELD_OUT_PAIRS]
+        torch.manual_seed(seed)
+        network = Refiner(config).to(device)
+        rate = OptimiserConfig(learning_rate=learning_rate, steps=steps, samples_per_step=batch, weight_decay=0.0)
+        trainer = Trainer(
+            network,
+            squared_error,
+            PatchStream(training),
+            LoopConfig(
+                optimiser=rate,
+                validation=ValidationConfig(every_epochs=max(1, steps // (4 * len(training)))),
+                budget=BudgetConfig(log_every_steps=10),
+            ),
+            run,
+            world=World(device=torch.device(device)),
+            validate=partial(held_out_figures, source, held_out) if held_out else None,
+            identity={"config": asdict(config), "window": [source.window.center, source.window.width], "seed": seed},
+            on_progress=None,
+        )
+        with progress_line(progress_wanted()) as show:
+            trainer.on_progress = show
+            summary = trainer.run(resume)
+        recipe = {"steps": summary.steps, "seed": seed, "pairs": len(training.keys), **facts}
+        card = RefinerCard(
+            config,
+            (source.window.center, source.window.width),
+            source.spacing_range(training.keys),
+            "residual" if checkpoint else "none",
+            recipe,
+        )
+        with trainer.averaged_weights():
+            file = save_refiner(network, card, run / FILE_NAME)
+    result = {"sha256": file.sha256, "parameters": summary.parameters, "pairs": len(training.keys), **asdict(summary)}
+    emit(result, _text(result, run), as_json)
+    return Exit.OK
+
+
+def parse_patch(text: str) -> tuple[int, int, int]:
+    """``D,H,W`` voxels."""
+    from latentcache.errors import InputError
+
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"patch {text!r}", expected="D,H,W in voxels", remedy="For example --patch 16,64,64.")
+    depth, height, wide = (int(part) for part in parts)
+    return depth, height, wide
+
+
+class PatchStream:
+    """Batches of patches as steps of the training loop: one batch a step, read ahead by a thread."""
+
+    def __init__(self, patches: RefinerPatches) -> None:
+        self.patches = patches
+        self.epoch, self.index = 0, 0
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __iter__(self) -> Iterator[Step]:
+        from diffusion.prefetch import prefetch
+        from diffusion.stream import Step
+
+        count = len(self.patches)
+        reader = prefetch(self._tasks(self.epoch, self.index), 1, READ_AHEAD)
+        try:
+            while True:
+                epoch, index = self.epoch, self.index
+                self.epoch, self.index = (epoch + 1, 0) if index + 1 == count else (epoch, index + 1)
+                yield Step(epoch, index, count, self.patches.settings.batch, 1, islice(reader, 1))
+        finally:
+            reader.close()  # type: ignore[attr-defined]
+
+    def _tasks(self, epoch: int, index: int) -> Iterator[Callable[[], dict[str, Any]]]:
+        while True:
+            for number in range(index, len(self.patches)):
+                yield partial(as_batch, self.patches, epoch, number)
+            epoch, index = epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "index": self.index, "pairs": len(self.patches.keys)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        from latentcache.errors import InputError
+
+        if state["pairs"] != len(self.patches.keys):
+            raise InputError(
+                f"{len(self.patches.keys)} training pairs where the checkpoint saw {state['pairs']}",
+                expected="the store and splits that the run began with",
+                remedy="Restore the store, or start a new run directory.",
+            )
+        self.epoch, self.index = state["epoch"], state["index"]
+
+
+def as_batch(patches: RefinerPatches, epoch: int, index: int) -> dict[str, Any]:
+    """A batch as the loop wants it: tensors, and a weight for every sample."""
+    import torch
+
+    cut = patches.batch(epoch, index)
+    inputs, target = torch.from_numpy(cut["inputs"]), torch.from_numpy(cut["target"])
+    return {"inputs": inputs, "target": target, "study_key": cut["study_key"], "weight": torch.ones(len(inputs))}
+
+
+def squared_error(module: Any, batch: dict[str, Any], step: int) -> Terms:
+    """Mean squared error per patch, beside that of the network's input; PSNR is what it is judged by."""
+    from diffusion.loop_interface import Terms
+
+    error = (module(batch["inputs"]) - batch["target"]).square().mean(dim=(1, 2, 3, 4))
+    before = (batch["inputs"][:, 1:] - batch["target"]).square().mean(dim=(1, 2, 3, 4))
+    return Terms(error, {"input": before})
+
+
+def sampled(
+    latents: LatentStore, checkpoint: Path, vae: str, steps: int | None, seed: int, device: str
+) -> tuple[Sampled, dict[str, Any]]:
+    """Sample every training and validation pair once; what was sampled, and what is to be said of it."""
+    from rich.progress import Progress
+
+    from cli.decode import sample_pairs
+    from pipeline.decode_store import load_decoder
+    from pipeline.refiner_source import Sampled
+
+    options = {"sampler": None, "num_inference_steps": steps, "seed": seed}
+    keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
+    with Progress(console=stderr, disable=not progress_wanted()) as progress:
+        encode_key, stores, facts = sample_pairs(latents, checkpoint, None, keys, options, 1, False, device, progress)
+    decoder = load_decoder(device, spec=vae, expected_sha256=latents.encoding(encode_key).vae_sha256)
+    return Sampled(encode_key, stores[0], decoder), facts
+
+
+def _text(result: dict[str, Any], run: Path) -> str:
+    text = f"{result['steps']} steps on {result['pairs']} pairs, loss {result['loss']:.5f}; use it with --refiner {run}"
+    if result["validation"]:
+        text += "\nheld-out pairs and operator: " + ", ".join(
+            f"{name.removesuffix('_psnr_db')} {value:.2f} dB"
+            for name, value in sorted(result["validation"].items())
+            if name.endswith("_psnr_db")
+        )
+    return text

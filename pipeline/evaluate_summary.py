@@ -1,0 +1,124 @@
+"""From cases to one table: means by patient with intervals, by category, and each method against cubic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from pipeline.evaluate import CaseScores
+from pipeline.statistics_patients import by_patient, interval, paired_difference
+
+FIGURES: dict[str, tuple[str, ...]] = {
+    "psnr_db": ("psnr_db",),
+    "ssim": ("ssim",),
+    "mae_hu": ("mae_hu",),
+    "psnr_3072_db": ("psnr_3072_db",),
+    "ssim_3d": ("ssim_3d",),
+    "ms_ssim": ("ms_ssim", "value"),
+    "edge_width_mm": ("sharpness_z", "width_mm"),
+    "mtf50_per_mm": ("sharpness_z", "mtf50_per_mm"),
+    "noise_hu": ("noise", "prediction", "std_hu"),
+    "noise_frequency_per_mm": ("noise", "prediction", "mean_frequency_per_mm"),
+    "roughness_ratio": ("slice_to_slice", "roughness_ratio"),
+    "jitter_hu": ("slice_to_slice", "jitter_hu"),
+    "invented_energy": ("null_space", "energy_ratio"),
+    "detail_explained": ("null_space", "explained"),
+    "laa950": ("lung", "laa950"),
+    "pd15_hu": ("lung", "pd15_hu"),
+}
+"""Figures of a case that are averaged, and where they stand in its scores."""
+REFERENCE = "cubic"
+
+
+def summarise(cases: Iterable[CaseScores]) -> dict[str, Any]:
+    """Means over patients by method; infinite PSNR (identical volumes) is counted apart, failures are listed.
+
+    ``methods`` has the means, ``intervals`` 95% bootstrap intervals over patients, ``against_cubic`` paired differences
+    in PSNR, ``by_category`` the same means a category.
+    """
+    cases = list(cases)
+    names = list(dict.fromkeys(name for case in cases for name in case.scores))
+    categories = sorted({case.category for case in cases})
+    return {
+        "cases": len(cases),
+        "patients": len({_patient(case) for case in cases}),
+        "methods": {name: _means(cases, name) for name in names},
+        "intervals": {name: _intervals(cases, name) for name in names},
+        "against_cubic": _against(cases, names),
+        "by_category": {
+            category: {
+                "cases": len(chosen),
+                "methods": {name: _means(chosen, name) for name in names},
+                "against_cubic": _against(chosen, names),
+            }
+            for category in categories
+            for chosen in [[case for case in cases if case.category == category]]
+        },
+        "phase": {name: _phases(cases, name) for name in names},
+        "failures": {case.key: case.failures for case in cases if case.failures},
+        "notes": {case.key: list(case.notes) for case in cases if case.notes},
+    }
+
+
+def values(cases: Sequence[CaseScores], method: str, figure: str) -> dict[str, float]:
+    """A figure of a method by patient; cases without it (failed, identical, not measured) are left out."""
+    rows = []
+    for case in cases:
+        value = _look_up(case.scores.get(method), FIGURES[figure])
+        if value is not None and np.isfinite(value):
+            rows.append((_patient(case), float(value)))
+    return by_patient(rows)
+
+
+def _patient(case: CaseScores) -> str:
+    return case.patient or case.key
+
+
+def _look_up(value: Any, path: Sequence[str]) -> float | None:
+    for name in path:
+        if not isinstance(value, dict) or value.get(name) is None:
+            return None
+        value = value[name]
+    return float(value)
+
+
+def _means(cases: Sequence[CaseScores], name: str) -> dict[str, Any]:
+    rows = [case.scores[name] for case in cases if name in case.scores]
+    out: dict[str, Any] = {}
+    for figure in FIGURES:
+        found = values(cases, name, figure)
+        if found or figure in ("psnr_db", "ssim", "mae_hu"):
+            out[figure] = float(np.mean(list(found.values()))) if found else None
+    return {**out, "cases": len(rows), "identical": sum(bool(row["identical"]) for row in rows)}
+
+
+def _intervals(cases: Sequence[CaseScores], name: str) -> dict[str, Any]:
+    found = {figure: values(cases, name, figure) for figure in ("psnr_db", "ssim", "mae_hu")}
+    return {figure: asdict(interval(rows)) for figure, rows in found.items() if rows}
+
+
+def _against(cases: Sequence[CaseScores], names: Sequence[str]) -> dict[str, Any]:
+    reference = values(cases, REFERENCE, "psnr_db")
+    out = {}
+    for name in names:
+        own = values(cases, name, "psnr_db")
+        if name != REFERENCE and own.keys() & reference.keys():
+            out[name] = asdict(paired_difference(own, reference))
+    return out
+
+
+def _phases(cases: Sequence[CaseScores], name: str) -> list[dict[str, float]]:
+    """RMS error by phase over all cases, weighted by slices."""
+    rows = [row for case in cases for row in case.scores.get(name, {}).get("phase", ())]
+    out = []
+    for low in np.arange(0, 0.5, 0.1):
+        inside = [r for r in rows if low <= r["phase"] < low + 0.1 or (low > 0.35 and r["phase"] == 0.5)]
+        if inside:
+            n = np.array([r["slices"] for r in inside], dtype=float)
+            phase = float(np.average([r["phase"] for r in inside], weights=n))
+            rmse = float(np.sqrt(np.average([r["rmse_hu"] ** 2 for r in inside], weights=n)))
+            out.append({"phase": phase, "rmse_hu": rmse, "slices": int(n.sum())})
+    return out

@@ -1,0 +1,210 @@
+"""Patches for the refiner: thin slices as truth, and the thick ones measured, or simulated by other slice operators.
+
+A network trained on one scanner's slices alone learns its operator by heart. So half of the patches re-simulate the
+thick series from the thin one: boxes and Gaussians of several widths, any phase, with and without overlap.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache.errors import InputError
+from pipeline.hu import Window
+from pipeline.resample import ZMethod, z_weights
+from pipeline.slice_profile import SliceProfile, slice_operator
+from pipeline.volume import Volume
+
+GAUSSIAN_WIDTHS = (1.0, 1.34)
+"""FWHM of the Gaussian operators over the nominal thickness: 5 mm measures 5.0 to 6.7 mm by scanner."""
+OVERLAPS = (1.0, 1.0, 0.8, 0.6)
+"""Slice spacing over thickness of the simulated series."""
+MEASURED_SHARE = 0.5
+"""Share of patches whose thick slices are the measured ones."""
+MIN_INSIDE = 0.2
+"""Share of a patch that should lie inside the window; a few draws are made to find one."""
+DRAWS = 4
+
+
+@dataclass(frozen=True)
+class RefinerCase:
+    """One pair, ready to be cut.
+
+    Attributes:
+        study_key: For messages.
+        thin: The truth, its slices inside the thick series' extent.
+        thick: The measured series on the same in-plane grid.
+        detail: (z, y, x) float16 HU on thin's grid: what the model's output adds to the interpolation; None for
+            nothing.
+    """
+
+    study_key: str
+    thin: Volume
+    thick: Volume
+    detail: NDArray[np.float16] | None = None
+
+
+Load = Callable[[str], RefinerCase]
+Operator = tuple[SliceProfile, NDArray[np.float64]]
+"""A slice profile and the thick slices' positions in mm."""
+
+
+def draw_operator(rng: np.random.Generator, thin_z: NDArray[np.float64], thickness_mm: float) -> Operator:
+    """A slice operator for training: box or Gaussian, any phase, spacing at or below the thickness."""
+    if rng.random() < 0.5:
+        profile = SliceProfile("box", thickness_mm)
+    else:
+        profile = SliceProfile("gaussian", thickness_mm * float(rng.uniform(*GAUSSIAN_WIDTHS)))
+    spacing = thickness_mm * float(rng.choice(OVERLAPS))
+    return profile, positions(thin_z, spacing, float(rng.uniform(0.0, 1.0)))
+
+
+def held_out_operator(thin_z: NDArray[np.float64], thickness_mm: float) -> Operator:
+    """The operator that training never draws: a box blurred by 0.6 of its width, slices a third of a spacing off."""
+    return SliceProfile("box", thickness_mm, blur_mm=0.6 * thickness_mm), positions(thin_z, thickness_mm, 1 / 3)
+
+
+def positions(thin_z: NDArray[np.float64], spacing_mm: float, phase: float) -> NDArray[np.float64]:
+    """Thick slice positions within the thin series' extent, the first ``phase`` of a spacing after its lowest place.
+
+    The lowest place is where half a spacing of thin slices lies below; at least two slices, for interpolation.
+    """
+    step = float(np.mean(np.diff(thin_z)))
+    low, high = float(thin_z[0]) - step / 2 + spacing_mm / 2, float(thin_z[-1]) + step / 2 - spacing_mm / 2
+    count = max(2, int(np.floor((high - low) / spacing_mm - phase + 1e-6)) + 1)
+    return np.asarray(low + spacing_mm * (phase + np.arange(count)), dtype=np.float64)
+
+
+def simulated_base(
+    thin: NDArray[Any], thin_z: NDArray[np.float64], operator: Operator, method: ZMethod = "cubic"
+) -> NDArray[np.float32]:
+    """Thin columns (z, y, x) through A and interpolated back, kept within each column's measured range: (z, y, x)."""
+    profile, thick_z = operator
+    thick = slice_operator(profile, thick_z, thin_z).apply(thin)
+    return _interpolated(thick, thick_z, thin_z, method)
+
+
+def _interpolated(
+    thick: NDArray[Any], thick_z: NDArray[np.float64], thin_z: NDArray[np.float64], method: ZMethod
+) -> NDArray[np.float32]:
+    columns = np.ascontiguousarray(thick, dtype=np.float32).reshape(len(thick), -1)
+    weights = z_weights(thick_z, thin_z, method).astype(np.float32)
+    base = np.clip(weights @ columns, columns.min(axis=0), columns.max(axis=0))
+    return np.asarray(base.reshape(len(thin_z), *thick.shape[1:]), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """How patches are cut. ``patches_per_pair`` are taken at each visit; ``held`` pairs are in memory at a time."""
+
+    patch_zyx: tuple[int, int, int] = (16, 64, 64)
+    batch: int = 4
+    patches_per_pair: int = 64
+    held: int = 3
+    seed: int = 0
+
+
+class RefinerPatches:
+    """Batches of patches by number: the same (epoch, index) is the same batch, whenever it is asked for.
+
+    Args:
+        keys: Pair keys of the split.
+        load: Pair key to its case; called again when a pair comes round.
+        window: Gives the unit scale.
+    """
+
+    def __init__(self, keys: Sequence[str], load: Load, window: Window, settings: PatchSettings) -> None:
+        if not keys:
+            raise InputError(
+                "no pair to train on",
+                expected="at least one usable thick/thin pair in the training split",
+                remedy="Ingest more, or change the splits.",
+            )
+        self.keys, self.window, self.settings = sorted(keys), window, settings
+        self._load = load
+        self._cases: OrderedDict[str, RefinerCase] = OrderedDict()
+        self._lock = threading.Lock()
+        self.held = min(settings.held, len(self.keys))
+        self.steps_per_group = -(-self.held * settings.patches_per_pair // settings.batch)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.keys) // self.held) * self.steps_per_group
+
+    def batch(self, epoch: int, index: int) -> dict[str, Any]:
+        """``inputs`` (B, 2, D, H, W) and ``target`` (B, 1, D, H, W) float32 in unit scale; ``study_key``: B strings."""
+        order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.keys))
+        first = index // self.steps_per_group * self.held
+        group = [self.keys[i] for i in order[first : first + self.held]]
+        rng = np.random.default_rng([self.settings.seed, epoch, index])
+        cases = [self._case(group[int(rng.integers(len(group)))]) for _ in range(self.settings.batch)]
+        cut = [self._patch(case, rng) for case in cases]
+        # Volumes smaller than a patch give smaller ones: a batch takes what all of its patches have.
+        least = np.min([target.shape for _, target in cut], axis=0)[1:]
+        common = (slice(None), *(slice(int(n)) for n in least))
+        return {
+            "inputs": np.stack([inputs[common] for inputs, _ in cut]),
+            "target": np.stack([target[common] for _, target in cut]),
+            "study_key": [case.study_key for case in cases],
+        }
+
+    def _case(self, key: str) -> RefinerCase:
+        with self._lock:
+            if key not in self._cases:
+                self._cases[key] = self._load(key)
+                while len(self._cases) > self.held:
+                    self._cases.popitem(last=False)
+            self._cases.move_to_end(key)
+            return self._cases[key]
+
+    def _patch(self, case: RefinerCase, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        measured = bool(rng.random() < MEASURED_SHARE)
+        thin_z, thickness = np.asarray(case.thin.geometry.z_mm), case.thick.geometry.thickness_mm
+        operator = None if measured else draw_operator(rng, thin_z, thickness or case.thick.geometry.spacing_mm_zyx[0])
+        return cut_patch(case, self._box(case, rng), operator, self.window, flips=rng.integers(0, 2, 3).tolist())
+
+    def _box(self, case: RefinerCase, rng: np.random.Generator) -> tuple[slice, ...]:
+        """A patch's place; air alone and bone alone teach nothing, so a few draws look for something in the window."""
+        size = self.settings.patch_zyx
+        box: tuple[slice, ...] = ()
+        for _ in range(DRAWS):
+            at = [int(rng.integers(max(1, n - s + 1))) for n, s in zip(case.thin.hu.shape, size, strict=True)]
+            box = tuple(slice(a, a + s) for a, s in zip(at, size, strict=True))
+            values = case.thin.hu[box]
+            if np.mean((values > self.window.lower) & (values < self.window.upper)) >= MIN_INSIDE:
+                break
+        return box
+
+
+def cut_patch(
+    case: RefinerCase,
+    box: tuple[slice, ...],
+    operator: Operator | None,
+    window: Window,
+    flips: Sequence[int] = (0, 0, 0),
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Inputs (2, D, H, W) and target (1, D, H, W) of one place, in unit scale.
+
+    Args:
+        operator: Simulates the thick slices from the thin ones; None takes the measured ones.
+        flips: 1 for every axis to be mirrored.
+    """
+    depth, plane = box[0], box[1:]
+    columns = case.thin.hu[(slice(None), *plane)]
+    thin_z = np.asarray(case.thin.geometry.z_mm)
+    if operator is None:
+        thick_z = np.asarray(case.thick.geometry.z_mm)
+        base = _interpolated(case.thick.hu[(slice(None), *plane)], thick_z, thin_z, "cubic")[depth]
+    else:
+        base = simulated_base(columns, thin_z, operator)[depth]
+    composed = base if case.detail is None else base + case.detail[box].astype(np.float32)
+    inputs = np.stack([window.to_unit(base), window.to_unit(composed)])
+    target = window.to_unit(columns[depth])[None]
+    axes = tuple(i + 1 for i, flip in enumerate(flips) if flip)
+    return np.ascontiguousarray(np.flip(inputs, axes)), np.ascontiguousarray(np.flip(target, axes))

@@ -1,0 +1,95 @@
+"""Volumes in a page: companded to 8 bits, every slice on one JPEG sheet, in-plane reduced to a bounded size."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+VIEWER_VOXELS = 3_000_000
+"""Voxels a volume keeps in the page, so that three cases of six volumes stay under 15 MB."""
+SPREAD_STEP_HU = 0.5
+"""HU a code of the uncertainty volume, which is companded linearly (0 to 127 HU)."""
+
+# Companding of HU to 8 bits: fine where soft tissue is judged, coarse in air and bone. Knots (HU, code).
+CODE_KNOTS_HU = (-1024.0, -250.0, 350.0, 2000.0)
+CODE_KNOTS = (0.0, 40.0, 215.0, 255.0)
+
+METHOD_LABELS = {
+    "nearest": "Nearest slice",
+    "linear": "Linear interpolation",
+    "cubic": "Cubic interpolation",
+    "lanczos": "Lanczos interpolation",
+    "cubic_back_projection": "Cubic with back-projection",
+    "regression": "Regression network",
+    "condition_round_trip": "VAE round trip of linear interpolation",
+    "model": "ctpipe model",
+    "vae_ceiling": "VAE round trip of the truth (ceiling)",
+    "truth": "True thin series",
+    "uncertainty": "Spread of samples",
+    "thick": "Thick series",
+}
+
+
+@dataclass(frozen=True)
+class CaseView:
+    """Volumes of one case for the viewer, all on one grid (z, y, x) in HU, with the spacing in mm."""
+
+    key: str
+    spacing_mm_zyx: tuple[float, float, float]
+    volumes: Mapping[str, NDArray[Any]]
+
+
+def label(method: str) -> str:
+    """A method's name for people."""
+    return METHOD_LABELS.get(method, method)
+
+
+def view_stride(shape_zyx: tuple[int, ...]) -> int:
+    """In-plane step at which a volume has at most ``VIEWER_VOXELS``."""
+    stride = 1
+    while shape_zyx[0] * -(-shape_zyx[1] // stride) * -(-shape_zyx[2] // stride) > VIEWER_VOXELS:
+        stride += 1
+    return stride
+
+
+def encode_view(view: CaseView, quality: int = 86) -> dict[str, Any]:
+    """A case as the page's JSON: every volume one JPEG sheet; reduced in-plane when it is still too large."""
+    shape = next(iter(view.volumes.values())).shape
+    stride = view_stride(shape)
+    dz, dy, dx = view.spacing_mm_zyx
+    volumes = {name: volume[:, ::stride, ::stride] for name, volume in view.volumes.items()}
+    depth, rows, columns = next(iter(volumes.values())).shape
+    across = int(np.ceil(np.sqrt(depth)))
+    return {
+        "key": view.key,
+        "shape": [depth, rows, columns],
+        "spacing": [dz, dy * stride, dx * stride],
+        "across": across,
+        "volumes": [{"name": n, "label": label(n), "src": _sheet(n, v, across, quality)} for n, v in volumes.items()],
+    }
+
+
+def _sheet(name: str, volume: NDArray[Any], across: int, quality: int) -> str:
+    depth, rows, columns = volume.shape
+    down = -(-depth // across)
+    sheet = np.zeros((down * rows, across * columns), np.uint8)
+    for k in range(depth):
+        r, c = divmod(k, across)
+        piece = volume[k].astype(np.float32)
+        codes = piece / SPREAD_STEP_HU if name == "uncertainty" else np.interp(piece, CODE_KNOTS_HU, CODE_KNOTS)
+        sheet[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns] = np.clip(np.rint(codes), 0, 255)
+    return data_url(sheet, quality)
+
+
+def data_url(grey: NDArray[np.uint8], quality: int = 86) -> str:
+    """A grey image (y, x) as a JPEG data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,205 @@
+"""One store encoded in-process, by embedded dask and on Ray: the same bytes and the same manifest."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.main import app
+from latentcache.errors import InputError
+from latentcache.schema import timings_table
+from latentcache.store import LatentStore
+from pipeline.encode_commit import INTERVAL_S, GroupCommit, Progress, read_progress
+from pipeline.encode_store import EncodeSettings, Plan, load_encoder, set_up
+from pipeline.engine import Outcome
+from pipeline.private import PrivateStore
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+ENGINES = ("inline", "dask", "ray")
+
+
+def ctpipe(*words: str | Path, code: int = 0) -> dict[str, Any]:
+    """Run a command in this process and return its JSON."""
+    done = CliRunner().invoke(app, [*map(str, words), "--json"], standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    assert (done.return_value or 0) == code, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def manifest(store: Path) -> list[dict[str, Any]]:
+    """Rows without the attempt's own path: all that must be equal, checksums of the bytes among it."""
+    rows = [asdict(record) for record in LatentStore.open(store).records()]
+    for row in rows:
+        del row["path"]
+    return sorted(rows, key=lambda row: (row["key"], row["role"]))
+
+
+def encode_with_each(ingested: Path, folder: Path) -> dict[str, Path]:
+    stores = {name: folder / name for name in ENGINES}
+    for name, store in stores.items():
+        shutil.copytree(ingested, store)
+        spread = () if name == "inline" else ("--workers", "2")
+        done = ctpipe("encode", store, "--engine", name, *spread, "--threads", "1", "--round-trip", "0.3")
+        assert done["failed"] == {}
+        assert done["committed"] == len(manifest(store))
+    return stores
+
+
+def assert_equal_stores(stores: dict[str, Path], latents: int) -> None:
+    reference = manifest(stores["inline"])
+    assert len(reference) == latents
+    for name in ("dask", "ray"):
+        assert manifest(stores[name]) == reference, name
+    # The checksums are of what lies there, not copied from somewhere.
+    opened = [LatentStore.open(stores[name]) for name in ENGINES]
+    first = opened[0].records()[0]
+    others = [store.find(first.key, first.role) for store in opened[1:]]
+    for store, record in zip(opened[1:], others, strict=True):
+        assert record is not None
+        assert record.path != first.path
+        assert store.read(record).tobytes() == opened[0].read(first).tobytes()
+
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("agree")
+    ctpipe("phantom", root / "data", "--patients", "4", "--size", "64", "--thin-slices", "44")
+    ctpipe("ingest", root / "data", root / "store")
+    return root / "store"
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    yield
+    with warnings.catch_warnings():
+        # Ray leaves the handles of its processes to the collector, which complains of them.
+        warnings.simplefilter("ignore", ResourceWarning)
+        ray.shutdown()
+        gc.collect()
+
+
+def test_engines_give_equal_bytes_and_equal_manifests(ingested: Path, ray_session: None, tmp_path: Path) -> None:
+    stores = encode_with_each(ingested, tmp_path)
+    assert_equal_stores(stores, latents=12)
+    for store in stores.values():
+        timings = LatentStore.open(store).table("timings").to_pylist()
+        assert len(timings) == 4
+        for row in timings:
+            assert (row["stage"], row["outcome"], row["device"]) == ("encode", "ok", "cpu")
+            assert {"prepare", "run", "vae", "stage", "window", "proof", "attempts"} <= dict(row["values"]).keys()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_engines_agree_on_the_genuine_pair(real_data: Path, ray_session: None, tmp_path: Path) -> None:
+    ctpipe("ingest", real_data / "ape-layout", tmp_path / "store")
+    assert_equal_stores(encode_with_each(tmp_path / "store", tmp_path), latents=3)
+
+
+def test_a_worker_that_sees_no_store_or_another_one_says_so(ingested: Path, tmp_path: Path) -> None:
+    settings = EncodeSettings(torch_threads=1)
+    store = LatentStore.open(ingested)
+    facts = {"fingerprint": store.secret_fingerprint, "encode_key": "0" * 16, "settings": settings}
+    with pytest.raises(InputError, match="does not see the store") as unseen:
+        set_up("cpu", store_url=str(tmp_path / "nowhere"), **facts)  # type: ignore[arg-type]
+    assert "s3://" in unseen.value.remedy
+    LatentStore.create(tmp_path / "other", secret_fingerprint="f" * 16)
+    with pytest.raises(InputError, match="sees another store"):
+        set_up("cpu", store_url=str(tmp_path / "other"), **facts)  # type: ignore[arg-type]
+
+
+def test_a_worker_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match=r"no CUDA device.*--gpus 0"):
+        load_encoder("cuda", EncodeSettings())
+
+
+def test_gpu_share_is_for_ray(ingested: Path) -> None:
+    with pytest.raises(InputError, match="gpu-share without Ray"):
+        ctpipe("encode", ingested, "--gpus", "1", "--gpu-share", "0.5")
+
+
+def test_planning_looks_up_archives_only_as_tasks_are_taken(ingested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    private = PrivateStore.open(str(ingested))
+    look_up = private.pointer
+    monkeypatch.setattr(private, "pointer", lambda key: (asked.append(key), look_up(key))[1])
+    plan = Plan(LatentStore.open(ingested), private, "0" * 16, ("thin", "thick", "thick_on_thin"))
+    assert plan.count() == 4
+    assert asked == []
+    next(plan.tasks())
+    assert len(asked) == 2
+
+
+class SlowWriter:
+    """A store whose commits take a while, and which notes how many tasks each one brought."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.sizes: list[int] = []
+        self.fails = fails
+
+    def commit(self, records: list[Any], timings: list[dict[str, Any]]) -> list[Any]:
+        if self.fails:
+            raise InputError("the lease is lost", expected="one driver", remedy="Stop the other.")
+        self.sizes.append(len(timings))
+        timings_table(timings)
+        return records
+
+
+def outcome(number: int) -> Outcome[Any, Any]:
+    from pipeline.encode import Encoded, EncodeTask
+
+    task = EncodeTask(f"{number:016x}", "0" * 16, None, None, ())
+    return Outcome(task, Encoded(task.name, ()), seconds={"run": 1.0})
+
+
+def test_commits_are_grouped_and_none_is_left_out() -> None:
+    writer = SlowWriter()
+    noted: list[int] = []
+    with GroupCommit(writer, "0" * 16, "cpu", lambda n, latents: noted.append(n)) as commits:  # type: ignore[arg-type]
+        for number in range(500):
+            commits.put(outcome(number))
+    assert sum(writer.sizes) == 500
+    assert len(writer.sizes) < 20
+    assert noted[-1] == 500
+    assert INTERVAL_S <= 1.0
+
+
+def test_a_failed_commit_stops_the_driver() -> None:
+    with (
+        pytest.raises(InputError, match="lease is lost"),
+        GroupCommit(SlowWriter(fails=True), "0" * 16, "cpu", lambda n, latents: None) as commits,  # type: ignore[arg-type]
+    ):
+        commits.put(outcome(1))
+
+
+def test_progress_of_a_running_job_is_in_the_store(ingested: Path) -> None:
+    location = LatentStore.open(ingested).location
+    assert read_progress(location) is None
+    progress = Progress(location, "0" * 16, planned=10)
+    progress.note(attempted=4, committed=11)
+    found = read_progress(location)
+    assert found is not None
+    assert (found["planned"], found["attempted"], found["latents"]) == (10, 4, 11)
+    assert found["seconds_left"] > 0
+    assert ctpipe("status", ingested)["running"]["attempted"] == 4
+    progress.end()
+    assert ctpipe("status", ingested)["running"] is None

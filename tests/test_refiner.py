@@ -1,0 +1,160 @@
+"""The refiner: nothing at first, exact in tiles, only inside the window, and refused where it does not belong."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from latentcache.errors import InputError
+from pipeline.compose import ComposeSettings, compose
+from pipeline.geometry import Geometry
+from pipeline.hu import Window
+from pipeline.refiner import (
+    Refiner,
+    RefinerCard,
+    RefinerConfig,
+    RefinerFile,
+    refine,
+    save_refiner,
+    settle,
+    tiles,
+    with_halo,
+)
+from pipeline.volume import Volume
+
+WINDOW = Window(40, 400)
+CONFIG = RefinerConfig(width=4, blocks=1)
+
+
+def network(seed: int = 0) -> Refiner:
+    """One whose last layer does something."""
+    torch.manual_seed(seed)
+    made = Refiner(CONFIG)
+    torch.nn.init.normal_(made.leave.weight, std=0.1)
+    return made
+
+
+def saved(made: Refiner, folder: Path, detail: str = "none") -> RefinerFile:
+    return save_refiner(made, RefinerCard(CONFIG, (40.0, 400.0), (0.9, 1.1), detail), folder / "refiner.safetensors")
+
+
+def volumes(shape: tuple[int, int, int] = (11, 13, 17)) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    base, composed = rng.uniform(-900, 600, (2, *shape)).astype(np.float32)
+    return base, composed
+
+
+def test_untrained_it_changes_nothing(tmp_path: Path) -> None:
+    base, composed = volumes()
+    before = composed.copy()
+    assert refine(saved(Refiner(CONFIG), tmp_path), base, composed, WINDOW, 1.0, "residual") < 1e-4
+    np.testing.assert_allclose(composed, before, atol=1e-4)
+
+
+def test_tiles_give_the_numbers_of_one_pass(tmp_path: Path) -> None:
+    file = saved(network(), tmp_path)
+    base, composed = volumes()
+    whole, tiled = composed.copy(), composed.copy()
+    change = refine(file, base, whole, WINDOW, 1.0, "residual", tile_zyx=(64, 64, 64))
+    refine(file, base, tiled, WINDOW, 1.0, "residual", tile_zyx=(4, 5, 6))
+    np.testing.assert_allclose(tiled, whole, atol=2e-3)
+    assert change == pytest.approx(float(np.sqrt(np.mean((whole - composed) ** 2))), rel=1e-3)
+    assert change > 1
+    unit = np.stack([WINDOW.to_unit(base), WINDOW.to_unit(composed)])[None]
+    with torch.no_grad():
+        direct = network()(torch.from_numpy(unit))[0, 0].clamp(-1, 1).numpy()
+    inside = (composed > WINDOW.lower) & (composed < WINDOW.upper)
+    np.testing.assert_allclose(WINDOW.to_unit(whole)[inside], direct[inside], atol=1e-5)
+
+
+def test_what_the_window_hides_is_left_alone(tmp_path: Path) -> None:
+    made = network()
+    torch.nn.init.zeros_(made.leave.weight)
+    assert made.leave.bias is not None
+    torch.nn.init.constant_(made.leave.bias, -0.5)
+    base, composed = volumes()
+    before = composed.copy()
+    refine(saved(made, tmp_path), base, composed, WINDOW, 1.0, "residual")
+    np.testing.assert_array_equal(composed[before <= WINDOW.lower], before[before <= WINDOW.lower])
+    inside = (before > 0) & (before < 200)
+    np.testing.assert_allclose(composed[inside], before[inside] - 100, atol=0.01)
+
+
+@given(composed=st.floats(-1024, 3000), start=st.floats(-160, 230))
+@settings(max_examples=100, deadline=None)
+def test_no_step_in_the_refined_value(composed: float, start: float) -> None:
+    refined = (start + np.linspace(0, 10, 101)).astype(np.float32)
+    out = settle(refined, np.full_like(refined, composed), WINDOW)
+    if WINDOW.lower <= composed <= WINDOW.upper:
+        np.testing.assert_array_equal(out, refined)
+    if composed < WINDOW.lower - 100:
+        assert np.diff(out).min() > -1e-2, "monotone"
+        assert np.abs(np.diff(out)).max() < 1.5, "0.1 HU in; no steeper than a hand-over over its margin"
+
+
+@given(shape=st.tuples(*[st.integers(1, 9)] * 3), tile=st.tuples(*[st.integers(1, 5)] * 3), halo=st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_tiles_cover_every_voxel_once(shape: tuple[int, ...], tile: tuple[int, ...], halo: int) -> None:
+    seen = np.zeros(shape, int)
+    index = np.arange(seen.size).reshape(shape)
+    for box in tiles(shape, tile):
+        seen[box] += 1
+        wide, inner = with_halo(box, shape, halo)
+        np.testing.assert_array_equal(index[wide][inner], index[box])
+    assert (seen == 1).all()
+
+
+def test_the_hash_covers_weights_and_card(tmp_path: Path) -> None:
+    files = [
+        saved(network(0), tmp_path / "a"),
+        saved(network(1), tmp_path / "b"),
+        saved(network(0), tmp_path / "c", detail="residual"),
+        saved(network(0), tmp_path / "d"),
+    ]
+    for one, other in itertools.combinations(range(3), 2):
+        assert files[one].sha256 != files[other].sha256
+    assert files[0].sha256 == files[3].sha256 == RefinerFile.of(tmp_path / "a").sha256
+
+
+def test_compose_refines_before_it_projects(tmp_path: Path) -> None:
+    affine = ((0.0, 0.0, 0.7, 0.0), (0.0, 0.7, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+    target = Geometry((20, 16, 16), affine, tuple(np.arange(20.0)), 1.0)
+    thick_at = target.with_z([2.0, 7.0, 12.0, 17.0], thickness_mm=5.0)
+    rng = np.random.default_rng(0)
+    thick = Volume(rng.integers(-100, 150, (4, 16, 16)).astype(np.int16), thick_at)
+    decoded = rng.uniform(-100, 150, (20, 16, 16)).astype(np.float32)
+    file = saved(network(), tmp_path)
+    plain, without = compose(decoded, WINDOW, thick, target, ComposeSettings(consistency=False))
+    refined, figures = compose(decoded, WINDOW, thick, target, ComposeSettings(consistency=False, refiner=file))
+    assert "refiner_sha256" not in without
+    assert figures["refiner_sha256"] == file.sha256
+    rms = float(np.sqrt(np.mean((refined.astype(float) - plain) ** 2)))
+    assert figures["refiner_change_hu"] == pytest.approx(rms, rel=0.02)
+    _, projected = compose(decoded, WINDOW, thick, target, ComposeSettings(noise_hu=4.0, refiner=file))
+    assert projected["rms_after_hu"] < projected["rms_before_hu"]
+
+
+def test_where_it_does_not_belong_it_is_refused(tmp_path: Path) -> None:
+    file = saved(network(), tmp_path, detail="residual")
+    base, composed = volumes()
+    for window, spacing, detail, said in (
+        (Window(0, 2000), 1.0, "residual", "for the window 40:400"),
+        (WINDOW, 2.5, "residual", "2.5 mm apart"),
+        (WINDOW, 1.0, "absolute", "detail absolute"),
+    ):
+        with pytest.raises(InputError, match=said):
+            refine(file, base, composed, window, spacing, detail)
+    (tmp_path / "other.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="holds no refiner"):
+        RefinerFile.of(tmp_path / "other.safetensors").load()
+    with pytest.raises(InputError, match=r"no refiner.safetensors"):
+        RefinerFile.of(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="width 0"):
+        RefinerConfig(width=0)
