@@ -13,7 +13,7 @@ WORKERS ?= 2
 	touch $@
 
 .venv/.dev: .venv/.run
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ray,pacs]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ray,pacs,nifti]'
 	touch $@
 
 demo: .venv/.run

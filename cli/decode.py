@@ -43,6 +43,9 @@ def decode(
         Path | None, typer.Option(help="A run of `ctpipe train-refiner`, to correct the slices in pixel space.")
     ] = None,
     transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
+    enhanced: Annotated[
+        bool, typer.Option("--enhanced", help="Write one Enhanced CT instance instead of one CT instance a slice.")
+    ] = False,
     restore_identity: Annotated[
         bool, typer.Option("--restore-identity", help="Write the patient's identity back, for use inside the hospital.")
     ] = False,
@@ -67,6 +70,7 @@ def decode(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from latentcache.errors import InputError
     from latentcache.store import LatentStore
     from pipeline.compose import ComposeSettings, parse_detail
     from pipeline.decode import DecodeSettings
@@ -77,6 +81,12 @@ def decode(
     from pipeline.private import PrivateStore
 
     transfer_syntax_uid(transfer_syntax)
+    if enhanced and checkpoint is None:
+        raise InputError(
+            "--enhanced for stored latents",
+            expected="slices sampled from one thick series",
+            remedy="Add --checkpoint RUN, or leave --enhanced away.",
+        )
     composing = ComposeSettings(
         detail=parse_detail(detail),
         consistency=consistency is not False,
@@ -101,6 +111,7 @@ def decode(
             window_of(latents, encode_key),
             transfer_syntax=transfer_syntax,
             uncertainty=uncertainty,
+            enhanced=enhanced,
             store_snapshot=latents.snapshot,
             **sampled,
         )

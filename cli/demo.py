@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         out: Annotated[Path, typer.Argument(help="Folder to fill; it must be empty or a demo's own.")] = Path(
             "demo-out"
         ),
-        patients: Annotated[int, typer.Option(min=4, help="Synthetic patients.")] = 10,
+        patients: Annotated[int, typer.Option(min=4, help="Synthetic patients.")] = 20,
         size: Annotated[int, typer.Option(min=64, help="In-plane matrix size.")] = 192,
         slices: Annotated[int, typer.Option(min=40, help="Thin slices a patient.")] = 96,
         train_seconds: Annotated[float, typer.Option(min=1, help="Seconds of training.")] = 240.0,

@@ -16,20 +16,46 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A training run's folder that `ctpipe evaluate` has been run on.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the page; RUN/report.html by default.")] = None,
+    run: Annotated[
+        str,
+        typer.Argument(help="A training run that `ctpipe evaluate` has been run on, or a store.", metavar="RUN|STORE"),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the page; by default report.html in RUN or STORE.")
+    ] = None,
     split: Annotated[str, typer.Option(help="The evaluated split to report.")] = "test",
+    private: Annotated[str | None, typer.Option(help="Where a store's private part is, if not STORE/private.")] = None,
+    thumbnails: Annotated[int, typer.Option(min=0, help="Series that a store's report shows.")] = 12,
     as_json: AsJson = False,
 ) -> int:
-    """Write the report of a run's evaluation: viewer, tables, curves, provenance, in one file without network.
+    """Write the report of a run's evaluation, or of a store's data, in one file without network.
+
+    A run: viewer, tables, curves, provenance. A store: what was found and set aside,
+    spacing, kernels, latents, ceilings.
 
     Examples:
 
         ctpipe report RUN
 
         ctpipe report RUN --split val --out val.html
+
+        ctpipe report STORE --out store.html
     """
-    path = write_run_report(run, split, out or run / "report.html")
+    from latentcache.errors import InputError
+    from latentcache.store import LatentStore
+
+    if (Path(run) / "run.json").is_file():
+        path = write_run_report(Path(run), split, out or Path(run) / "report.html")
+    elif LatentStore.exists(run):
+        if "://" in run and out is None:
+            raise InputError("a store at a URL", expected="a place for the page", remedy="Give --out store.html.")
+        path = write_dataset_report(run, private, out or Path(run) / "report.html", thumbnails)
+    else:
+        raise InputError(
+            "a folder that is neither a run nor a store",
+            expected="run.json or store.json in it",
+            remedy="Give the folder that `ctpipe train` or `ctpipe ingest` made.",
+        )
     emit({"report": str(path), "bytes": path.stat().st_size}, f"written {path}", as_json)
     return Exit.OK
 
@@ -38,19 +64,13 @@ def write_run_report(run: Path, split: str, path: Path) -> Path:
     """Build the page from RUN/evaluation/<split>, RUN/log.jsonl and RUN/run.json."""
     from importlib.metadata import version
 
-    from latentcache.errors import InputError
+    from pipeline.evaluate_files import load_metrics
     from pipeline.evaluate_store import load_views
     from pipeline.hu import Window
     from pipeline.report import write_report
 
     folder = run / "evaluation" / split
-    if not (folder / "metrics.json").is_file():
-        raise InputError(
-            f"no evaluation of split {split!r} in this run",
-            expected=f"evaluation/{split}/metrics.json",
-            remedy=f"Run ctpipe evaluate STORE RUN --split {split} first.",
-        )
-    document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    document = load_metrics(folder, split)
     low, high = document["window_hu"]
     window = Window((low + high) / 2, high - low)
     provenance = {
@@ -68,10 +88,28 @@ def write_run_report(run: Path, split: str, path: Path) -> Path:
         lead=lead_paragraph(document),
         document=document,
         window=window,
-        views=load_views(folder),
+        views=load_views(folder, [case["key"] for case in document["by_case"]]),
         training=_log_rows(run / "log.jsonl"),
         provenance=provenance,
     )
+    return path
+
+
+def write_dataset_report(store_url: str, private_url: str | None, path: Path, thumbnails: int) -> Path:
+    """Build a store's page; without its private part it has no images."""
+    from latentcache.errors import CtpipeError
+    from latentcache.store import LatentStore
+    from pipeline.private import PrivateStore
+    from pipeline.report_store import write_store_report
+    from pipeline.volume_reader import read_series
+
+    store = LatentStore.open(store_url)
+    try:
+        identities = PrivateStore.open(store_url, private_url)
+    except CtpipeError:
+        write_store_report(path, store, None, thumbnails)
+    else:
+        write_store_report(path, store, lambda key: read_series(identities.pointer(key)), thumbnails)
     return path
 
 

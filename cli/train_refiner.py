@@ -73,6 +73,7 @@ def train_refiner(
     from pipeline.refiner_data import PatchSettings, RefinerPatches
     from pipeline.refiner_source import RefinerSource, held_out_figures
 
+    prepare_run(run, resume)
     latents, people = LatentStore.open(store), PrivateStore.open(store, private)
     config = RefinerConfig(width, blocks)
     cutting = PatchSettings(parse_patch(patch), batch=batch, seed=seed)
@@ -118,6 +119,19 @@ def train_refiner(
     result = {"sha256": file.sha256, "parameters": summary.parameters, "pairs": len(training.keys), **asdict(summary)}
     emit(result, _text(result, run), as_json)
     return Exit.OK
+
+
+def prepare_run(run: Path, resume: bool) -> None:
+    """Make the run's folder; refuse to write over another run."""
+    from latentcache.errors import InputError
+
+    if (run / "checkpoints").exists() and not resume:
+        raise InputError(
+            "a run in this folder already",
+            expected="a new folder, or --resume",
+            remedy="Add --resume, or choose another RUN.",
+        )
+    run.mkdir(parents=True, exist_ok=True)
 
 
 def parse_patch(text: str) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from diffusion.stream import Batch, PairStream
 from diffusion.unet import build_unet
 from diffusion.world import World, join
 from latentcache.errors import InputError
+from latentcache.records import COMPRESSION
 from latentcache.store import LatentStore
 
 log = logging.getLogger("ctpipe.train")
@@ -173,7 +175,12 @@ def new_card(store: LatentStore, stream: PairStream, config: TrainConfig) -> Run
         objective={"name": config.objective.name, "settings": objective.settings()},
         preset=config.preset,
         depth_window=config.data.window,
-        extra={"seed": config.seed, "train_pairs": len(stream.pairs)},
+        extra={
+            "seed": config.seed,
+            "train_pairs": len(stream.pairs),
+            # A latent slice covers four slices; generation of a series without a store asks for this spacing.
+            "thin_spacing_mm": round(median(p.thin.dz_mm for p in stream.pairs) / COMPRESSION, 4),
+        },
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.compose import ComposeSettings, agreement, compose, plain_round_trip
+from pipeline.dicom_enhanced import check_enhanced, write_enhanced
 from pipeline.dicom_provenance import Provenance
 from pipeline.dicom_uids import SeriesIdentity
 from pipeline.dicom_write import write_series
@@ -35,12 +36,17 @@ class DerivedVolume:
 
 @dataclass(frozen=True)
 class WriteSettings:
-    """How derived series are written. ``sampling`` and ``checkpoint_sha256`` go into the provenance."""
+    """How derived series are written. ``sampling`` and ``checkpoint_sha256`` go into the provenance.
+
+    Attributes:
+        enhanced: One Enhanced CT instance instead of a CT instance a slice.
+    """
 
     out_dir: Path
     window: Window
     transfer_syntax: str = "explicit"
     uncertainty: bool = False
+    enhanced: bool = False
     checkpoint_sha256: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     store_snapshot: int | None = None
@@ -120,7 +126,7 @@ def write_derived(
     The figures, the sampling settings and every warning go into the provenance.
 
     Raises:
-        InputError: A folder exists.
+        InputError: A folder exists, or the source lacks what Enhanced CT requires.
     """
     sampling = dict(settings.sampling)
     if volume.n_samples > 1:
@@ -137,6 +143,8 @@ def write_derived(
     )
     common: dict[str, Any] = {"uids": identity, "transfer_syntax": settings.transfer_syntax}
     folders = [key]
+    if settings.enhanced:
+        check_enhanced(header)
     if settings.uncertainty and volume.spread is not None:
         name = f"{key}-uncertainty"
         stored = np.clip(np.rint(volume.spread / UNCERTAINTY_SLOPE), 0, 32767).astype(np.int16)
@@ -144,5 +152,6 @@ def write_derived(
         out_dir = settings.out_dir / name
         write_series(stored, target, header, out_dir, provenance=described, slope=UNCERTAINTY_SLOPE, **common)
         folders.append(name)
-    written = write_series(volume.hu, target, header, settings.out_dir / key, provenance=provenance, **common)
+    write = write_enhanced if settings.enhanced else write_series
+    written = write(volume.hu, target, header, settings.out_dir / key, provenance=provenance, **common)
     return DerivedSeries(key, written.series_uid, tuple(folders), len(volume.hu), volume.figures)

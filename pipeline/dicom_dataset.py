@@ -79,7 +79,7 @@ def series_dataset(
     """Everything but the elements that differ from slice to slice (SOPInstanceUID, number, position, pixels)."""
     ds = Dataset()
     ds.SpecificCharacterSet = "ISO_IR 192"
-    _add_patient_and_study(ds, identity)
+    add_patient_and_study(ds, identity)
     _add_acquisition(ds, source)
     description, image_type = described(provenance)
     ds.ImageType = list(image_type)
@@ -99,7 +99,7 @@ def series_dataset(
     return ds
 
 
-def _add_patient_and_study(ds: Dataset, identity: SeriesIdentity) -> None:
+def add_patient_and_study(ds: Dataset, identity: SeriesIdentity) -> None:
     """Patient, General Study and Frame of Reference modules (PS3.3 C.7.1.1, C.7.2.1, C.7.4.1); type 2 may be empty."""
     for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex"):
         setattr(ds, keyword, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,3 +85,26 @@ def pixel_element(stored: NDArray[Any], syntax: str) -> tuple[bytes, memoryview 
     empty_offset_table = item + bytes(4)
     body = empty_offset_table + item + len(frame).to_bytes(4, "little") + frame + b"\xfe\xff\xdd\xe0" + bytes(4)
     return tag + b"OB\x00\x00\xff\xff\xff\xff", body
+
+
+def frames_element(frames: Iterator[NDArray[Any]], count: int, frame_bytes: int, syntax: str) -> Iterator[Any]:
+    """PixelData of a multi-frame image piece by piece: native, or a fragment a frame behind an empty offset table.
+
+    Args:
+        frames: Stored values, (rows, columns) each, in frame order.
+        frame_bytes: Bytes of one native frame.
+    """
+    tag = b"\xe0\x7f\x10\x00"
+    if syntax == "explicit":
+        odd = count * frame_bytes % 2
+        yield tag + b"OW\x00\x00" + (count * frame_bytes + odd).to_bytes(4, "little")
+        for frame in frames:
+            yield frame.data.cast("B")
+        yield b"\0" * odd
+        return
+    yield tag + b"OB\x00\x00\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0" + bytes(4)
+    for frame in frames:
+        raw = encode_frame(frame, syntax)
+        raw += b"\0" * (len(raw) % 2)
+        yield b"\xfe\xff\x00\xe0" + len(raw).to_bytes(4, "little") + raw
+    yield b"\xfe\xff\xdd\xe0" + bytes(4)

@@ -107,7 +107,7 @@ class Prepared:
 class Encoded:
     """What a worker hands to the committing driver. ``pair`` is the pair's row with the pixel proof, if it was due.
 
-    ``seconds`` splits the device part: ``proof``, ``window`` (with interpolation), ``vae``, ``round_trip``, ``stage``.
+    ``seconds`` splits the device part: ``proof``, ``window`` (with interpolation), ``vae``, ``round_trip``, ``store``.
     """
 
     name: str
@@ -223,7 +223,7 @@ def encode_one(
             source_digest=want.source_digest,
             round_trip_psnr=psnr,
         )
-        records.append(timed(seconds, "stage", staged))
+        records.append(timed(seconds, "store", staged))
     return Encoded(task.name, tuple(records), proved, seconds)
 
 

@@ -59,6 +59,7 @@ class Case:
     operator: SliceOperator | None = None
     clipped: dict[tuple[float, float], NDArray[np.float32]] = field(default_factory=dict, repr=False)
     lung: list[NDArray[np.bool_]] = field(default_factory=list, repr=False)
+    edges: list[float] = field(default_factory=list, repr=False)
 
     def within(self, low: float, high: float) -> NDArray[np.float32]:
         """The truth clipped to a range, made once."""
@@ -108,17 +109,21 @@ def score(
     return CaseScores(key, category, len(truth), scores, failures, dict(consistency or {}), notes=notes_on(truth))
 
 
-def score_method(volume: NDArray[Any], case: Case, window: Window) -> dict[str, Any]:
+def score_method(volume: NDArray[Any], case: Case, window: Window, *, whole_range: bool = True) -> dict[str, Any]:
     """Every figure of one method. What a case does not allow stands in ``not_measured`` with the reason.
+
+    Args:
+        whole_range: False for a decoded latent that nothing was restored in: outside the window it means nothing.
 
     Raises:
         InputError: Another shape than the truth's, or values that are not finite: nothing of it can be scored.
     """
     metrics.check(volume, case.truth)
     out = _basic(_clip(volume, window.lower, window.upper), case.within(window.lower, window.upper), window.width)
-    whole = metrics.mean_squared_error(_clip(volume, *FULL_RANGE_HU), _clip(case.truth, *FULL_RANGE_HU))
-    span = FULL_RANGE_HU[1] - FULL_RANGE_HU[0]
-    out["psnr_3072_db"] = 10 * math.log10(span**2 / whole) if whole else None
+    if whole_range:
+        whole = metrics.mean_squared_error(_clip(volume, *FULL_RANGE_HU), _clip(case.truth, *FULL_RANGE_HU))
+        span = FULL_RANGE_HU[1] - FULL_RANGE_HU[0]
+        out["psnr_3072_db"] = 10 * math.log10(span**2 / whole) if whole else None
     if case.geometry is None:
         return out
     missing: dict[str, str] = {}
@@ -165,14 +170,20 @@ def _further(volume: NDArray[Any], case: Case, window: Window) -> dict[str, Call
             raise InputError("no slice operator", expected="thick slices within the thin grid", remedy="None.")
         return asdict(null_space_figures(clipped, truth, case.operator))
 
-    low = max(window.lower, -850.0)
+    def edges() -> dict[str, Any]:
+        low, high = max(window.lower, -850.0), min(40.0, window.upper)
+        if not case.edges:
+            case.edges.append(sharpness(truth, truth, dz, low_hu=low, high_hu=high).width_mm)
+        found = asdict(sharpness(clipped, truth, dz, low_hu=low, high_hu=high))
+        return {**found, "excess_mm": found["width_mm"] - case.edges[0]}
+
     return {
         "ssim_3d": lambda: metrics.ssim(clipped, truth, data_range=window.width, axes=(0, 1, 2)),
         "ms_ssim": ms_ssim,
         "phase": lambda: metrics.error_by_phase(clipped, truth, np.array(geometry.z_mm), np.array(case.thick_z_mm)),
         "slice_to_slice": lambda: slice_inconsistency(clipped, truth),
         "noise": lambda: noise_texture(clipped, truth, (dy, dx)),
-        "sharpness_z": lambda: asdict(sharpness(clipped, truth, dz, low_hu=low, high_hu=min(40.0, window.upper))),
+        "sharpness_z": edges,
         "null_space": unseen,
         "lung": lung,
     }

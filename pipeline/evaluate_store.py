@@ -6,10 +6,9 @@ thin volumes are in memory, and what the VAE needs to decode one.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from latentcache.store import LatentStore
 from pipeline.baselines import BASELINES, apply, weights
 from pipeline.compose import ComposeSettings, compose
 from pipeline.encode import Encoder
-from pipeline.evaluate import Case, CaseScores, common_slices, failed, finite, notes_on, score_method
-from pipeline.evaluate_summary import summarise
+from pipeline.evaluate import Case, CaseScores, common_slices, failed, notes_on, score_method
+from pipeline.evaluate_files import finished_case, keep_case
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.private import PrivateStore
@@ -62,6 +61,7 @@ class MethodOutput:
 
     name: str
     hu: NDArray[Any]
+    whole_range: bool = True
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -94,7 +94,7 @@ def evaluate_pairs(
     work = _Work(store, private, vae, generated, settings, samples)
     for number, pair in enumerate(pairs):
         path = folder / "cases" / f"{pair.pair_key}.json"
-        done = _finished(path, settings.identity)
+        done = finished_case(path, settings.identity)
         if done is not None:
             yield done
             continue
@@ -103,7 +103,7 @@ def evaluate_pairs(
         except CtpipeError as error:
             log.warning("pair %s could not be evaluated: %s", pair.pair_key, error)
             case = failed(pair.pair_key, pair.category, pair.patient_key, str(error))
-        _write(path, json.dumps(finite({"identity": settings.identity, **asdict(case)}), allow_nan=False))
+        keep_case(path, settings.identity, case)
         yield case
 
 
@@ -144,7 +144,7 @@ def case_methods(
     condition_hu = None
     if condition is not None:
         condition_hu = decoded(store.read(condition))
-        yield MethodOutput("condition_round_trip", condition_hu)
+        yield MethodOutput("condition_round_trip", condition_hu, whole_range=False)
     if settings.compose.detail == "residual" and condition_hu is None:
         raise InputError(
             f"pair {pair.pair_key} without a thick_on_thin latent",
@@ -160,11 +160,11 @@ def case_methods(
         condition_hu = None
     hu, figures = compose(decoded(work.generated(pair)), window, thick, target, composing, condition_hu=condition_hu)
     del condition_hu
-    yield MethodOutput("model", hu, figures)
+    yield MethodOutput("model", hu, figures=figures)
     del hu
     ceiling = store.find(pair.thin_key, "thin", settings.encode_key)
     if ceiling is not None:
-        yield MethodOutput("vae_ceiling", decoded(store.read(ceiling)))
+        yield MethodOutput("vae_ceiling", decoded(store.read(ceiling)), whole_range=False)
 
 
 def _evaluate(work: _Work, pair: PairRecord, fit: ProtocolFit | None, view_folder: Path | None) -> CaseScores:
@@ -185,7 +185,7 @@ def _evaluate(work: _Work, pair: PairRecord, fit: ProtocolFit | None, view_folde
         if output.figures:
             misfit = {"rms_hu": output.figures.get("rms_after_hu"), **output.figures}
         try:
-            scores[output.name] = score_method(output.hu, case, work.settings.window)
+            scores[output.name] = score_method(output.hu, case, work.settings.window, whole_range=output.whole_range)
         except InputError as error:
             failures[output.name] = str(error)
     if view_folder is not None:
@@ -243,28 +243,3 @@ def load_views(folder: Path, keys: Sequence[str] | None = None) -> list[CaseView
             volumes = {name: data[name] for name in VIEWED if name in data}
         views.append(CaseView(path.stem, (dz, dy, dx), volumes))
     return views
-
-
-def finish(folder: Path, cases: Sequence[CaseScores], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write ``metrics.json``: the facts, means over patients, and every case."""
-    document: dict[str, Any] = finite({**facts, **summarise(cases), "by_case": [asdict(case) for case in cases]})
-    _write(folder / "metrics.json", json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
-    return document
-
-
-def _finished(path: Path, identity: str) -> CaseScores | None:
-    if not path.is_file():
-        return None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # a case file that is no JSON is done again
-    if raw.pop("identity", None) != identity:
-        return None
-    return CaseScores(**{**raw, "notes": tuple(raw.get("notes", ()))})
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "ssim_3d": ("ssim_3d",),
     "ms_ssim": ("ms_ssim", "value"),
     "edge_width_mm": ("sharpness_z", "width_mm"),
+    "edge_excess_mm": ("sharpness_z", "excess_mm"),
     "mtf50_per_mm": ("sharpness_z", "mtf50_per_mm"),
     "noise_hu": ("noise", "prediction", "std_hu"),
     "noise_frequency_per_mm": ("noise", "prediction", "mean_frequency_per_mm"),
@@ -61,6 +62,11 @@ def summarise(cases: Iterable[CaseScores]) -> dict[str, Any]:
         "failures": {case.key: case.failures for case in cases if case.failures},
         "notes": {case.key: list(case.notes) for case in cases if case.notes},
     }
+
+
+def case_of(row: Mapping[str, Any]) -> CaseScores:
+    """A case as it was, from its JSON."""
+    return CaseScores(**{**row, "notes": tuple(row.get("notes", ()))})
 
 
 def values(cases: Sequence[CaseScores], method: str, figure: str) -> dict[str, float]:

@@ -14,6 +14,8 @@ TILE = 16
 """Side in pixels of the even regions in which noise is measured."""
 EVEN_HU = (-20.0, 120.0)
 """Mean HU of a region that counts as soft tissue or blood."""
+MOST_NOISE_HU = 60.0
+"""A tile that spreads more holds anatomy; no diagnostic series is as noisy."""
 
 
 def noise_power_spectrum(regions: NDArray[Any], spacing_mm: tuple[float, float]) -> NDArray[np.float64]:
@@ -45,7 +47,7 @@ def even_regions(truth: NDArray[Any], limit: int = 512) -> list[tuple[int, int, 
     if not found:
         return []
     bound = 1.5 * found[len(found) // 20][0] + 1.0
-    return [(k, r, c) for spread, k, r, c in found if spread <= bound][:limit]
+    return [(k, r, c) for spread, k, r, c in found if spread <= min(bound, MOST_NOISE_HU)][:limit]
 
 
 def noise_texture(

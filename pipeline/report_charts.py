@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Sequence
@@ -40,6 +41,49 @@ def line_chart(title: str, points: Sequence[tuple[float, float]]) -> str:
     return _svg(figure, title)
 
 
+def curves_chart(title: str, curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str) -> str:
+    """Named curves on common axes; told apart by mark and line style, not by colour alone."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    marks, styles = "osd^vxP", ("-", "--", ":", "-.")
+    for i, (name, points) in enumerate(curves):
+        colour = ACCENT if "model" in name else INK
+        axes.plot(
+            [p[0] for p in points], [p[1] for p in points], color=colour, label=name, linewidth=1.2,
+            linestyle=styles[i % 4], marker=marks[i % 7], markersize=4,
+        )  # fmt: skip
+    axes.set_xlabel(x_label)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(figure, title)
+
+
+def dot_chart(title: str, rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """The distribution of each row: a dot a value and a bar at the median."""
+    figure = Figure(figsize=(7, 0.45 * max(1, len(rows)) + 1.1), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (name, values) in enumerate(rows):
+        colour = ACCENT if "model" in name else INK
+        axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=5)
+        axes.plot([sorted(values)[len(values) // 2]], [i], "|", color=colour, markersize=18)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.25)
+    return _svg(figure, title)
+
+
+def histogram(title: str, values: Sequence[float], x_label: str, bins: int = 20) -> str:
+    """How values are distributed."""
+    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = min(values), max(values)
+    # Equal values, but for rounding, have no range of their own.
+    span = (low, high) if high - low > 1e-6 * max(abs(low), abs(high), 1) else (low - 0.5, high + 0.5)
+    axes.hist(values, bins=bins, range=span, color=QUIET, edgecolor="white")
+    axes.set_xlabel(x_label)
+    return _svg(figure, title)
+
+
 def _svg(figure: Figure, title: str) -> str:
     """The figure as an SVG element with an accessible name."""
     for axes in figure.axes:
@@ -56,4 +100,4 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     text = re.sub(r'xlink:href="#', f'xlink:href="#{prefix}-', text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)

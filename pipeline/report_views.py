@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,12 @@ class CaseView:
 def label(method: str) -> str:
     """A method's name for people."""
     return METHOD_LABELS.get(method, method)
+
+
+def ordered(methods: Iterable[str]) -> list[str]:
+    """Methods in the order of the tables: simple to elaborate, unknown ones last."""
+    known = list(METHOD_LABELS)
+    return sorted(methods, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def view_stride(shape_zyx: tuple[int, ...]) -> int:

@@ -107,10 +107,25 @@ def test_interpolate_needs_no_store(
     assert ctpipe(*words, "--json", "--transfer-syntax", "jpegls") == Exit.OK
     done = result(capsys)
     assert done["slices"] == 5 * done["source_slices"]
+    assert done["estimated_seconds"] > 0
+    assert json.loads((site.run / "run.json").read_text())["extra"]["thin_spacing_mm"] == 1.0
     assert len(list((tmp_path / "out" / done["key"]).iterdir())) == done["slices"]
     assert (tmp_path / "out" / "private").stat().st_mode & 0o077 == 0
     with pytest.raises(InputError, match="exists"):
         ctpipe(*words)
+    words[2] = tmp_path / "one-file"
+    assert ctpipe(*words, "--enhanced", "--json") == Exit.OK
+    (frames,) = (tmp_path / "one-file" / done["key"]).iterdir()
+    assert pydicom.dcmread(frames).NumberOfFrames == done["slices"]
+    with pytest.raises(InputError, match="--enhanced for stored latents"):
+        ctpipe("decode", site.store, tmp_path / "none", "--enhanced")
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.2, "1 s"), (40, "40 s"), (720, "12 min"), (9000, "2.5 h")])
+def test_times_are_spelled_for_people(seconds: float, said: str) -> None:
+    from cli.interpolate import spell_seconds
+
+    assert spell_seconds(seconds) == said
 
 
 def test_a_refiner_is_trained_resumed_and_used(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +136,8 @@ def test_a_refiner_is_trained_resumed_and_used(site: Site, tmp_path: Path, capsy
     trained = result(capsys)
     assert trained["steps"] == 3
     assert trained["validation"]["composed_psnr_db"] > 5
+    with pytest.raises(InputError, match="a run in this folder already"):
+        ctpipe(*words, "--steps", 3)
     assert ctpipe(*words, "--steps", 3, "--resume") == Exit.OK
     assert result(capsys)["sha256"] == trained["sha256"]
     series = ["--checkpoint", site.run, "--split", "test", "--steps", 1, "--engine", "inline"]

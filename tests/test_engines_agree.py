@@ -104,7 +104,7 @@ def test_engines_give_equal_bytes_and_equal_manifests(ingested: Path, ray_sessio
         assert len(timings) == 4
         for row in timings:
             assert (row["stage"], row["outcome"], row["device"]) == ("encode", "ok", "cpu")
-            assert {"prepare", "run", "vae", "stage", "window", "proof", "attempts"} <= dict(row["values"]).keys()
+            assert {"prepare", "run", "vae", "store", "window", "proof", "attempts"} <= dict(row["values"]).keys()
 
 
 @pytest.mark.real

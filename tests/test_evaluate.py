@@ -25,7 +25,7 @@ SOFT, WIDE = Window(), Window(0.0, 2000.0)
 @pytest.fixture(scope="module")
 def pair() -> tuple[Volume, Volume]:
     """(thick, thin) of one phantom."""
-    patient = make_patient(5, size=96, thin_slices=70)
+    patient = make_patient(5, size=96, n_thin=70)
     return patient.thick, patient.thin
 
 
@@ -111,7 +111,7 @@ def test_a_wrong_slice_operator_is_caught(pair: tuple[Volume, Volume], case: Cas
     assert case.geometry is not None
     thick_z, thin_z = np.array(thick.geometry.z_mm), np.array(case.geometry.z_mm)
     wrong = SliceProfile("box", 2.5 * thick.geometry.spacing_mm_zyx[0])
-    assert check_operator(case.truth, thick.hu, thick_z, thin_z, wrong, 5.0).verdict != "ok"
+    assert check_operator(case.truth, thick.hu, thick_z, thin_z, wrong, 5.0).verdict != "agrees"
     own = score_method(case.truth + 20.0 * (np.arange(len(case.truth)) % 2)[:, None, None], case, WIDE)
     assert own["slice_to_slice"]["jitter_hu"] > 10, "banding shows although most of it averages out in thick slices"
 

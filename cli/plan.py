@@ -1,0 +1,64 @@
+"""``ctpipe plan``: time and storage of a job before it is started."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cli.output import AsJson, Exit, emit
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plan")(plan)
+
+
+def plan(
+    series: Annotated[float, typer.Option(help="Series to encode, e.g. 1e6.")],
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs in all; 0 encodes on CPU cores.")] = 0,
+    cores: Annotated[int | None, typer.Option(min=1, help="CPU cores in all; 6 beside each GPU by default.")] = None,
+    store: Annotated[str | None, typer.Option(help="Take rates from the timings of this store's encode.")] = None,
+    rate: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE replaces a rate, e.g. encode_gpu_s=2.1; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Predict how long encoding takes, what it stores, and which resource binds.
+
+    Examples:
+
+        ctpipe plan --series 1e6 --gpus 8
+
+        ctpipe plan --series 20000 --gpus 2 --store STORE --rate network_mb_s=120
+    """
+    from latentcache.errors import InputError
+    from latentcache.store import LatentStore
+    from pipeline.plan_cost import Rates, cost, measured, override
+
+    rates = Rates()
+    if store is not None:
+        opened = LatentStore.open(store)
+        rates = measured(opened.table("timings"), opened.manifest_table(("key", "valid_zyx")), rates)
+    given = dict(item.split("=", 1) for item in rate or () if "=" in item)
+    if len(given) != len(rate or ()):
+        raise InputError(
+            "a --rate without a value", expected="NAME=VALUE once a name", remedy="See ctpipe plan --help."
+        )
+    rates = override(rates, given)
+    found = cost(series, gpus, rates, cores)
+    lines = [
+        f"{series:,.0f} series on {gpus} GPUs: {_time(found.hours)}; {found.binds} binds",
+        f"reads {found.archive_tb:,.2f} TB, stores {found.store_tb:,.2f} TB of latents, "
+        f"{found.gpu_hours:,.0f} GPU hours",
+        "series a second that each could do, and the share of it left idle:",
+    ]
+    for name, speed in sorted(found.series_per_s.items(), key=lambda pair: pair[1]):
+        lines.append(f"  {name:32} {speed:12,.3f}  {found.idle[name]:4.0%}")
+    lines.append(f"rates {'of this store' if store else 'as shipped'}; see --json, replace with --rate NAME=VALUE")
+    emit({**asdict(found), "rates": asdict(rates)}, "\n".join(lines), as_json)
+    return Exit.OK
+
+
+def _time(hours: float) -> str:
+    return f"{hours / 24:,.1f} days" if hours > 48 else f"{hours:,.1f} hours" if hours > 1 else f"{hours * 60:,.0f} min"

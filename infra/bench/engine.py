@@ -1,0 +1,220 @@
+"""What the engine costs and what it holds: scaling, overhead, memory, and a job of a million series.
+
+    python infra/bench/engine.py [--quick]
+
+- scaling_1_to_2: real encode of phantoms by the tiny VAE, one single-threaded worker against two, on Ray (processes)
+  and by embedded dask (threads); the better of the two is the ratio that the design asks for, both are kept.
+- overhead_fraction: the worse of dask and Ray, over a stage that sleeps 0.1 s, which is short for a series.
+- object_store_peak_mib: of Ray, while 1,000 queued series of 4 MiB each pass through two workers.
+- driver_growth_mib: resident memory of the driver between a tenth and the whole of 100,000 simulated series.
+- million_per_s: simulated series through scheduler, group commit and manifest of a real store. Their stage functions
+  hand in one real latent's row under new keys, at once: what is measured is what the driver can take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from latentcache.records import Encoding, LatentRecord
+from latentcache.store import LatentStore
+from pipeline.encode import Encoded, EncodeTask
+from pipeline.encode_commit import GroupCommit
+from pipeline.encode_store import EncodeSettings, encode_store
+from pipeline.engine import EngineOptions, Stage, stream
+from pipeline.ingest import IngestOptions, ingest, open_stores
+from pipeline.phantom import write_dataset
+
+ENCODING = Encoding(vae_sha256="0" * 64, vae_architecture={"kind": "stand-in"}, window_center=40.0, window_width=400.0)
+MIB = 1 << 20
+
+
+def same(item: Any) -> Any:
+    return item
+
+
+def no_state(device: str) -> str:
+    return device
+
+
+def nap(state: str, item: Any) -> Any:
+    time.sleep(0.1)
+    return item
+
+
+def big(item: int) -> Any:
+    return np.full(4 * MIB, item % 251, np.uint8)
+
+
+def total(state: str, volume: Any) -> int:
+    return int(volume[::4096].sum())
+
+
+def scaling(patients: int, size: int) -> dict[str, float]:
+    """Seconds of encode with one and two workers. Starting up is not counted: the clock runs between results."""
+    start_ray()
+    with tempfile.TemporaryDirectory(prefix="engine-bench-") as folder:
+        root = Path(folder)
+        write_dataset(root / "data", patients=patients, size=size, n_thin=44)
+        store, private = open_stores(str(root / "store"))
+        ingest(str(root / "data"), store, private, IngestOptions())
+        settings = EncodeSettings(torch_threads=1, reader_threads=1, round_trip_fraction=0.0)
+        found = {}
+        for engine in ("dask", "ray"):
+            seconds = {}
+            for workers in (1, 2):
+                copy = root / f"{engine}{workers}"
+                shutil.copytree(root / "store", copy)
+                ticks: list[float] = []
+                options = EngineOptions(name=engine, devices=("cpu",) * workers, prefetch=1)
+                encode_store(
+                    str(copy),
+                    settings,
+                    options,
+                    on_outcome=lambda outcome, planned, t=ticks: t.append(time.monotonic()),
+                )
+                # Both clocks start at the first result of each worker, and so span the same kind of work.
+                seconds[workers] = (ticks[-1] - ticks[workers - 1]) / (len(ticks) - workers)
+            found[f"scaling_1_to_2_{engine}"] = seconds[1] / seconds[2]
+        return {**found, "scaling_1_to_2": max(found.values())}
+
+
+def start_ray() -> None:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=40)
+
+
+def overhead(items: int) -> dict[str, float]:
+    """Wall time above the stage's own, as a fraction of it; workers are warm."""
+    start_ray()
+    found = {}
+    for engine in ("dask", "ray"):
+        options = EngineOptions(name=engine, devices=("cpu", "cpu"))
+        ticks, napped = [], []
+        for outcome in stream(range(items), Stage(same, no_state, nap), options):
+            ticks.append(time.monotonic())
+            napped.append(outcome.seconds["run"])
+        wall = ticks[-1] - ticks[1]
+        stage = sum(napped[2:]) / 2
+        found[f"overhead_fraction_{engine}"] = wall / stage - 1
+    return {**found, "overhead_fraction": max(found.values())}
+
+
+def object_store(items: int) -> dict[str, float]:
+    """Peak of Ray's object store. Its level is what the cluster's own accounting says is not available."""
+    import ray
+
+    start_ray()
+    stage = Stage(big, no_state, total)
+    peak = 0.0
+    whole = ray.cluster_resources()["object_store_memory"]
+    for n, outcome in enumerate(stream(range(items), stage, EngineOptions(name="ray", devices=("cpu", "cpu")))):
+        assert outcome.ok
+        if n % 5 == 0:
+            peak = max(peak, whole - ray.available_resources().get("object_store_memory", whole))
+    return {"object_store_queued": items, "object_store_queued_mib": items * 4.0, "object_store_peak_mib": peak / MIB}
+
+
+def driver_memory(items: int) -> dict[str, float]:
+    process = psutil.Process()
+    early = 0.0
+    for n, _ in enumerate(
+        stream(range(items), Stage(same, no_state, lambda s, i: i), EngineOptions(devices=("a", "b")))
+    ):
+        if n == items // 10:
+            early = process.memory_info().rss
+    return {"driver_series": items, "driver_growth_mib": (process.memory_info().rss - early) / MIB}
+
+
+def hand_in(state: str, task: EncodeTask, *, record: LatentRecord) -> Encoded:
+    return Encoded(task.name, (replace(record, key=task.name, source_digest=task.name),), seconds={"vae": 1.0})
+
+
+def million(series: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(prefix="engine-bench-") as folder:
+        store = LatentStore.create(Path(folder) / "store", secret_fingerprint="0" * 16)
+        key = store.register_encoding(ENCODING)
+        latent = np.random.default_rng(0).standard_normal((4, 2, 8, 8)).astype(np.float16)
+        record = store.stage(
+            latent,
+            encode_key=key,
+            key="f" * 16,
+            role="thin",
+            z0_mm=0.0,
+            dz_mm=4.0,
+            valid_zyx=(8, 32, 32),
+            source_digest="",
+        )
+        tasks: Iterator[EncodeTask] = (EncodeTask(f"{n:016x}", key, None, None, ()) for n in range(series))
+        stage = Stage(same, no_state, functools.partial(hand_in, record=record))
+        process, began, rss = psutil.Process(), time.monotonic(), psutil.Process().memory_info().rss
+        with store.writer() as writer, GroupCommit(writer, key, "cpu", lambda attempted, latents: None) as commits:
+            for outcome in stream(tasks, stage, EngineOptions(devices=("a",) * 8)):
+                commits.put(outcome)
+        seconds = time.monotonic() - began
+        grown = process.memory_info().rss - rss
+        counted = LatentStore.open(store.url).manifest_table(("key",)).num_rows
+        assert counted == series == commits.committed
+        return {
+            "million_series": series,
+            "million_s": seconds,
+            "million_per_s": series / seconds,
+            "million_snapshots": LatentStore.open(store.url).snapshot,
+            "million_driver_bytes_a_row": grown / series,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--series", type=int, default=1_000_000, help="of the simulated job; a million takes minutes")
+    parser.add_argument("--only", help="one part: scaling, overhead, object_store, driver_memory or million")
+    options = parser.parse_args()
+    quick = options.quick
+    parts = {
+        "million": lambda: million(5_000 if quick else options.series),
+        "driver_memory": lambda: driver_memory(5_000 if quick else 100_000),
+        "overhead": lambda: overhead(40 if quick else 200),
+        "object_store": lambda: object_store(100 if quick else 1_000),
+        "scaling": lambda: scaling(6 if quick else 16, 64 if quick else 128),
+    }
+    import ray
+
+    out = Path(__file__).parent / "results" / "engine-cpu.json"
+    result: dict[str, Any] = {
+        "bench": "engine",
+        "device": "cpu",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "ray": ray.__version__,
+    }
+    for name, part in parts.items():
+        if options.only in (None, name):
+            result[f"load_before_{name}"] = os.getloadavg()[0]
+            result.update(part())
+    for name, value in result.items():
+        print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
+    if not quick:
+        if options.only and out.exists():  # one part alone renews its own figures and keeps the others'
+            result = {**json.loads(out.read_text()), **result}
+        out.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n")
+    print(json.dumps(result, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The run's report in a real browser: it works offline, by mouse and by keyboard, on a desk and on a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import canvas, chromium, grave_violations, opened
+from PIL import Image
+from playwright.sync_api import Browser, Page
+
+from cli.report import lead_paragraph
+from pipeline.evaluate import CaseScores
+from pipeline.evaluate_summary import summarise
+from pipeline.hu import Window
+from pipeline.report import write_report
+from pipeline.report_views import CODE_KNOTS, CODE_KNOTS_HU, CaseView, encode_view, view_stride
+
+SHAPE = (40, 60, 80)
+
+
+def volume(contrast: float) -> np.ndarray:
+    """A body with a bright ball, so that every view looks different."""
+    z, y, x = np.indices(SHAPE)
+    hu = np.where(((y - 30) / 26) ** 2 + ((x - 40) / 36) ** 2 < 1, 40.0, -1000.0)
+    hu[(2 * (z - 14)) ** 2 + (y - 22) ** 2 + (x - 52) ** 2 < 120] = 40 + contrast
+    return hu + 3 * np.sin(z)
+
+
+def document() -> dict[str, Any]:
+    def case(key: str, category: str, model: float) -> CaseScores:
+        figures = {"nearest": 27.0, "linear": 28.0, "cubic": 29.0, "model": model, "vae_ceiling": 31.0}
+        scores: dict[str, dict[str, Any]] = {
+            name: {
+                "psnr_db": value, "identical": False, "ssim": 0.9, "mae_hu": 4.0, "ms_ssim": {"value": 0.97},
+                "phase": [{"phase": 0.0, "rmse_hu": 5.0, "slices": 8}, {"phase": 0.4, "rmse_hu": 9.0, "slices": 16}],
+            }
+            for name, value in figures.items()
+        }  # fmt: skip
+        return CaseScores(key, category, 40, scores, {}, {"rms_hu": 3.2}, key, ())
+
+    cases = [case("aa01", "APE", 30.0), case("aa02", "APE", 30.4), case("bb01", "non-APE", 29.6)]
+    bad = CaseScores("bb02", "non-APE", 0, {}, {"case": "7 <non-finite> voxels"}, {}, "bb02", ())
+    return {
+        **summarise([*cases, bad]),
+        "window_hu": [-160.0, 240.0],
+        "by_case": [asdict(c) for c in [*cases, bad]],
+    }
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    contrasts = {"truth": 200.0, "linear": 90.0, "cubic": 110.0, "model": 170.0}
+    view = {**{name: volume(c) for name, c in contrasts.items()}, "uncertainty": np.full(SHAPE, 12.0)}
+    write_report(
+        path,
+        title="A run <made up>",
+        lead=lead_paragraph(document()),
+        document=document(),
+        window=Window(),
+        views=[CaseView("aa01", (1.0, 1.0, 1.0), view), CaseView("aa02", (1.0, 1.0, 1.0), {"truth": volume(50.0),
+               "linear": volume(50.0), "model": volume(50.0)})],
+        training=[{"step": i, "loss": 1 / (i + 1)} for i in range(10)],
+        provenance={"split": "test", "sampling": "</script><b>"},
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def desk(browser: Browser, page_file: Path) -> tuple[Page, list[str]]:
+    return opened(browser, page_file)
+
+
+def status(page: Page) -> str:
+    page.wait_for_function("document.getElementById('status').textContent.length > 0")
+    return page.locator("#status").inner_text()
+
+
+def canvas_sum(page: Page, index: int) -> float:
+    return float(canvas(page, f"c{index}").sum())
+
+
+def test_the_viewer_slider_presets_and_cross_hair_work(desk: tuple[Page, list[str]]) -> None:
+    page, complaints = desk
+    assert "truth" in status(page)
+    first = canvas_sum(page, 0)
+    page.locator("#wipe").fill("10")
+    wiped = canvas_sum(page, 0)
+    assert wiped != first
+    page.get_by_role("button", name="Lung").click()
+    assert page.get_by_role("button", name="Lung").get_attribute("aria-pressed") == "true"
+    assert canvas_sum(page, 0) > wiped, "air is grey in a lung window"
+    page.get_by_role("button", name="Run's window").click()
+    box = page.locator("#c0").bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + box["width"] * 52.5 / 80, box["y"] + box["height"] * 22.5 / 60)
+    assert page.locator("#t1").inner_text() == "Coronal, row 23 of 60"
+    assert page.locator("#t2").inner_text() == "Sagittal, column 53 of 80"
+    box = page.locator("#c1").bounding_box()
+    assert box is not None
+    # Rows of the coronal view run upwards: slice 14 of 40 lies at (39 - 14 + 0.5) / 40 from the top.
+    page.mouse.click(box["x"] + box["width"] * 52.5 / 80, box["y"] + box["height"] * 25.5 / 40)
+    assert page.locator("#t0").inner_text() == "Axial, slice 15 of 40"
+    text = status(page)
+    assert "truth 2" in text, text
+    assert "spread 12 HU" in text
+    assert complaints == []
+
+
+def test_the_keyboard_is_enough(desk: tuple[Page, list[str]]) -> None:
+    page, complaints = desk
+    page.locator("#c0").focus()
+    before = page.locator("#t0").inner_text()
+    page.keyboard.press("PageUp")
+    assert page.locator("#t0").inner_text() != before
+    column = page.locator("#t2").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#t2").inner_text() != column
+    wipe = page.locator("#wipe").input_value()
+    page.keyboard.press("]")
+    assert float(page.locator("#wipe").input_value()) == float(wipe) + 5
+    assert complaints == []
+
+
+def test_every_mode_paints_something_else(desk: tuple[Page, list[str]]) -> None:
+    page, complaints = desk
+    sums = []
+    for mode in ("wipe", "diff", "error", "spread"):
+        page.locator("#mode").select_option(mode)
+        sums.append(canvas_sum(page, 0))
+    assert len(set(sums)) == 4
+    page.locator("#case").select_option("1")
+    page.wait_for_function("document.getElementById('status').textContent.indexOf('spread') < 0")
+    assert page.locator("#mode").input_value() == "wipe", "a case without samples has no spread to show"
+    page.locator("#case").select_option("0")
+    page.wait_for_function("document.getElementById('status').textContent.indexOf('spread') > 0")
+    assert complaints == []
+
+
+def test_axe_finds_no_serious_violation(desk: tuple[Page, list[str]]) -> None:
+    page, _ = desk
+    assert grave_violations(page) == []
+
+
+def test_a_phone_shows_it_without_sideways_scrolling(browser: Browser, page_file: Path) -> None:
+    page, complaints = opened(browser, page_file, 390, 844)
+    status(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert complaints == []
+
+
+def test_the_page_looks_as_it_did(desk: tuple[Page, list[str]], repo_root: Path, tmp_path: Path) -> None:
+    """Loosely: at a sixteenth of the size, because fonts differ between machines."""
+    page, _ = desk
+    page.reload()
+    status(page)
+    shot = tmp_path / "viewer.png"
+    page.locator("#viewer").screenshot(path=shot)
+    with Image.open(shot) as image:
+        now = np.asarray(image.convert("L").resize((64, 32)), dtype=float)
+    with Image.open(repo_root / "tests" / "golden" / "report_viewer.png") as image:
+        then = np.asarray(image.convert("L").resize((64, 32)), dtype=float)
+    assert np.abs(now - then).mean() < 12
+
+
+def test_the_text_is_plain_escaped_and_complete(page_file: Path) -> None:
+    text = page_file.read_text(encoding="utf-8")
+    assert "A run &lt;made up&gt;" in text
+    assert "&lt;/script&gt;&lt;b&gt;" in text
+    assert "7 &lt;non-finite&gt; voxels" in text
+    assert "http:" not in text.replace("http://www.w3.org", "")
+    assert "https:" not in text
+    assert "{{" not in text
+
+
+def test_the_first_paragraph_is_honest_about_losses() -> None:
+    good = document()
+    assert "1.00 dB more than cubic" in lead_paragraph(good)
+    good["methods"]["model"]["psnr_db"] = 20.0
+    assert "do not use this model" in lead_paragraph(good)
+    good["methods"]["model"]["psnr_db"] = None
+    assert "could not be compared" in lead_paragraph(good)
+
+
+def test_a_page_stays_under_15_mb_at_full_size(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shape = (300, 100, 100)
+    assert view_stride((300, 512, 512)) == 6
+    noisy = rng.normal(40, 60, shape).astype(np.float32)
+    names = ("truth", "nearest", "linear", "cubic", "model", "vae_ceiling")
+    views = [CaseView(f"c{i}", (1.0, 4.0, 4.0), dict.fromkeys(names, noisy)) for i in range(3)]
+    path = tmp_path / "big.html"
+    write_report(path, title="t", lead="l", document=document(), window=Window(), views=views)
+    assert path.stat().st_size < 15_000_000
+
+
+def test_companding_keeps_soft_tissue_within_3_hu() -> None:
+    hu = np.linspace(-240, 340, 1000)
+    codes = np.rint(np.interp(hu, CODE_KNOTS_HU, CODE_KNOTS))
+    assert np.abs(np.interp(codes, CODE_KNOTS, CODE_KNOTS_HU) - hu).max() < 2
+    case = encode_view(CaseView("k", (2.0, 1.0, 1.0), {"truth": volume(10)}))
+    assert case["shape"] == list(SHAPE)
+    assert case["spacing"] == [2.0, 1.0, 1.0]
