@@ -34,6 +34,9 @@ def decode(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Also write the standard deviation over samples, in HU.")
     ] = False,
+    uncertainty_map: Annotated[
+        bool, typer.Option("--uncertainty-map", help="The same as a Parametric Map instead of a second CT series.")
+    ] = False,
     detail: Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")] = "residual",
     consistency: Annotated[
         bool | None,
@@ -81,6 +84,7 @@ def decode(
     from pipeline.private import PrivateStore
 
     transfer_syntax_uid(transfer_syntax)
+    uncertainty = uncertainty or uncertainty_map
     if enhanced and checkpoint is None:
         raise InputError(
             "--enhanced for stored latents",
@@ -111,6 +115,7 @@ def decode(
             window_of(latents, encode_key),
             transfer_syntax=transfer_syntax,
             uncertainty=uncertainty,
+            uncertainty_map=uncertainty_map,
             enhanced=enhanced,
             store_snapshot=latents.snapshot,
             **sampled,

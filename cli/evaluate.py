@@ -224,6 +224,7 @@ def _volume_model(
     from pipeline.compose import ComposeSettings, compose, parse_detail
     from pipeline.hu import Window
     from pipeline.interpolate import condition_latent
+    from pipeline.metrics import require_finite
 
     model = Interpolator.load(run, device=device)
     encoding = encoding_of(model)
@@ -242,7 +243,8 @@ def _volume_model(
         def decoded(z: Any) -> Any:
             return window.from_unit(np.asarray(codec.decode(np.asarray(z, dtype=np.float32), thin.shape_zyx)))
 
-        hu, _ = compose(decoded(latent), window, thick, thin, composing, condition_hu=decoded(seen))
+        generated = require_finite(decoded(latent), "the decoded model output")
+        hu, _ = compose(generated, window, thick, thin, composing, condition_hu=decoded(seen))
         return hu
 
     return generate, model.checkpoint_sha256

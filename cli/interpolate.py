@@ -32,6 +32,9 @@ def interpolate(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Also write the standard deviation over samples, in HU.")
     ] = False,
+    uncertainty_map: Annotated[
+        bool, typer.Option("--uncertainty-map", help="The same as a Parametric Map instead of a second CT series.")
+    ] = False,
     detail: Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")] = "residual",
     consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
     fwhm_mm: Annotated[
@@ -72,6 +75,7 @@ def interpolate(
     from pipeline.slice_profile import SliceProfile
 
     transfer_syntax_uid(transfer_syntax)
+    uncertainty = uncertainty or uncertainty_map
     model = Interpolator.load(checkpoint, device=device)
     encoding = encoding_of(model)
     options = {"sampler": sampler, "num_inference_steps": steps, "seed": seed}
@@ -81,6 +85,7 @@ def interpolate(
             Window(encoding.window_center, encoding.window_width),
             transfer_syntax=transfer_syntax,
             uncertainty=uncertainty,
+            uncertainty_map=uncertainty_map,
             enhanced=enhanced,
             checkpoint_sha256=model.checkpoint_sha256,
             sampling=sampling_facts(model, options, samples),
@@ -149,7 +154,7 @@ def estimate_seconds(
     times_larger = float(np.prod(shape_zyx)) / (64.0 * depth * side * side)
     steps = options["num_inference_steps"] or model.objective.default_steps
     decodes = (samples if apart else 1) + 1 + 1 / 3
-    return times_larger * (samples * steps * one_step + decodes * one_decode)
+    return float(times_larger * (samples * steps * one_step + decodes * one_decode))
 
 
 def spell_seconds(seconds: float) -> str:

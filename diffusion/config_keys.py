@@ -27,12 +27,12 @@ def known_keys(kind: Any, prefix: str = "") -> list[str]:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known key that looks most like an unknown one, its last part counting once more than its section."""
+    """The known key that looks most like an unknown one, its last part counting again."""
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
         tails = (key.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1])
-        return 2 * whole + difflib.SequenceMatcher(None, *tails).ratio()
+        return 3 * whole + difflib.SequenceMatcher(None, *tails).ratio()
 
     return max(known, key=likeness)
 

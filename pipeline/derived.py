@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.compose import ComposeSettings, agreement, compose, plain_round_trip
 from pipeline.dicom_enhanced import check_enhanced, write_enhanced
+from pipeline.dicom_parametric import write_parametric_map
 from pipeline.dicom_provenance import Provenance
 from pipeline.dicom_uids import SeriesIdentity
 from pipeline.dicom_write import write_series
@@ -39,6 +40,7 @@ class WriteSettings:
     """How derived series are written. ``sampling`` and ``checkpoint_sha256`` go into the provenance.
 
     Attributes:
+        uncertainty_map: The uncertainty as a Parametric Map instead of a second CT series.
         enhanced: One Enhanced CT instance instead of a CT instance a slice.
     """
 
@@ -46,6 +48,7 @@ class WriteSettings:
     window: Window
     transfer_syntax: str = "explicit"
     uncertainty: bool = False
+    uncertainty_map: bool = False
     enhanced: bool = False
     checkpoint_sha256: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -147,11 +150,35 @@ def write_derived(
         check_enhanced(header)
     if settings.uncertainty and volume.spread is not None:
         name = f"{key}-uncertainty"
-        stored = np.clip(np.rint(volume.spread / UNCERTAINTY_SLOPE), 0, 32767).astype(np.int16)
         described = replace(provenance, kind="uncertainty")
-        out_dir = settings.out_dir / name
-        write_series(stored, target, header, out_dir, provenance=described, slope=UNCERTAINTY_SLOPE, **common)
+        _write_uncertainty(volume.spread, target, header, settings.out_dir / name, identity, described, settings)
         folders.append(name)
     write = write_enhanced if settings.enhanced else write_series
     written = write(volume.hu, target, header, settings.out_dir / key, provenance=provenance, **common)
     return DerivedSeries(key, written.series_uid, tuple(folders), len(volume.hu), volume.figures)
+
+
+def _write_uncertainty(
+    spread: NDArray[np.float32],
+    target: Geometry,
+    header: SourceHeader,
+    out_dir: Path,
+    identity: SeriesIdentity,
+    provenance: Provenance,
+    settings: WriteSettings,
+) -> None:
+    """Standard deviation (z, y, x) in HU: floats in a Parametric Map, or a CT series in steps of a tenth of a HU."""
+    if settings.uncertainty_map:
+        write_parametric_map(spread, target, header, out_dir, uids=identity, provenance=provenance)
+        return
+    stored = np.clip(np.rint(spread / UNCERTAINTY_SLOPE), 0, 32767).astype(np.int16)
+    write_series(
+        stored,
+        target,
+        header,
+        out_dir,
+        uids=identity,
+        provenance=provenance,
+        transfer_syntax=settings.transfer_syntax,
+        slope=UNCERTAINTY_SLOPE,
+    )

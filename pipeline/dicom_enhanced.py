@@ -144,7 +144,7 @@ def _dataset(
     add_provenance(ds, provenance, (), identity.source_sop_class)
     del ds.DerivationDescription, ds.DerivationCodeSequence  # these stand in a functional group here
     ds.ContentQualification = "RESEARCH"
-    ds.SourceImageEvidenceSequence = DicomSequence([_evidence(header, identity, provenance)])
+    ds.SourceImageEvidenceSequence = DicomSequence([evidence_item(header, identity, provenance)])
     description, _ = described(provenance)
     ds.SOPClassUID, ds.SOPInstanceUID = ENHANCED_CT_IMAGE_STORAGE, sop_uid
     ds.Modality, ds.SeriesInstanceUID, ds.SeriesNumber = "CT", series_uid, SERIES_NUMBER
@@ -159,6 +159,16 @@ def _dataset(
     ds.ContentDate, ds.ContentTime = time.strftime("%Y%m%d"), time.strftime("%H%M%S")
     ds.AcquisitionContextSequence = DicomSequence([])
     _add_pixel_description(ds, geometry, pixels)
+    add_stack_dimension(ds, series_uid)
+    ds.SharedFunctionalGroupsSequence = DicomSequence([_shared_groups(geometry, header, identity, provenance, pixels)])
+    ds.PerFrameFunctionalGroupsSequence = DicomSequence(
+        [frame_groups(geometry, i) for i in range(geometry.shape_zyx[0])]
+    )
+    return ds
+
+
+def add_stack_dimension(ds: Dataset, series_uid: str) -> None:
+    """Multi-frame Dimension module (C.7.6.17): frames follow their position in the one stack."""
     dimension = derived_uid("dimension", series_uid)
     organization = Dataset()
     organization.DimensionOrganizationUID = dimension
@@ -168,11 +178,6 @@ def _dataset(
     index.DimensionIndexPointer = Tag("InStackPositionNumber")
     index.FunctionalGroupPointer = Tag("FrameContentSequence")
     ds.DimensionIndexSequence = DicomSequence([index])
-    ds.SharedFunctionalGroupsSequence = DicomSequence([_shared_groups(geometry, header, identity, provenance, pixels)])
-    ds.PerFrameFunctionalGroupsSequence = DicomSequence(
-        [_frame_groups(geometry, i) for i in range(geometry.shape_zyx[0])]
-    )
-    return ds
 
 
 def _add_pixel_description(ds: Dataset, geometry: Geometry, pixels: PixelFormat) -> None:
@@ -197,14 +202,6 @@ def _shared_groups(
     pixels: PixelFormat,
 ) -> Dataset:
     """The macros that all frames share (C.7.6.16.2, C.8.15.3)."""
-    dz, dy, dx = geometry.spacing_mm_zyx
-    row_step, column_step = geometry.affine[:3, 2], geometry.affine[:3, 1]
-    measures = Dataset()
-    measures.PixelSpacing = [spell_number(dy), spell_number(dx)]
-    measures.SliceThickness = spell_number(geometry.thickness_mm)
-    measures.SpacingBetweenSlices = spell_number(dz)
-    orientation = Dataset()
-    orientation.ImageOrientationPatient = [spell_number(v) for v in (*(row_step / dx), *(column_step / dy))]
     anatomy = Dataset()
     code, meaning = REGIONS[str(header.public["BodyPartExamined"]).upper()]
     anatomy.FrameLaterality, anatomy.AnatomicRegionSequence = "U", coded(code, "SCT", meaning)
@@ -216,14 +213,12 @@ def _shared_groups(
     values.RescaleType = "HU"
     window = Dataset()
     window.WindowCenter, window.WindowWidth = (spell_number(v) for v in provenance.window)
-    groups = Dataset()
-    groups.PixelMeasuresSequence = DicomSequence([measures])
-    groups.PlaneOrientationSequence = DicomSequence([orientation])
+    groups = lattice_groups(geometry)
     groups.FrameAnatomySequence = DicomSequence([anatomy])
     groups.CTImageFrameTypeSequence = DicomSequence([frame_type])
     groups.PixelValueTransformationSequence = DicomSequence([values])
     groups.FrameVOILUTSequence = DicomSequence([window])
-    groups.DerivationImageSequence = DicomSequence([_derivation(identity, provenance)])
+    groups.DerivationImageSequence = DicomSequence([derivation_item(identity, provenance)])
     event = Dataset()
     # The source's own event UID is not kept; a keyed one stands for it, the same for every series derived from it.
     event.IrradiationEventUID = derived_uid("irradiation-event", provenance.source_key)
@@ -231,7 +226,23 @@ def _shared_groups(
     return groups
 
 
-def _derivation(identity: SeriesIdentity, provenance: Provenance) -> Dataset:
+def lattice_groups(geometry: Geometry) -> Dataset:
+    """Pixel Measures and Plane Orientation macros (C.7.6.16.2.1, C.7.6.16.2.4)."""
+    dz, dy, dx = geometry.spacing_mm_zyx
+    row_step, column_step = geometry.affine[:3, 2], geometry.affine[:3, 1]
+    measures = Dataset()
+    measures.PixelSpacing = [spell_number(dy), spell_number(dx)]
+    measures.SliceThickness = spell_number(geometry.thickness_mm)
+    measures.SpacingBetweenSlices = spell_number(dz)
+    orientation = Dataset()
+    orientation.ImageOrientationPatient = [spell_number(v) for v in (*(row_step / dx), *(column_step / dy))]
+    groups = Dataset()
+    groups.PixelMeasuresSequence = DicomSequence([measures])
+    groups.PlaneOrientationSequence = DicomSequence([orientation])
+    return groups
+
+
+def derivation_item(identity: SeriesIdentity, provenance: Provenance) -> Dataset:
     """Derivation Image macro (C.7.6.16.2.6): every source slice that contributed."""
     item = Dataset()
     item.DerivationDescription = provenance.summary()
@@ -247,7 +258,7 @@ def _derivation(identity: SeriesIdentity, provenance: Provenance) -> Dataset:
     return item
 
 
-def _evidence(header: SourceHeader, identity: SeriesIdentity, provenance: Provenance) -> Dataset:
+def evidence_item(header: SourceHeader, identity: SeriesIdentity, provenance: Provenance) -> Dataset:
     """The source slices by study and series (Source Image Evidence, C.8.15.2)."""
     series = Dataset()
     original = header.identity.get("SeriesInstanceUID") if identity.restored else None
@@ -264,7 +275,7 @@ def _evidence(header: SourceHeader, identity: SeriesIdentity, provenance: Proven
     return study
 
 
-def _frame_groups(geometry: Geometry, index: int) -> Dataset:
+def frame_groups(geometry: Geometry, index: int) -> Dataset:
     """Frame Content and Plane Position of one slice (C.7.6.16.2.2, C.7.6.16.2.3)."""
     content = Dataset()
     content.StackID, content.InStackPositionNumber, content.DimensionIndexValues = "1", index + 1, [index + 1]

@@ -262,22 +262,7 @@ def _connect(options: EngineOptions) -> Any:
             remedy="pip install 'ctpipe[ray]', or use --engine dask.",
         ) from error
     if not ray.is_initialized():
-        local = options.ray_address in (None, "local")
-        settings: dict[str, Any] = {"num_cpus": max(2, len(options.devices) + 1)} if local else {}
-        try:
-            ray.init(
-                address="local" if local else options.ray_address,
-                include_dashboard=False if local else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **settings,
-            )
-        except ConnectionError as error:
-            raise InputError(
-                "no Ray cluster answers at that address",
-                expected="a running head node",
-                remedy="Start one: ray start --head.",
-            ) from error
+        _init(ray, options)
     found = float(ray.cluster_resources().get("GPU", 0))
     wanted = len(options.devices) * options.gpus_per_worker
     if options.wants_gpu and found < wanted:
@@ -287,3 +272,36 @@ def _connect(options: EngineOptions) -> Any:
             remedy="Give fewer --gpus, or --gpus 0 to encode on CPUs, or wait until GPU nodes have joined.",
         )
     return ray
+
+
+def _init(ray: Any, options: EngineOptions) -> None:
+    local = options.ray_address in (None, "local")
+    settings: dict[str, Any] = {"num_cpus": max(2, len(options.devices) + 1)} if local else {}
+    for left in (2, 1, 0):
+        try:
+            ray.init(
+                address="local" if local else options.ray_address,
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **settings,
+            )
+            return
+        except ConnectionError as error:
+            raise InputError(
+                "no Ray cluster answers at that address",
+                expected="a running head node",
+                remedy="Start one: ray start --head.",
+            ) from error
+        except Exception as error:
+            # Ray gives its own processes 30 s, which a busy machine may not keep; it raises a bare Exception then.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise InputError(
+                    "Ray did not start on this machine in three attempts",
+                    expected="its processes up within 30 s",
+                    remedy="Make the machine less busy, or use --engine dask.",
+                ) from error
+            log.warning("Ray did not start within 30 s; trying again")

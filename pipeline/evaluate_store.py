@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from latentcache.errors import CtpipeError, InputError
 from latentcache.records import PairRecord
 from latentcache.store import LatentStore
+from pipeline import metrics
 from pipeline.baselines import BASELINES, apply, weights
 from pipeline.compose import ComposeSettings, compose
 from pipeline.encode import Encoder
@@ -57,11 +58,16 @@ SamplesOf = Callable[[PairRecord], Iterator[NDArray[Any]]]
 
 @dataclass(frozen=True)
 class MethodOutput:
-    """One method's volume (z, y, x) in HU on the compared slices, with the figures of its composition."""
+    """One method's volume (z, y, x) in HU on the compared slices, with the figures of its composition.
+
+    ``whole_range`` is False where only values inside the window mean anything; ``hu`` is None where there is an
+    ``error`` instead.
+    """
 
     name: str
-    hu: NDArray[Any]
+    hu: NDArray[Any] | None
     whole_range: bool = True
+    error: str = ""
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -145,26 +151,40 @@ def case_methods(
     if condition is not None:
         condition_hu = decoded(store.read(condition))
         yield MethodOutput("condition_round_trip", condition_hu, whole_range=False)
-    if settings.compose.detail == "residual" and condition_hu is None:
+    try:
+        yield _model_output(work, pair, thick, target, fit, condition_hu, decoded)
+    except CtpipeError as error:
+        yield MethodOutput("model", None, error=str(error))
+    del condition_hu
+    ceiling = store.find(pair.thin_key, "thin", settings.encode_key)
+    if ceiling is not None:
+        yield MethodOutput("vae_ceiling", decoded(store.read(ceiling)), whole_range=False)
+
+
+def _model_output(
+    work: _Work,
+    pair: PairRecord,
+    thick: Volume,
+    target: Geometry,
+    fit: ProtocolFit | None,
+    condition_hu: NDArray[np.float32] | None,
+    decoded: Callable[[NDArray[Any]], NDArray[np.float32]],
+) -> MethodOutput:
+    composing = work.settings.compose
+    if composing.detail == "residual" and condition_hu is None:
         raise InputError(
             f"pair {pair.pair_key} without a thick_on_thin latent",
             expected="one, because residual detail needs the condition decoded",
             remedy="Encode with --roles thin,thick,thick_on_thin, or use --detail absolute.",
         )
-    composing = settings.compose
     if fit is not None:
         composing = replace(
             composing, profile=composing.profile or fit.profile, noise_hu=composing.noise_hu or fit.noise_hu
         )
-    if composing.detail == "absolute":
-        condition_hu = None
-    hu, figures = compose(decoded(work.generated(pair)), window, thick, target, composing, condition_hu=condition_hu)
-    del condition_hu
-    yield MethodOutput("model", hu, figures=figures)
-    del hu
-    ceiling = store.find(pair.thin_key, "thin", settings.encode_key)
-    if ceiling is not None:
-        yield MethodOutput("vae_ceiling", decoded(store.read(ceiling)), whole_range=False)
+    generated = metrics.require_finite(decoded(work.generated(pair)), "the decoded model output")
+    seen = condition_hu if composing.detail == "residual" else None
+    hu, figures = compose(generated, work.settings.window, thick, target, composing, condition_hu=seen)
+    return MethodOutput("model", hu, figures=figures)
 
 
 def _evaluate(work: _Work, pair: PairRecord, fit: ProtocolFit | None, view_folder: Path | None) -> CaseScores:
@@ -180,6 +200,9 @@ def _evaluate(work: _Work, pair: PairRecord, fit: ProtocolFit | None, view_folde
     stride = view_stride(case.truth.shape)
     view = {"truth": _for_viewer(case.truth, stride)}
     for output in case_methods(work, pair, thick, thin.geometry, fit):
+        if output.hu is None:
+            failures[output.name] = output.error
+            continue
         if view_folder is not None and output.name in VIEWED:
             view[output.name] = _for_viewer(output.hu, stride)
         if output.figures:

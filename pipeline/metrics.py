@@ -60,6 +60,20 @@ def check(prediction: NDArray[Any], truth: NDArray[Any], mask: NDArray[np.bool_]
             )
 
 
+def require_finite(hu: NDArray[Any], what: str) -> NDArray[Any]:
+    """``hu`` itself. Composition ends in int16, where a NaN would become a number: look before.
+
+    Raises:
+        NonFiniteError: NaN or infinity anywhere.
+    """
+    bad = sum(int(piece.size - np.count_nonzero(np.isfinite(piece))) for piece in hu)
+    if bad:
+        raise NonFiniteError(
+            f"{bad} non-finite voxels in {what}", expected="finite HU", remedy="Check the checkpoint and its sampling."
+        )
+    return hu
+
+
 def _slices(
     prediction: NDArray[Any], truth: NDArray[Any], mask: NDArray[np.bool_] | None = None
 ) -> Iterator[tuple[Slice, Slice]]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of genuine CT: CTPIPE_REAL_DATA, else ../shared/data/real beside the project; skips where there is none."""
+    """Folder of genuine CT: CTPIPE_REAL_DATA, else ../shared/data/real beside the project; skips without one."""
     folder = Path(os.environ.get("CTPIPE_REAL_DATA") or ROOT.parent / "shared" / "data" / "real")
     if not folder.is_dir():
         pytest.skip("no genuine CT here: set CTPIPE_REAL_DATA")

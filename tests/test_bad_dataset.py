@@ -53,7 +53,8 @@ def test_the_rest_completes_and_what_was_set_aside_is_named_by_key(dataset: Path
     for reason in ("zip", "DICOM", "thin"):
         assert reason in text
     assert "MUELLER" not in said
-    lonely = {s.series_key for s in series if s.role == "thick"} - {p.thick_key for p in pairs}
+    paired = {p.thick_key for p in pairs}
+    lonely = {s.patient_key for s in series if s.role == "thick" and s.series_key not in paired}
     assert len(lonely) == 1
     assert next(iter(lonely)) in text
 

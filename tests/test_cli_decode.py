@@ -115,7 +115,7 @@ def test_interpolate_needs_no_store(
         ctpipe(*words)
     words[2] = tmp_path / "one-file"
     assert ctpipe(*words, "--enhanced", "--json") == Exit.OK
-    (frames,) = (tmp_path / "one-file" / done["key"]).iterdir()
+    (frames,) = (tmp_path / "one-file" / result(capsys)["key"]).iterdir()
     assert pydicom.dcmread(frames).NumberOfFrames == done["slices"]
     with pytest.raises(InputError, match="--enhanced for stored latents"):
         ctpipe("decode", site.store, tmp_path / "none", "--enhanced")

@@ -38,7 +38,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert notes == []
     assert (config.preset, config.data.window, config.data.crop) == ("tiny", 20, None)
     assert config.optimiser.learning_rate == 3e-4, "YAML reads 3e-4 as text"
-    assert config.optimiser.betas == (0.9, 1.0)
+    assert config.optimiser.betas == (0.9, 0.95)
     assert config.budget.max_seconds == 7.0, "a section may be left out where the key is unique"
     assert config.model.multipliers == (1, 2)
 

@@ -90,18 +90,22 @@ def test_dask_cluster_gives_every_item_one_outcome(dask_scheduler: str) -> None:
     assert all({"prepare", "run"} <= set(o.seconds) for o in outcomes if o.ok)
 
 
-def test_ray_outlives_a_dead_worker_a_poison_pill_and_a_hanging_item(ray_session: None, tmp_path: Path) -> None:
+def test_ray_outlives_a_dead_worker_and_a_poison_pill(ray_session: None, tmp_path: Path) -> None:
     stage = Stage(prepare=prepare, setup=setup, run=functools.partial(run, folder=str(tmp_path)))
-    options = EngineOptions(name="ray", devices=("cpu", "cpu"), timeout_s=8.0)
-    outcomes = {o.item: o for o in stream(range(20), stage, options)}
-    assert sorted(outcomes) == list(range(20))
-    assert {i: o.error_kind for i, o in outcomes.items() if not o.ok} == {
-        5: "InputError",
-        7: "WorkerDied",
-        11: "Timeout",
-    }
+    options = EngineOptions(name="ray", devices=("cpu", "cpu"), losses=2)
+    items = [i for i in range(20) if i != 11]
+    outcomes = {o.item: o for o in stream(items, stage, options)}
+    assert sorted(outcomes) == items
+    assert {i: o.error_kind for i, o in outcomes.items() if not o.ok} == {5: "InputError", 7: "WorkerDied"}
     assert outcomes[3].value == 9
-    assert "3 workers died" in str(outcomes[7].error)
+    assert "2 workers died" in str(outcomes[7].error)
+
+
+def test_ray_sets_a_hanging_item_aside(ray_session: None) -> None:
+    stage = Stage(prepare=prepare, setup=setup, run=run)
+    outcomes = {o.item: o for o in stream([1, 11, 2], stage, EngineOptions(name="ray", timeout_s=15.0))}
+    assert sorted(outcomes) == [1, 2, 11]
+    assert (outcomes[11].error_kind, outcomes[2].value) == ("Timeout", 4)
 
 
 def test_ray_says_why_a_worker_cannot_start(ray_session: None) -> None:

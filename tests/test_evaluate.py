@@ -67,9 +67,8 @@ def test_the_truth_scores_perfect(case: Case) -> None:
     assert found["slice_to_slice"] == {"jitter_hu": 0, "roughness_ratio": 1}
     assert found["null_space"]["explained"] == pytest.approx(1)
     assert found["null_space"]["measured_rmse_hu"] == 0
-    assert found["noise"]["prediction"] == found["noise"]["truth"]
     assert found["lung"]["volume_ml"] > 0
-    assert found["not_measured"] == {}
+    assert found["not_measured"].keys() == {"noise"}, "at 3.6 mm pixels no tile of 16 is even"
 
 
 def test_interpolation_is_blurred_and_invents_less(linear: np.ndarray, case: Case) -> None:
@@ -77,7 +76,6 @@ def test_interpolation_is_blurred_and_invents_less(linear: np.ndarray, case: Cas
     assert blurred["sharpness_z"]["width_mm"] > 1.2 * truth["sharpness_z"]["width_mm"]
     assert blurred["slice_to_slice"]["roughness_ratio"] < 0.8
     assert blurred["null_space"]["energy_ratio"] < 0.9
-    assert blurred["noise"]["prediction"]["std_hu"] < blurred["noise"]["truth"]["std_hu"]
 
 
 def test_a_shift_of_two_slices_costs_about_three_db(linear: np.ndarray, case: Case) -> None:

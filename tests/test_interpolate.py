@@ -55,7 +55,7 @@ def same(condition: NDArray[np.float32]) -> list[NDArray[np.float32]]:
 
 
 def settings(out: Path, **options: Any) -> InterpolateSettings:
-    writing = {k: options.pop(k) for k in ("uncertainty", "transfer_syntax") if k in options}
+    writing = {k: options.pop(k) for k in ("uncertainty", "uncertainty_map", "transfer_syntax") if k in options}
     return InterpolateSettings(WriteSettings(out, WINDOW, **writing), **options)
 
 
@@ -121,6 +121,12 @@ def test_samples_give_an_uncertainty_series(study: Study, tmp_path: Path) -> Non
     done = interpolate(study.thick, study.scanned, KEYS, AverageCodec(), two, wanted)
     assert [p.name for p in sorted(tmp_path.iterdir())] == [done.key, f"{done.key}-uncertainty"]
     assert done.figures["uncertainty_mean_hu"] > 0
+    as_map = settings(tmp_path / "map", uncertainty=True, uncertainty_map=True)
+    interpolate(study.thick, study.scanned, KEYS, AverageCodec(), two, as_map)
+    (path,) = (tmp_path / "map" / f"{done.key}-uncertainty").iterdir()
+    spread = pydicom.dcmread(path)
+    assert spread.SOPClassUID.name == "Parametric Map Storage"
+    assert spread.pixel_array.mean() == pytest.approx(done.figures["uncertainty_mean_hu"], abs=0.01)
 
 
 def test_restored_identity(study: Study, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -243,7 +244,12 @@ def test_the_zip_is_ct_that_reads_back_to_the_volume(tmp_path: Path) -> None:
             _assert_same(read, series)
             for name in (names[0], names[-1]):
                 (tmp_path / "one.dcm").write_bytes(archive.read(name))
-                result = subprocess.run(["dciodvfy", tmp_path / "one.dcm"], capture_output=True, text=True, check=False)
+                result = subprocess.run(
+                    [Path(sys.executable).parent / "dciodvfy", tmp_path / "one.dcm"],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
                 assert "Error" not in result.stdout + result.stderr
                 assert "CTImage" in result.stdout + result.stderr
 
