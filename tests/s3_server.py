@@ -72,14 +72,14 @@ def _proxy(server: S3Server) -> type[BaseHTTPRequestHandler]:
             if fault == "drop":
                 self.close_connection = True
                 return
-            upstream = HTTPConnection("127.0.0.1", int(server.direct.rsplit(":", 1)[1]), timeout=30)
-            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                upstream.putheader(name, value)
-            upstream.endheaders(body)
-            answer = upstream.getresponse()
-            data = answer.read()
-            upstream.close()
+            port = int(server.direct.rsplit(":", 1)[1])
+            with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=30)) as upstream:
+                upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    upstream.putheader(name, value)
+                upstream.endheaders(body)
+                answer = upstream.getresponse()
+                data = answer.read()
             if fault == "drop-answer":  # the work was done, the client never learns it
                 self.close_connection = True
                 return
