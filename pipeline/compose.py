@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache.errors import InputError
+from latentcache.errors import InputError, NonFiniteError
 from pipeline.consistency import ProjectionFigures, measurement_noise, project, residual_rms, row_blocks
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
@@ -133,6 +133,13 @@ def compose(
     settings = settings or ComposeSettings()
     if decoded_hu.shape != target.shape_zyx or thick.hu.shape[1:] != target.shape_zyx[1:]:
         raise AssertionError(f"decoded {decoded_hu.shape}, thick {thick.hu.shape}, target {target.shape_zyx}")
+    # One pass: a sum is finite only if every term is. A cast to int16 would turn NaN into ordinary HU.
+    if not np.isfinite(decoded_hu.sum(dtype=np.float64)):
+        raise NonFiniteError(
+            "NaN or infinity in the decoded volume",
+            expected="finite HU",
+            remedy="Run `ctpipe verify STORE`; if it is clean, the checkpoint's weights are damaged.",
+        )
     if settings.detail == "absolute":
         condition_hu = None
     x, restored = restore(decoded_hu, window, thick, target, settings, condition_hu)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from latentcache.errors import NonFiniteError
 from pipeline.compose import ComposeSettings, agreement, compose, hand_over, interpolated
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
@@ -123,3 +124,11 @@ def test_interpolation_never_leaves_the_measured_range(case: tuple[NDArray[np.fl
     base = interpolated(thick, target, "cubic")
     assert (base >= thick.hu.min(axis=0)).all()
     assert (base <= thick.hu.max(axis=0)).all()
+
+
+def test_a_nan_is_named_not_cast_to_ordinary_hu(case: tuple[NDArray[np.float32], Volume, Geometry]) -> None:
+    truth, thick, target = case
+    broken = truth.copy()
+    broken[3, 4, 5] = np.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinity in the decoded volume"):
+        compose(broken, WINDOW, thick, target)
