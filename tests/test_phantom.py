@@ -54,7 +54,7 @@ def _sum(canvas: Canvas) -> float:
 def test_a_sphere_keeps_its_volume_at_any_pixel_size(radius: float, pixel: float, offset: float) -> None:
     canvas = _empty(_grid(pixel))
     Ellipsoid((offset, -offset, offset), (radius, radius, radius), Material(1.0)).paint(canvas)
-    # An edge blurred by sigma turns r^3 into r^3 + 3 r sigma^2; the painter's edge has a sigma of about a quarter pixel.
+    # An edge blurred by sigma turns r^3 into r^3 + 3 r sigma^2; the painter's has a sigma of about a quarter pixel.
     allowed = max(0.08, 3.2 * (0.25 * pixel / radius) ** 2)
     assert _sum(canvas) == pytest.approx(4 / 3 * np.pi * radius**3, rel=allowed)
 
