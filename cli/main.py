@@ -6,8 +6,8 @@ import importlib
 import logging
 import pkgutil
 import sys
+from typing import Any
 
-import click
 import typer
 
 import cli
@@ -21,6 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# The base of every usage error, whether typer uses click or, since 0.29, carries a copy of it.
+UsageError: Any = typer.BadParameter.__bases__[0]
 
 NOT_COMMANDS = {"main", "output"}
 
@@ -42,10 +45,10 @@ def main() -> None:
     except CtpipeError as error:
         stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(Exit.FAILED)
-    except click.UsageError as error:
+    except UsageError as error:
         error.show()
         sys.exit(Exit.USAGE)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         stderr.print("interrupted; run the same command again to resume")
         sys.exit(130)
     sys.exit(int(code) if isinstance(code, int) else Exit.OK)
