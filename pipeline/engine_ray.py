@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from latentcache.errors import CtpipeError, InputError
 from pipeline.engine import EngineOptions, Outcome, Stage, attempt, timed
 from pipeline.engine_dask import check_nodes, node_facts
+from pipeline.ray_cluster import connect
 
 log = logging.getLogger("ctpipe.engine")
 
@@ -114,6 +115,16 @@ class Lane(Generic[T]):
         self.refused = error
         self.pool.ray.kill(self.actor)
 
+    def takes(self, flight: Flight[T]) -> bool:
+        """Whether the lane may have this item now. What has lost a worker runs alone, and nothing queues behind it.
+
+        A worker that dies takes down answers it had not yet handed over, so the item before a poisonous one is blamed
+        with it. Run alone, an innocent item is blamed once at most, and a poisonous one blames nobody else again.
+        """
+        if flight.lost:
+            return not self.queue
+        return len(self.queue) < 1 + self.pool.options.prefetch and not (self.queue and self.queue[0].lost)
+
     def send(self, flight: Flight[T]) -> None:
         if not self.queue:
             self.since = time.monotonic()
@@ -158,7 +169,7 @@ def ray_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOpti
     Raises:
         InputError: Ray is not installed or not there, too few GPUs, or no worker can start.
     """
-    ray = _connect(options)
+    ray = connect(options)
     pool = Pool(ray, stage, options)
     lanes: list[Lane[T]] = [Lane(pool) for _ in options.devices]
     try:
@@ -168,19 +179,21 @@ def ray_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOpti
             ray.kill(lane.actor)
 
 
+_END: Any = object()
+
+
 def _drive(ray: Any, lanes: list[Lane[T]], source: Iterator[T], options: EngineOptions) -> Iterator[Outcome[T, Any]]:
     again: deque[Flight[T]] = deque()
     begun = False
 
-    def take() -> Flight[T] | None:
-        if again:
-            return again.popleft()
-        return next((Flight(item) for item in source), None)
-
     while True:
         for lane in lanes:
-            while lane.ready and len(lane.queue) < 1 + options.prefetch and (flight := take()) is not None:
-                lane.send(flight)
+            while lane.ready:
+                if not again and (item := next(source, _END)) is not _END:
+                    again.append(Flight(item))
+                if not again or not lane.takes(again[0]):
+                    break
+                lane.send(again.popleft())
         begun = begun or any(lane.ready for lane in lanes)
         heads = {lane.queue[0].ref: lane for lane in lanes if lane.queue}
         starting = {lane.starting: lane for lane in lanes if lane.starting is not None}
@@ -250,58 +263,3 @@ def _could_not_start(error: Exception) -> InputError:
         expected="a worker that can load the VAE and see the store",
         remedy="Check that every node has the weights' file and reaches the store's URL.",
     )
-
-
-def _connect(options: EngineOptions) -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError(
-            "Ray is not installed",
-            expected="the extra `ray`",
-            remedy="pip install 'ctpipe[ray]', or use --engine dask.",
-        ) from error
-    if not ray.is_initialized():
-        _init(ray, options)
-    found = float(ray.cluster_resources().get("GPU", 0))
-    wanted = len(options.devices) * options.gpus_per_worker
-    if options.wants_gpu and found < wanted:
-        raise InputError(
-            f"a Ray cluster with {found:g} GPUs",
-            expected=f"at least {wanted:g}",
-            remedy="Give fewer --gpus, or --gpus 0 to encode on CPUs, or wait until GPU nodes have joined.",
-        )
-    return ray
-
-
-def _init(ray: Any, options: EngineOptions) -> None:
-    local = options.ray_address in (None, "local")
-    settings: dict[str, Any] = {"num_cpus": max(2, len(options.devices) + 1)} if local else {}
-    for left in (2, 1, 0):
-        try:
-            ray.init(
-                address="local" if local else options.ray_address,
-                include_dashboard=False if local else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **settings,
-            )
-            return
-        except ConnectionError as error:
-            raise InputError(
-                "no Ray cluster answers at that address",
-                expected="a running head node",
-                remedy="Start one: ray start --head.",
-            ) from error
-        except Exception as error:
-            # Ray gives its own processes 30 s, which a busy machine may not keep; it raises a bare Exception then.
-            if "timed out during startup" not in str(error):
-                raise
-            ray.shutdown()
-            if not left:
-                raise InputError(
-                    "Ray did not start on this machine in three attempts",
-                    expected="its processes up within 30 s",
-                    remedy="Make the machine less busy, or use --engine dask.",
-                ) from error
-            log.warning("Ray did not start within 30 s; trying again")

