@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -81,8 +80,14 @@ def _measure(reader: str, archive: Path, repeat: int) -> dict[str, float]:
         seconds = min(seconds, time.perf_counter() - started)
         checksum, size = float(volume[:, ::37, ::41].mean()), volume.nbytes / 2**20
         del volume
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = _peak_mib()
     return {"seconds": seconds, "checksum": checksum, "imported_mib": imported, "peak_mib": peak, "volume_mib": size}
+
+
+def _peak_mib() -> float:
+    """The high water mark of this process; ru_maxrss would carry over the parent's through exec."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _resident_mib() -> float:
