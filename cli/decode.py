@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+from cli.spread import (
+    DaskScheduler,
+    Engine,
+    Gpus,
+    GpuShare,
+    RayAddress,
+    SeriesTimeout,
+    Threads,
+    Workers,
+    engine_options,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -43,7 +54,8 @@ def decode(
         typer.Option(help="Project onto the measured thick slices; by default where thin slices are sampled."),
     ] = None,
     refiner: Annotated[
-        Path | None, typer.Option(help="A run of `ctpipe train-refiner`, to correct the slices in pixel space.")
+        Path | None,
+        typer.Option(help="A run of `ctpipe train-refiner`; by default the checkpoint's own, where it won. Or `none`."),
     ] = None,
     transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
     enhanced: Annotated[
@@ -53,8 +65,14 @@ def decode(
         bool, typer.Option("--restore-identity", help="Write the patient's identity back, for use inside the hospital.")
     ] = False,
     private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs to use; 0 decodes on the CPU.")] = 0,
-    engine: Annotated[str, typer.Option(help="dask (embedded), ray, or inline.")] = "dask",
+    gpus: Gpus = 0,
+    workers: Workers = 1,
+    gpu_share: GpuShare = 1.0,
+    engine: Engine = "dask",
+    dask_scheduler: DaskScheduler = None,
+    ray_address: RayAddress = None,
+    threads: Threads = 2,
+    series_timeout: SeriesTimeout = None,
     memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device.")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -69,6 +87,8 @@ def decode(
 
         ctpipe decode STORE OUT --to-dicom --checkpoint RUN --split test
 
+        ctpipe decode STORE OUT --to-dicom --engine ray --ray-address auto --gpus 8
+
         ctpipe decode STORE OUT --checkpoint RUN --series 0123456789abcdef --samples 8 --uncertainty
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -80,10 +100,18 @@ def decode(
     from pipeline.decode_store import decode_store, only_encoding, window_of
     from pipeline.derived import WriteSettings
     from pipeline.dicom_encode import transfer_syntax_uid
-    from pipeline.engine import EngineOptions
     from pipeline.private import PrivateStore
 
     transfer_syntax_uid(transfer_syntax)
+    spread = engine_options(
+        engine,
+        gpus,
+        workers=workers,
+        gpu_share=gpu_share,
+        dask_scheduler=dask_scheduler,
+        ray_address=ray_address,
+        series_timeout=series_timeout,
+    )
     uncertainty = uncertainty or uncertainty_map
     if enhanced and checkpoint is None:
         raise InputError(
@@ -91,10 +119,9 @@ def decode(
             expected="slices sampled from one thick series",
             remedy="Add --checkpoint RUN, or leave --enhanced away.",
         )
+    device = "cuda:0" if gpus else "cpu"
     composing = ComposeSettings(
-        detail=parse_detail(detail),
-        consistency=consistency is not False,
-        refiner=refiner_of(refiner, "cuda:0" if gpus else "cpu"),
+        detail=parse_detail(detail), consistency=consistency is not False, refiner=refiner_of(refiner, device)
     )
     latents = LatentStore.open(store)
     people = PrivateStore.open(store, private)
@@ -106,12 +133,13 @@ def decode(
             encode_key = only_encoding(latents, encode_key)
         else:
             options = {"sampler": sampler, "num_inference_steps": steps, "seed": seed}
-            device = "cuda:0" if gpus else "cpu"
             encode_key, generated, sampled = sample_pairs(
                 latents, checkpoint, split, series, options, samples, uncertainty, device, progress
             )
+            if refiner is None:
+                composing = replace(composing, refiner=own_refiner(checkpoint, sampled["checkpoint_sha256"], device))
         writing = WriteSettings(
-            out,
+            out.absolute(),
             window_of(latents, encode_key),
             transfer_syntax=transfer_syntax,
             uncertainty=uncertainty,
@@ -126,12 +154,13 @@ def decode(
             people,
             encode_key,
             DecodeSettings(writing, composing, restore_identity=restore_identity, compose_stored=consistency is True),
-            EngineOptions(name=engine, devices=tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)),  # type: ignore[arg-type]
+            spread,
             vae=vae,
             memory_gib=memory_gib,
             generated=generated,
             keys=series,
             split=split,
+            torch_threads=threads,
             on_outcome=lambda _, total: progress.update(bar, total=total, advance=1),
         )
     lines = [f"{len(summary.written)} series written, {summary.already} there already, {len(summary.failed)} set aside"]
@@ -189,13 +218,27 @@ def sample_pairs(
 
 def refiner_of(run: Path | None, device: str) -> Any:
     """The refiner of a run, None for none; read once here, so that one that is no refiner is refused before work."""
-    if run is None:
+    if run is None or str(run) == "none":
         return None
     from pipeline.refiner import RefinerFile
 
     file = RefinerFile.of(run, device)
     file.load()
     return file
+
+
+def own_refiner(checkpoint: Path, checkpoint_sha256: str, device: str) -> Any:
+    """The refiner that a diffusion run keeps as its own because it won on held-out pairs; None where it keeps none,
+    or one for weights that were trained on since."""
+    from pipeline.refiner import FILE_NAME, RefinerFile
+
+    if not (checkpoint / FILE_NAME).is_file():
+        return None
+    file = RefinerFile.of(checkpoint, device, optional=True)
+    if file.load()[1].recipe.get("checkpoint_sha256") == checkpoint_sha256:
+        return file
+    stderr.print("the run's refiner belongs to an earlier checkpoint and is left out: run `ctpipe train-refiner` again")
+    return None
 
 
 def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[str, Any]:

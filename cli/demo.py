@@ -46,6 +46,8 @@ def run_demo(
     app: typer.Typer, out: Path, patients: int, size: int, slices: int, train_seconds: float, seed: int
 ) -> dict[str, Any]:
     """Run the commands one after the other; returns what stands in metrics.json."""
+    from pipeline.atomic_file import write_text
+
     started = time.monotonic()
     data, store, run, dicom = out / "archive", out / "store", out / "run", out / "dicom"
     steps: list[list[Any]] = [
@@ -78,9 +80,7 @@ def run_demo(
         "peak_rss_gib": _peak_rss_gib(),
         "methods": methods,
     }
-    draft = out / ".metrics.json.part"
-    draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    draft.replace(out / "metrics.json")
+    write_text(out / "metrics.json", json.dumps(result, indent=1))
     return result
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+from cli.spread import DaskScheduler, RayAddress, SeriesTimeout, Threads, engine_options
+
+if TYPE_CHECKING:
+    from pipeline.engine import EngineOptions
 
 VIEWED_SAMPLES = 8
 """Single samples whose spread the report's viewer shows, at most."""
@@ -39,10 +43,28 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
     detail: Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")] = "residual",
     consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
+    refiner: Annotated[
+        Path | None,
+        typer.Option(help="A run of `ctpipe train-refiner`; by default RUN's own, where it won. Or `none`."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE.")] = None,
     private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate this many pairs at most.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="inline (one pair after the other, the default), dask or ray.")
+    ] = "inline",
+    workers: Annotated[int, typer.Option(min=1, help="Pairs scored at once; with --device cuda, GPUs.")] = 1,
+    dask_scheduler: DaskScheduler = None,
+    ray_address: RayAddress = None,
+    threads: Threads = 2,
+    series_timeout: SeriesTimeout = None,
+    regression: Annotated[
+        Path | None, typer.Option(help="A run of `ctpipe train-regression`, to be compared in the same table.")
+    ] = None,
+    vgg19: Annotated[
+        Path | None, typer.Option(help="State dict of torchvision's vgg19, for the perceptual distance.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Score a run on a split. Resumes: a case that is done is not done again.
@@ -53,15 +75,22 @@ def evaluate(
 
         ctpipe evaluate STORE RUN --split val --samples 8 --json
 
+        ctpipe evaluate STORE RUN --regression REGRESSION_RUN --vgg19 vgg19.pth
+
+        ctpipe evaluate STORE RUN --engine ray --ray-address auto --workers 16
+
         ctpipe evaluate RPLHR-CT RUN --protocol rplhr --split test
     """
     from latentcache.errors import InputError
+    from pipeline.evaluate_text import summary_text
 
     if protocol == "rplhr":
+        from cli.evaluate_rplhr import evaluate_rplhr
+
         choice = {"sampler": sampler, "num_inference_steps": steps, "samples": samples, "seed": seed}
         where = (run / "evaluation" / f"rplhr-{split}") if run else (out or Path("rplhr")) / split
         document = evaluate_rplhr(
-            Path(store), run, split, where, vae, choice, detail, consistency, device, memory_gib, limit
+            Path(store), run, split, where, vae, choice, detail, consistency, device, memory_gib, limit, regression
         )
         emit(document, summary_text(document, where), as_json)
         return Exit.QUARANTINED if document["failures"] else Exit.OK
@@ -74,6 +103,11 @@ def evaluate(
     document, folder = evaluate_run(
         store, run, split, vae=vae, sampler=sampler, steps=steps, samples=samples, seed=seed, detail=detail,
         consistency=consistency, device=device, memory_gib=memory_gib, private=private, limit=limit,
+        refiner=refiner, regression=regression, vgg19=vgg19, threads=threads,
+        spread=engine_options(
+            engine, workers if device.startswith("cuda") else 0, workers=workers, dask_scheduler=dask_scheduler,
+            ray_address=ray_address, series_timeout=series_timeout,
+        ),
     )  # fmt: skip
     emit(document, summary_text(document, folder), as_json)
     return Exit.QUARANTINED if document["failures"] else Exit.OK
@@ -95,38 +129,44 @@ def evaluate_run(
     memory_gib: float | None,
     private: str | None,
     limit: int | None,
+    refiner: Path | None = None,
+    regression: Path | None = None,
+    vgg19: Path | None = None,
+    spread: EngineOptions | None = None,
+    threads: int = 2,
 ) -> tuple[dict[str, Any], Path]:
     """Sample what is missing into the generated store, decode, score; returns the document and its folder."""
     from rich.progress import Progress
 
+    from cli.decode import own_refiner, refiner_of
     from diffusion.model import Interpolator
     from diffusion.sample import SampleSettings, condition_of, generate_store
-    from latentcache.errors import InputError
     from latentcache.store import LatentStore
-    from pipeline.compose import ComposeSettings
-    from pipeline.evaluate_files import finish
-    from pipeline.evaluate_store import SCORES_VERSION, EvaluationSettings, evaluate_pairs
+    from pipeline.compose import ComposeSettings, parse_detail
+    from pipeline.decode_store import load_decoder
+    from pipeline.evaluate_files import finish, log_test_use
+    from pipeline.evaluate_methods import EvaluationSettings
+    from pipeline.evaluate_store import SCORES_VERSION, evaluate_pairs
     from pipeline.hu import Window
     from pipeline.private import PrivateStore
-    from pipeline.vae import load_vae
 
-    if detail not in ("absolute", "residual"):
-        raise InputError(f"--detail {detail}", expected="absolute or residual", remedy="Choose one.")
-    kind: Literal["absolute", "residual"] = "absolute" if detail == "absolute" else "residual"
+    compose = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
     latents = LatentStore.open(store_url)
     identities = PrivateStore.open(store_url, private)
     model = Interpolator.load(run, device=device)
-    decoder = load_vae(vae, device=device, memory_gib=memory_gib)
+    corrects = refiner_of(refiner, device) if refiner else own_refiner(run, model.checkpoint_sha256, device)
+    compose = replace(compose, refiner=corrects)
     encoding = latents.encoding(model.encode_key)
-    if encoding.vae_sha256 != decoder.sha256:
-        raise InputError(
-            f"a VAE whose SHA-256 begins {decoder.sha256[:12]}",
-            expected=f"the one that encoded this run's latents, {encoding.vae_sha256[:12]}",
-            remedy="Give its path with --vae.",
-        )
+    load: Any = functools.partial(
+        load_decoder, spec=vae, memory_gib=memory_gib, expected_sha256=encoding.vae_sha256, extra=encoding.extra
+    )
+    own = spread is None or spread.name == "inline"
+    decoder: Any = load(device) if own else None
+    features, features_facts = features_of(vgg19, device)
     encoded = {r.key for r in latents.records(model.encode_key, "thick_on_thin")}
-    pairs = [p for p in latents.pairs() if p.split == split and p.status == "ok" and p.pair_key in encoded]
-    pairs = sorted(pairs, key=lambda p: p.pair_key)[:limit]
+    usable = sorted((p for p in latents.pairs() if p.split == split and p.status == "ok"), key=lambda p: p.pair_key)
+    pairs = [p for p in usable if p.pair_key in encoded][:limit]
+    network, network_facts = regression_of(latents, regression, device, pairs)
     settings = SampleSettings(sampler=sampler, num_inference_steps=steps, seed=seed, samples=samples)
     window = Window(encoding.window_center, encoding.window_width)
     with Progress(console=stderr, disable=not progress_wanted()) as progress:
@@ -141,27 +181,37 @@ def evaluate_run(
         )
         generated = latents.generated(sampled.generation_key)
 
+        encode_key = model.encode_key  # what workers get must not drag the model along
+
         def latent_of(pair: Any) -> Any:
-            record = generated.find(pair.pair_key, "thin", model.encode_key)
+            record = generated.find(pair.pair_key, "thin", encode_key)
             assert record is not None, "generate_store commits every pair asked for"
             return generated.read(record)
 
         def single_samples(pair: Any) -> Iterator[Any]:
             condition, _ = condition_of(latents, model, pair)
             for number in range(min(samples, VIEWED_SAMPLES)):
-                single = replace(settings, samples=1, seed=seed + number)
-                yield model.generate(condition, **asdict(single))
+                drawing = replace(settings, samples=1, seed=seed + number)
+                yield model.generate(condition, **asdict(drawing))
 
-        compose = ComposeSettings(detail=kind, consistency=consistency)
-        identity = hashlib.sha256(f"{sampled.generation_key}|{compose}|{SCORES_VERSION}".encode()).hexdigest()[:16]
-        evaluation = EvaluationSettings(window, model.encode_key, compose, identity=identity)
+        scored_by = f"{sampled.generation_key}|{compose}|{SCORES_VERSION}|{network_facts}|{features_facts}"
+        identity = hashlib.sha256(scored_by.encode()).hexdigest()[:16]
+        evaluation = EvaluationSettings(
+            window, model.encode_key, compose, identity=identity, regression=network, features=features
+        )
         folder = run / "evaluation" / split
+        looks = None
         if split == "test":
-            _log_test_use(run, sampled.generation_key, len(pairs))
+            looks = log_test_use(run, sampled.generation_key, len(pairs))
+            if regression is not None:
+                log_test_use(regression, sampled.generation_key, len(pairs))
         bar = progress.add_task("scoring", total=len(pairs) or None)
         cases = []
-        spread = single_samples if samples > 1 else None
-        for case in evaluate_pairs(latents, identities, decoder, pairs, latent_of, evaluation, folder, spread):
+        single = single_samples if samples > 1 else None
+        for case in evaluate_pairs(
+            latents, identities, decoder, pairs, latent_of, evaluation, folder, single,
+            options=spread, load=None if own else load, threads=threads,
+        ):  # fmt: skip
             cases.append(case)
             progress.update(bar, advance=1)
     facts = {
@@ -172,115 +222,52 @@ def evaluate_run(
         "generation_key": sampled.generation_key,
         "snapshot": latents.snapshot,
         "pairs_digest": hashlib.sha256(json.dumps(sorted(p.pair_key for p in pairs)).encode()).hexdigest()[:16],
-        "settings": {"sampling": vars(settings), "detail": detail, "consistency": consistency},
+        "settings": {
+            "sampling": vars(settings),
+            "detail": detail,
+            "consistency": consistency,
+            "refiner_sha256": corrects.sha256 if corrects else "",
+        },
+        "not_encoded": [p.pair_key for p in usable if p.pair_key not in encoded],
+        "test_evaluations": looks,
+        "regression": network_facts,
+        "perceptual": features_facts,
     }
     return finish(folder, cases, facts), folder
 
 
-def evaluate_rplhr(
-    dataset: Path,
-    run: Path | None,
-    split: str,
-    folder: Path,
-    vae: str,
-    choice: dict[str, Any],
-    detail: str,
-    consistency: bool,
-    device: str,
-    memory_gib: float | None,
-    limit: int | None,
-) -> dict[str, Any]:
-    """RPLHR-CT by its own protocol: the baselines, and the run's model where one is given."""
-    from rich.progress import Progress
+def regression_of(latents: Any, run: Path | None, device: str, evaluated: Any) -> tuple[Any, dict[str, Any] | None]:
+    """The regression network of a run, checked against the store's training split, and what is to be said of it."""
+    if run is None:
+        return None, None
+    from pipeline.refiner import RefinerFile
+    from pipeline.regression import check_same_split, regression_facts
 
-    from pipeline.evaluate_files import finish
-    from pipeline.rplhr import evaluate_dataset
-
-    facts: dict[str, Any] = {"protocol": "rplhr", "split": split, "window_hu": [-1024.0, 2048.0]}
-    generate = None
-    if run is not None:
-        facts["settings"] = {"sampling": choice, "detail": detail, "consistency": consistency}
-        generate, facts["checkpoint_sha256"] = _volume_model(run, vae, choice, detail, consistency, device, memory_gib)
-        if split == "test":
-            _log_test_use(run, "rplhr", limit or 0)
-    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    cases = []
-    with Progress(console=stderr, disable=not progress_wanted()) as progress:
-        bar = progress.add_task("scoring", total=None)
-        for case, total in evaluate_dataset(dataset, split, folder, identity, generate, limit):
-            cases.append(case)
-            progress.update(bar, completed=len(cases), total=total)
-    return finish(folder, cases, facts)
+    file = RefinerFile.of(run, device)
+    facts = regression_facts(file)
+    check_same_split(file, latents, evaluated)
+    return file, facts
 
 
-def _volume_model(
-    run: Path, vae: str, choice: dict[str, Any], detail: str, consistency: bool, device: str, memory_gib: float | None
-) -> tuple[Any, str]:
-    """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does."""
-    import numpy as np
+def features_of(weights: Path | None, device: str) -> tuple[Any, str | None]:
+    """VGG19's feature maps of one image as a function, and the SHA-256 of its weights; None without weights."""
+    if weights is None:
+        return None, None
+    import torch
 
-    from cli.interpolate import encoding_of, load_codec
-    from diffusion.model import Interpolator
-    from pipeline.compose import ComposeSettings, compose, parse_detail
-    from pipeline.hu import Window
-    from pipeline.interpolate import condition_latent
-    from pipeline.metrics import require_finite
+    from diffusion.perceptual import load_vgg19
+    from latentcache.errors import InputError
 
-    model = Interpolator.load(run, device=device)
-    encoding = encoding_of(model)
-    codec = load_codec(vae, device, memory_gib, encoding.vae_sha256)
-    window = Window(encoding.window_center, encoding.window_width)
-    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
+    try:
+        network = load_vgg19(weights, device)
+    except InputError as error:
+        remedy = "Name a state dict of torchvision's vgg19 with --vgg19, or leave it away: the distance is left out."
+        raise InputError(error.found, expected=error.expected, remedy=remedy) from error
+    with weights.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
 
-    def generate(thick: Any, thin: Any) -> Any:
-        padding = encoding.pad_multiple_zyx
-        condition = condition_latent(thick, thin, window, codec, model.alignment, padding)
-        latent = model.generate(condition, **choice)
-        seen = condition
-        if model.alignment != "pixel" and composing.detail == "residual":
-            seen = condition_latent(thick, thin, window, codec, "pixel", padding)
+    @torch.no_grad()
+    def features(unit: Any) -> list[Any]:
+        return [found[0].float().cpu().numpy() for found in network(torch.from_numpy(unit)[None].to(device))]
 
-        def decoded(z: Any) -> Any:
-            return window.from_unit(np.asarray(codec.decode(np.asarray(z, dtype=np.float32), thin.shape_zyx)))
-
-        generated = require_finite(decoded(latent), "the decoded model output")
-        hu, _ = compose(generated, window, thick, thin, composing, condition_hu=decoded(seen))
-        return hu
-
-    return generate, model.checkpoint_sha256
-
-
-def _log_test_use(run: Path, generation_key: str, pairs: int) -> None:
-    """The test split is locked by daylight: every look at it stands in the run."""
-    row = {"time": int(time.time()), "split": "test", "generation_key": generation_key, "pairs": pairs}
-    with (run / "test_evaluations.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def summary_text(document: dict[str, Any], folder: Path) -> str:
-    """The table that people read."""
-    from pipeline.report_views import label, ordered
-
-    lines = [
-        f"{document['cases']} pairs of {document['patients']} patients, split {document['split']}: "
-        "PSNR in the window (dB), SSIM, MAE (HU); PSNR against cubic with its 95% interval over patients"
-    ]
-    for name in ordered(document["methods"]):
-        row = document["methods"][name]
-        psnr = "-" if row["psnr_db"] is None else f"{row['psnr_db']:.2f}"
-        ssim = "-" if row["ssim"] is None else f"{row['ssim']:.4f}"
-        mae = "-" if row["mae_hu"] is None else f"{row['mae_hu']:.2f}"
-        gain = document["against_cubic"].get(name)
-        lines.append(f"  {label(name):42s} {psnr:>7s}  {ssim:>6s}  {mae:>7s}  {interval_text(gain)}".rstrip())
-    lines += [f"  not scored {key}: {'; '.join(why.values())}" for key, why in document["failures"].items()]
-    lines.append(f"written to {folder / 'metrics.json'}")
-    return "\n".join(lines)
-
-
-def interval_text(interval: Mapping[str, Any] | None) -> str:
-    """A mean and its interval, e.g. ``+0.52 (+0.31 to +0.70)``; empty where there is none."""
-    if interval is None:
-        return ""
-    if interval["low"] is None:
-        return f"{interval['mean']:+.2f} (too few patients for an interval)"
-    return f"{interval['mean']:+.2f} ({interval['low']:+.2f} to {interval['high']:+.2f})"
+    return features, sha256

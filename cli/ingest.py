@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+from cli.spread import DaskScheduler, RayAddress, engine_options
 
 HELP = """Read a dataset's headers into a store: series, pairs and splits.
 
@@ -21,13 +22,21 @@ no CT, a series that is damaged or ambiguous, or a patient without a thick/thin 
 reason; `ctpipe whois` tells who a key is. Scouts, reformats and dose reports are part of a normal study and do not
 count.
 
+With --pair-across-fov a thick series that no thin one shares its in-plane grid with is paired with one whose field of
+view lies within its own. Such a pair is marked, its thick series is resampled in plane, and only the alignment `pixel`
+can use it. Run it on a store at any time.
+
 Examples:
 
   ctpipe ingest /data/archive store
 
   ctpipe ingest /data/archive store --splits splits.csv --exclude exclude.csv
 
+  ctpipe ingest /data/archive store --pair-across-fov
+
   ctpipe ingest s3://hospital/ct s3://research/store --private /secure/ct-private
+
+  ctpipe ingest /data/archive store --engine ray --ray-address auto --workers 32
 """
 
 
@@ -43,9 +52,17 @@ def register(app: typer.Typer) -> None:
         categories: Annotated[str, typer.Option(help="Folder names that are labels; others are unlabelled.")] = (
             "APE,non-APE"
         ),
+        pair_across_fov: Annotated[
+            bool, typer.Option(help="Also pair series whose fields of view differ, if the thin lies within the thick.")
+        ] = False,
         verify_pixels: Annotated[bool, typer.Option(help="Decode every series now, not only at encode.")] = False,
         rescan: Annotated[bool, typer.Option(help="Read unchanged archives again too.")] = False,
-        workers: Annotated[int, typer.Option(min=1, help="Processes that read headers.")] = 2,
+        workers: Annotated[int, typer.Option(min=1, help="Processes, or a cluster's workers, that read headers.")] = 2,
+        engine: Annotated[str, typer.Option(help="dask (processes of this machine, the default), ray, or inline.")] = (
+            "dask"
+        ),
+        dask_scheduler: DaskScheduler = None,
+        ray_address: RayAddress = None,
         seed: Annotated[int, typer.Option(help="Seed of the splits of a new store.")] = 0,
         dry_run: Annotated[bool, typer.Option(help="Say what would be read; write nothing.")] = False,
         as_json: AsJson = False,
@@ -55,6 +72,7 @@ def register(app: typer.Typer) -> None:
         from pipeline.keys import Keys
         from pipeline.overrides import read_overrides
 
+        spread = engine_options(engine, 0, workers=workers, dask_scheduler=dask_scheduler, ray_address=ray_address)
         opened, hidden = None, None
         if not dry_run or LatentStore.exists(store):
             opened, hidden = open_stores(store, private, seed)
@@ -66,7 +84,9 @@ def register(app: typer.Typer) -> None:
             verify_pixels=verify_pixels,
             dry_run=dry_run,
             rescan=rescan,
-            workers=workers,
+            workers=1 if engine == "inline" else workers,
+            cluster=spread if engine == "ray" or dask_scheduler else None,
+            pair_across_fov=pair_across_fov,
             exclude_folders=tuple(folders),
         )
         with _progress() as advance:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.decode import refiner_of, sampling_facts
+from cli.decode import own_refiner, refiner_of, sampling_facts
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 
@@ -41,7 +41,8 @@ def interpolate(
         float | None, typer.Option(min=0.1, help="Measured width of the slice profile; by default the thickness.")
     ] = None,
     refiner: Annotated[
-        Path | None, typer.Option(help="A run of `ctpipe train-refiner`, to correct the slices in pixel space.")
+        Path | None,
+        typer.Option(help="A run of `ctpipe train-refiner`; by default the checkpoint's own, where it won. Or `none`."),
     ] = None,
     transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
     enhanced: Annotated[
@@ -94,7 +95,9 @@ def interpolate(
             detail=parse_detail(detail),
             consistency=consistency,
             profile=SliceProfile("gaussian", fwhm_mm) if fwhm_mm else None,
-            refiner=refiner_of(refiner, device),
+            refiner=refiner_of(refiner, device)
+            if refiner
+            else own_refiner(checkpoint, model.checkpoint_sha256, device),
         ),
         spacing_mm=spacing_mm,
         trained_spacing_mm=trained_spacing_mm or learnt_spacing(model) or 1.0,
@@ -106,7 +109,7 @@ def interpolate(
     chosen, thick = read_thick(source, spacing_mm)
     if enhanced:
         check_enhanced(thick.header)
-    decoder = load_codec(vae, device, memory_gib, encoding.vae_sha256)
+    decoder = load_codec(vae, device, memory_gib, encoding)
     people = PrivateStore.open(str(out), create=True)
     expected = estimate_seconds(
         model, decoder, thick.geometry.thin_grid(settings.trained_spacing_mm).shape_zyx, samples, options, uncertainty
@@ -179,11 +182,13 @@ def read_thick(source: str, spacing_mm: float) -> tuple[Any, Any]:
     return chosen, read_series(pointer_of(chosen, "interpolated"), threads=2)
 
 
-def load_codec(spec: str, device: str, memory_gib: float | None, expected_sha256: str) -> Any:
+def load_codec(spec: str, device: str, memory_gib: float | None, encoding: Any) -> Any:
     """The VAE that the run was trained with."""
     from pipeline.decode_store import load_decoder
 
-    return load_decoder(device, spec=spec, memory_gib=memory_gib, expected_sha256=expected_sha256)
+    return load_decoder(
+        device, spec=spec, memory_gib=memory_gib, expected_sha256=encoding.vae_sha256, extra=encoding.extra
+    )
 
 
 def encoding_of(model: Any) -> Any:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import pkgutil
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 import cli
 from cli.output import Exit, stderr
 from latentcache.errors import CtpipeError
+from pipeline import log_lines
 
 app = typer.Typer(
     name="ctpipe",
-    help="Thick-slice CT archives to trustworthy thin slices.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,7 +26,7 @@ app = typer.Typer(
 # The base of every usage error, whether typer uses click or, since 0.29, carries a copy of it.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
-NOT_COMMANDS = {"main", "output"}
+NOT_COMMANDS = {"main", "output", "spread", "evaluate_rplhr"}
 
 
 def command_modules() -> list[str]:
@@ -37,13 +38,30 @@ for _name in command_modules():
     importlib.import_module(f"cli.{_name}").register(app)
 
 
+@app.callback()
+def logs(
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log one JSON object a line on stderr; CTPIPE_LOG=json does the same.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log more, with tracebacks of what was set aside.")] = False,
+) -> None:
+    """Thick-slice CT archives to trustworthy thin slices."""
+    if log_json or os.environ.get(log_lines.ENVIRONMENT) == "json":
+        log_lines.start(debug)
+    elif debug:
+        logging.getLogger(log_lines.OURS).setLevel(logging.DEBUG)
+
+
 def main() -> None:
     """Run the command line. Errors meant for users are printed without a traceback."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
         code = app(standalone_mode=False)
     except CtpipeError as error:
-        stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        if log_lines.active():
+            logging.getLogger("ctpipe.main").error("%s", error)
+        else:
+            stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(Exit.FAILED)
     except UsageError as error:
         error.show()

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from pipeline import log_lines
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 stderr = Console(stderr=True, highlight=False)
@@ -26,8 +28,8 @@ class Exit(IntEnum):
 
 
 def progress_wanted() -> bool:
-    """Progress bars are for people: only when stderr is a terminal."""
-    return sys.stderr.isatty()
+    """Progress bars are for people: only when stderr is a terminal, and not among JSON lines."""
+    return sys.stderr.isatty() and not log_lines.active()
 
 
 def emit(result: Mapping[str, Any], text: str, as_json: bool) -> None:

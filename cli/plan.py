@@ -18,7 +18,10 @@ def plan(
     series: Annotated[float, typer.Option(help="Series to encode, e.g. 1e6.")],
     gpus: Annotated[int, typer.Option(min=0, help="GPUs in all; 0 encodes on CPU cores.")] = 0,
     cores: Annotated[int | None, typer.Option(min=1, help="CPU cores in all; 6 beside each GPU by default.")] = None,
-    store: Annotated[str | None, typer.Option(help="Take rates from the timings of this store's encode.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option("--from", "--store", help="Take rates from the timings of this store's encode: more of its kind."),
+    ] = None,
     rate: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE replaces a rate, e.g. encode_gpu_s=2.1; repeatable.")
     ] = None,
@@ -30,22 +33,24 @@ def plan(
 
         ctpipe plan --series 1e6 --gpus 8
 
-        ctpipe plan --series 20000 --gpus 2 --store STORE --rate network_mb_s=120
+        ctpipe plan --series 20000 --gpus 2 --from STORE --rate network_mb_s=120
     """
     from latentcache.errors import InputError
     from latentcache.store import LatentStore
-    from pipeline.plan_cost import Rates, cost, measured, override
+    from pipeline.plan_cost import SOURCES, Rates, cost, measured, override
 
-    rates = Rates()
+    rates, sources = Rates(), dict(SOURCES)
     if store is not None:
-        opened = LatentStore.open(store)
-        rates = measured(opened.table("timings"), opened.manifest_table(("key", "valid_zyx")), rates)
+        rates, told = measured(LatentStore.open(store).table("timings"), rates)
+        sources |= dict.fromkeys(told, "measured: this store's timings")
+        sources["source_mb"] = f"scaled by this store's voxels; {SOURCES['source_mb']}"
     given = dict(item.split("=", 1) for item in rate or () if "=" in item)
     if len(given) != len(rate or ()):
         raise InputError(
             "a --rate without a value", expected="NAME=VALUE once a name", remedy="See ctpipe plan --help."
         )
     rates = override(rates, given)
+    sources |= dict.fromkeys(given, "given")
     found = cost(series, gpus, rates, cores)
     lines = [
         f"{series:,.0f} series on {gpus} GPUs: {_time(found.hours)}; {found.binds} binds",
@@ -55,8 +60,9 @@ def plan(
     ]
     for name, speed in sorted(found.series_per_s.items(), key=lambda pair: pair[1]):
         lines.append(f"  {name:32} {speed:12,.3f}  {found.idle[name]:4.0%}")
-    lines.append(f"rates {'of this store' if store else 'as shipped'}; see --json, replace with --rate NAME=VALUE")
-    emit({**asdict(found), "rates": asdict(rates)}, "\n".join(lines), as_json)
+    lines.append("rates, to be replaced with --rate NAME=VALUE:")
+    lines += [f"  {name:20} {value:10,.4g}  {sources[name]}" for name, value in asdict(rates).items()]
+    emit({**asdict(found), "rates": asdict(rates), "sources": sources}, "\n".join(lines), as_json)
     return Exit.OK
 
 

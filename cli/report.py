@@ -76,11 +76,13 @@ def write_run_report(run: Path, split: str, path: Path) -> Path:
     provenance = {
         "ctpipe": version("ctpipe"),
         "split": split,
-        "checkpoint SHA-256": document["checkpoint_sha256"],
-        "encode key": document["encode_key"],
-        "generation key": document["generation_key"],
-        "store snapshot": document["snapshot"],
-        "sampling and composition": json.dumps(document["settings"]),
+        "evaluations of the test split": document.get("test_evaluations", "not said"),
+        "regression network": json.dumps(document["regression"]) if document.get("regression") else "none",
+        "checkpoint SHA-256": document.get("checkpoint_sha256", "none"),
+        "encode key": document.get("encode_key", "none"),
+        "generation key": document.get("generation_key", "none"),
+        "store snapshot": document.get("snapshot", "none"),
+        "sampling and composition": json.dumps(document.get("settings", {})),
     }
     write_report(
         path,
@@ -115,6 +117,8 @@ def write_dataset_report(store_url: str, private_url: str | None, path: Path, th
 
 def lead_paragraph(document: dict[str, Any]) -> str:
     """What a radiologist wants to know first, in plain words and honest about losses."""
+    from pipeline.report_tables import count_of, split_name
+
     methods = document["methods"]
     low, high = document["window_hu"]
 
@@ -123,26 +127,45 @@ def lead_paragraph(document: dict[str, Any]) -> str:
         return None if value is None else float(value)
 
     model, cubic, linear, ceiling = (psnr(n) for n in ("model", "cubic", "linear", "vae_ceiling"))
-    count = document["cases"]
-    patients = "1 held-out pair" if count == 1 else f"{count} held-out pairs"
+    whom = f"{count_of(document['cases'], 'pair')} of {count_of(document['patients'], 'patient')}"
+    where = f"On {whom} of {split_name(document)},"
     if model is None or cubic is None or linear is None:
-        return f"On {patients} the model's output could not be compared with interpolation; see the table of cases."
+        return f"{where} the model's output could not be compared with interpolation; see the table of cases."
 
     def against(other: float) -> str:
         return f"{abs(model - other):.2f} dB {'more' if model >= other else 'less'}"
 
     text = (
-        f"On {patients}, between {low:g} and {high:g} HU, the generated thin slices reach {model:.2f} dB PSNR against "
-        f"the true ones: {against(cubic)} than cubic, {against(linear)} than linear interpolation of the thick slices."
+        f"{where} the generated thin slices reach {model:.2f} dB PSNR against the true ones between {low:g} and "
+        f"{high:g} HU (higher is closer): {against(cubic)} than cubic and {against(linear)} than linear interpolation "
+        "of the thick slices"
     )
+    regression = psnr("regression")
+    text += "." if regression is None else f", and {against(regression)} than a small network trained for as long."
     if ceiling is not None:
         text += (
-            f" Sending the true thin slices through the VAE and back gives {ceiling:.2f} dB: "
-            "the most that its decoder alone allows."
+            f" Sending the true thin slices through the autoencoder and back gives {ceiling:.2f} dB: what its decoder "
+            "alone would lose."
         )
     if model < max(cubic, linear):
         text += " Interpolation is better here: do not use this model for these data."
-    return text
+    elif regression is not None and model < regression:
+        text += " By this figure the small network is better; look at sharpness and detail below before choosing."
+    return text + split_warning(document)
+
+
+def split_warning(document: dict[str, Any]) -> str:
+    """What the split means for belief in the figures."""
+    split = document.get("split")
+    if split == "train":
+        return " The model has seen these patients: the figures say nothing about new ones."
+    if split == "val":
+        return " The checkpoint may have been chosen on these patients, so the figures are a little too good."
+    looks = document.get("test_evaluations")
+    if split != "test" or looks is None:
+        return ""
+    said = "once" if looks == 1 else f"{looks} times"
+    return f" This split has been evaluated {said} with this run; every time stands in the run's log."
 
 
 def _log_rows(path: Path) -> list[dict[str, Any]]:

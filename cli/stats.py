@@ -31,8 +31,7 @@ def stats(
     from latentcache.summary import summarise
 
     opened = LatentStore.open(store)
-    table = opened.manifest_table(("encode_key", "role")).group_by(["encode_key", "role"]).aggregate([])
-    chosen = sorted((row["encode_key"], row["role"]) for row in table.to_pylist())
+    chosen = opened.encoded()
     if encode_key is not None:
         opened.encoding(encode_key)
         chosen = [c for c in chosen if c[0] == encode_key]

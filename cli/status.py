@@ -45,7 +45,9 @@ def _text(found: dict[str, Any]) -> str:
         f"pairs {pairs['total']} ({pairs['quarantined']} quarantined): {_counts(pairs['by_split'])}",
     ]
     for key, encoding in found["encodings"].items():
-        lines.append(f"encode key {key}: {_counts(encoding['latents'])}; {encoding['series_missing']} series to encode")
+        stale = f", {encoding['stale']} stale (`ctpipe encode --refresh`)" if encoding["stale"] else ""
+        to_do = f"{encoding['series_missing']} series to encode{stale}"
+        lines.append(f"encode key {key}: {_counts(encoding['latents'])}; {to_do}")
         if "window" in encoding:
             lines.append(f"  window {encoding['window']}, VAE {encoding['vae_sha256'][:12]}")
         else:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from diffusion.check_config import check
 from diffusion.classic_config import from_classic, is_classic
 from diffusion.config_keys import apply, known_keys, nearest, parse_overrides
 from diffusion.model_config import MODEL_PRESETS, UNetConfig
@@ -109,7 +110,8 @@ class ValidationConfig:
         every_epochs: 0 switches validation off, and with it early stopping and the best checkpoint.
         images_every: Every so many validations, held-out pairs are sampled and decoded too; 0 never.
         max_batches: Batches of the latent validation loss; none takes the whole split.
-        metric: What ``best`` and early stopping look at: ``val_loss`` or a figure of the image validation.
+        metric: What ``best`` and early stopping look at: ``val_loss`` or a figure of the image validation, such as
+            ``val_psnr_db``. ``mode``: whether less or more of it is better; ``auto``: less of a loss, more of all else.
         patience: Validations without improvement before the run stops; 0 never stops early.
     """
 
@@ -117,7 +119,7 @@ class ValidationConfig:
     images_every: int = 5
     max_batches: int | None = None
     metric: str = "val_loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["auto", "min", "max"] = "auto"
     patience: int = 0
     pairs: int = 2
     sampler: str | None = None
@@ -255,44 +257,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
             "a configuration file without keys", expected="a YAML mapping", remedy="For example: data: {window: 16}."
         )
     return dict(values)
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse values that would only fail later, or silently do nothing.
-
-    Raises:
-        InputError: The value, what is expected, and the key to set.
-    """
-    multiple = config.model.in_plane_multiple
-    crops = {"data.crop": config.data.crop}
-    for key, crop in crops.items():
-        if crop is not None and (crop < multiple or crop % multiple):
-            raise InputError(
-                f"{key} = {crop}",
-                expected=f"a multiple of {multiple} latents, the U-Net's in-plane step",
-                remedy=f"Use --set {key}={max(multiple, crop // multiple * multiple)}.",
-            )
-    at_least_one = {
-        "data.batch_size": config.data.batch_size,
-        "data.windows_per_volume": config.data.windows_per_volume,
-        "data.window": 1 if config.data.window is None else config.data.window,
-        "data.depth_bucket": config.data.depth_bucket,
-        "optimiser.samples_per_step": config.optimiser.samples_per_step,
-        "optimiser.epochs": config.optimiser.epochs,
-        "losses.every": config.losses.every,
-        "losses.slab": config.losses.slab,
-        "budget.checkpoint_every_steps": config.budget.checkpoint_every_steps,
-        "budget.log_every_steps": config.budget.log_every_steps,
-    }
-    for key, value in at_least_one.items():
-        if value < 1:
-            raise InputError(f"{key} = {value}", expected="1 or more", remedy=f"Use --set {key}=1 or a larger number.")
-    if config.losses.perceptual_weight > 0 and not config.losses.vgg19_weights:
-        raise InputError(
-            f"losses.perceptual_weight = {config.losses.perceptual_weight} without VGG19 weights",
-            expected="torchvision's VGG19 state dict (vgg19-*.pth)",
-            remedy="Name the file with --set losses.vgg19_weights=FILE, or --set losses.perceptual_weight=0.",
-        )
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.config import TrainConfig
 from diffusion.model_config import UNetConfig
 from diffusion.unet import Stage, build_unet
 from diffusion.world import World
 from latentcache.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusion.config import TrainConfig
 
 WORKSPACE = 1.15
 """Allocator slack and convolution workspaces over what is counted."""
@@ -180,6 +181,8 @@ def memory_present(device: torch.device) -> int:
     """Bytes free on the device; for the CPU those of the control group, if it sets a limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    import psutil  # here, so that counting needs torch alone (infra/bench/unet_gpu.py)
+
     available = int(psutil.virtual_memory().available)
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit():

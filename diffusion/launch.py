@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from latentcache.errors import InputError
+from latentcache.errors import CtpipeError, InputError
 
 
 def is_worker() -> bool:
@@ -65,12 +66,13 @@ def train_on_ray(
     """Run ``worker(settings)`` in ``workers`` Ray Train processes that share one process group.
 
     Args:
-        worker: A picklable function; the first rank's return value is passed back. Store and run directory must be
-            reachable from every node.
+        worker: A picklable function of the settings; the first rank's return value is passed back.
+        settings: At least ``run``, the run directory. Store and run directory must be reachable from every node.
         address: A running cluster, ``auto``, or none for one embedded in this process.
 
     Raises:
-        InputError: Ray is not installed.
+        InputError: Ray is not installed, or no cluster answers at the address.
+        CtpipeError: What a worker raised, as it raised it; the other workers are stopped.
     """
     try:
         import ray
@@ -81,7 +83,14 @@ def train_on_ray(
             "Ray Train is not installed", expected="ray[train]", remedy="Install ctpipe[ray], or use --gpus alone."
         ) from error
     if not ray.is_initialized():
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+        try:
+            ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
+        except ConnectionError as error:
+            raise InputError(
+                "no Ray cluster answers at that address",
+                expected="a running head node",
+                remedy="Start one: ray start --head.",
+            ) from error
 
     def loop(config: dict[str, Any]) -> None:
         figures = dict(worker(config))
@@ -91,8 +100,25 @@ def train_on_ray(
         loop,
         train_loop_config=settings,
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        run_config=RunConfig(storage_path=settings.get("ray_storage")),
+        # Ray keeps a few files of its own about the run; by default in the home directory of whoever starts it.
+        run_config=RunConfig(name="ray", storage_path=str(Path(settings["run"]).resolve())),
     )
-    metrics = trainer.fit().metrics or {}
+    try:
+        metrics = trainer.fit().metrics or {}
+    except Exception as error:
+        own = own_error(error)
+        if own is None:
+            raise
+        raise own from error
     figures: dict[str, Any] = metrics.get("figures", {})
     return figures
+
+
+def own_error(error: BaseException) -> CtpipeError | None:
+    """The error that a Ray worker raised on purpose, out of what Ray Train wraps it in."""
+    for found in (error, error.__cause__, *getattr(error, "worker_failures", {}).values()):
+        # Ray Train hands a worker's exception on beside its traceback, which no pickle carries.
+        inner = getattr(found, "_base_exc", found)
+        if isinstance(inner, CtpipeError):
+            return inner
+    return None

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from diffusion.best import Best
 from diffusion.checkpoint import CheckpointFolder, gather, restore
 from diffusion.ema import PowerEma
 from diffusion.faults import non_finite, stop_signals
 from diffusion.journal import Journal
 from diffusion.loop_interface import BatchLoss, LoopConfig, Stream, TrainSummary, Validate
+from diffusion.optimiser import build_adamw, learning_rate
 from diffusion.progress import Meter, Progress
 from diffusion.stream import Batch, Step
 from diffusion.world import World, gradients_meet, spread
@@ -61,19 +63,12 @@ class Trainer:
             module.compile()
         self.model = spread(module, self.world, config.parallel.strategy)
         settings = config.optimiser
-        self.optimizer = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=self.world.device.type == "cuda",
-        )
+        self.optimizer = build_adamw(module, settings, self.world.device)
         self.ema = PowerEma(module, settings.ema_std) if settings.ema_std > 0 else None
         self.total_steps = settings.steps or settings.epochs * len(stream)
         self.checkpoints = CheckpointFolder(run_dir)
         self.step = 0
-        self.best: float | None = None
-        self.bad_validations = 0
+        self.best = Best(config.validation)
         self.saved_at = 0
         self.figures: dict[str, float] = {}
         self.validation: dict[str, float] = {}
@@ -114,16 +109,6 @@ class Trainer:
         self.figures = {"grad_norm": float(norm), **mean_parts(seen)}
         return mean_loss, told > 0, late > 0
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant or a cosine down to ``final_fraction`` at the run's last step."""
-        settings = self.config.optimiser
-        rate = settings.learning_rate
-        if settings.schedule == "cosine":
-            share = min(1.0, step / max(1, self.total_steps))
-            low = settings.final_fraction
-            rate *= low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share))
-        return rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
-
     # The run ----------------------------------------------------------------------------------------------------------
 
     def run(self, resume: bool = False) -> TrainSummary:
@@ -152,7 +137,7 @@ class Trainer:
             seconds=self.meter.elapsed,
             stopped_by=reason,
             loss=self.loss,
-            best_metric=self.best,
+            best_metric=self.best.value,
             validation=self.validation,
             data_wait_fraction=self.meter.data_wait_fraction,
             parameters=self.parameter_count,
@@ -199,24 +184,14 @@ class Trainer:
     def _validate(self, journal: Journal | None) -> str | None:
         """Look at the held-out data with the averaged weights; save if they are the best; perhaps stop early."""
         assert self.validate is not None
-        settings = self.config.validation
         with self.averaged_weights():
             self.validation = self.validate(self.module, self.step)
-        if settings.metric not in self.validation:
-            raise InputError(
-                f"validation.metric = {settings.metric}",
-                expected=f"a figure that this validation gives: {', '.join(sorted(self.validation))}",
-                remedy="Choose one with --set validation.metric=NAME, or switch image validation on.",
-            )
-        value = self.validation[settings.metric]
-        better = self.best is None or (value < self.best if settings.mode == "min" else value > self.best)
-        self.best = value if better else self.best
-        self.bad_validations = 0 if better else self.bad_validations + 1
+        better = self.best.take(self.validation)
         if journal:
-            journal.write("validation", self.step, {**self.validation, "best": self.best})
+            journal.write("validation", self.step, {**self.validation, "best": self.best.value})
         if better:
             self.save(journal, best=True)
-        return "early-stopping" if settings.patience and self.bad_validations >= settings.patience else None
+        return "early-stopping" if self.best.given_up else None
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -236,8 +211,7 @@ class Trainer:
             "step": self.step,
             "total_steps": self.total_steps,
             "stream": self.stream.state_dict(),
-            "best": self.best,
-            "bad_validations": self.bad_validations,
+            **self.best.state_dict(),
             "validation": self.validation,
             "identity": self.identity,
         }
@@ -275,13 +249,13 @@ class Trainer:
             )
         self.stream.load_state_dict(state["stream"])
         self.step = self.saved_at = int(state["step"])
-        self.best, self.bad_validations = state["best"], int(state["bad_validations"])
+        self.best.load_state_dict(state)
         self.validation = dict(state["validation"])
 
     # Inside a step ----------------------------------------------------------------------------------------------------
 
     def _set_learning_rate(self) -> None:
-        rate = self.learning_rate(self.step)
+        rate = learning_rate(self.config.optimiser, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -298,7 +272,7 @@ class Trainer:
             total_steps=min(self.total_steps, self.config.budget.max_steps or self.total_steps),
             epoch=step.epoch,
             loss=self.loss,
-            learning_rate=self.learning_rate(self.step - 1),
+            learning_rate=learning_rate(self.config.optimiser, self.step - 1, self.total_steps),
             world=self.world.size,
         )
         figures = {**asdict(progress), **self.figures, "samples": step.samples}

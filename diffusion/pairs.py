@@ -1,44 +1,148 @@
-"""Which pairs of a store can be trained on: their latents, and the run of thin latents that the overlap contains."""
+"""Which pairs of a store can be trained on: their latents, and the run of thin latents that the overlap contains.
+
+Planning stays in Arrow and numpy, a column at a time: a million rows take a second or two. Python objects are made for
+a pair when it is read.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from diffusion.config import DataConfig
 from latentcache.errors import InputError
-from latentcache.records import LATENT_CHANNELS, LatentRecord, LatentRole, PairRecord, Split
+from latentcache.freshness import pair_digests, unlike
+from latentcache.records import ACROSS_FIELDS, LATENT_CHANNELS, LatentRole, Split
+from latentcache.schema import matrix
 from latentcache.store import LatentStore
 
 EDGE_MM = 1e-3
+COLUMNS = ("key", "encode_key", "role", "shape", "path", "z0_mm", "dz_mm", "valid_zyx", "crc32c", "source_digest")
+
+
+@dataclass(frozen=True)
+class PlannedLatent:
+    """What a stream needs of a manifest row; see ``LatentRecord``."""
+
+    key: str
+    role: LatentRole
+    shape: tuple[int, int, int, int]
+    path: str
+    z0_mm: float
+    dz_mm: float
+    valid_zyx: tuple[int, int, int]
+    crc32c: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PlannedPair:
     """A pair whose latents are in the store, and the run of thin latents that its overlap wholly contains."""
 
-    pair: PairRecord
-    thin: LatentRecord
-    condition: LatentRecord
+    pair_key: str
+    study_key: str
+    category: str
+    thin: PlannedLatent
+    condition: PlannedLatent
     first: int
     depth: int
     num_thick_slices: int
 
 
-def whole_latents_inside(record: LatentRecord, overlap_mm: tuple[float, float]) -> tuple[int, int]:
-    """First index and number of latent slices that lie wholly in a range of z; slice j spans z0 + (j -/+ 1/2) dz."""
-    low = (overlap_mm[0] - EDGE_MM - record.z0_mm) / record.dz_mm + 0.5
-    high = (overlap_mm[1] + EDGE_MM - record.z0_mm) / record.dz_mm - 0.5
-    first = max(0, int(np.ceil(low)))
-    last = min(record.shape[1] - 1, int(np.floor(high)))
-    return first, max(0, last - first + 1)
+class Latents:
+    """The latents of a run of pairs: row ``at[i]`` of a manifest table belongs to pair i."""
+
+    def __init__(self, rows: pa.Table, at: NDArray[np.int64]) -> None:
+        self.rows, self.at = rows, at
+        self.shape = matrix(rows, "shape").reshape(-1, 4)[at].astype(np.int64)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(n,) of a column of numbers, (n, k) of one of lists."""
+        if pa.types.is_list(self.rows.schema.field(name).type):
+            return matrix(self.rows, name)[self.at]
+        return np.asarray(self.rows[name])[self.at]
+
+    def text(self, name: str) -> pa.ChunkedArray:
+        return self.rows[name].take(pa.array(self.at))
+
+    def chosen(self, pairs: NDArray[np.int64]) -> Latents:
+        """Those of some of the pairs."""
+        return Latents(self.rows, self.at[pairs])
+
+    def __getitem__(self, pair: int) -> PlannedLatent:
+        row = int(self.at[pair])
+
+        def value(name: str) -> Any:
+            found = self.rows[name][row].as_py()
+            return tuple(found) if isinstance(found, list) else found
+
+        return PlannedLatent(*(value(name) for name in PlannedLatent.__dataclass_fields__))
+
+
+class PlannedPairs(Sequence[PlannedPair]):
+    """The usable pairs of a split in key order. Each is made from its rows when it is asked for.
+
+    Attributes:
+        thin, condition: The latents of every pair.
+        first, depth: (n,) the run of thin latent slices that the overlap contains.
+    """
+
+    def __init__(
+        self,
+        pairs: pa.Table,
+        thin: Latents,
+        condition: Latents,
+        first: NDArray[np.int64],
+        depth: NDArray[np.int64],
+        num_thick_slices: NDArray[np.int64],
+    ) -> None:
+        self._pairs, self._num_thick_slices = pairs, num_thick_slices
+        self.thin, self.condition = thin, condition
+        self.first, self.depth = first, depth
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @overload
+    def __getitem__(self, index: int) -> PlannedPair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PlannedPair]: ...
+
+    def __getitem__(self, index: int | slice) -> PlannedPair | list[PlannedPair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        names = ("pair_key", "study_key", "category")
+        pair_key, study_key, category = (self._pairs[name][row].as_py() for name in names)
+        first, depth, thick = (int(a[row]) for a in (self.first, self.depth, self._num_thick_slices))
+        return PlannedPair(pair_key, study_key, category, self.thin[row], self.condition[row], first, depth, thick)
+
+
+def whole_latents_inside(
+    z0_mm: NDArray[np.float64], dz_mm: NDArray[np.float64], depth: NDArray[np.int64], overlap_mm: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First index and number of latent slices that lie wholly in a range of z; slice j spans z0 + (j -/+ 1/2) dz.
+
+    Args:
+        z0_mm, dz_mm, depth: (n,) of n latents.
+        overlap_mm: (n, 2) lower and upper end.
+    """
+    low = (overlap_mm[:, 0] - EDGE_MM - z0_mm) / dz_mm + 0.5
+    high = (overlap_mm[:, 1] + EDGE_MM - z0_mm) / dz_mm - 0.5
+    first = np.maximum(0, np.ceil(low)).astype(np.int64)
+    last = np.minimum(depth - 1, np.floor(high)).astype(np.int64)
+    return first, np.maximum(0, last - first + 1)
 
 
 def choose_encode_key(store: LatentStore, wanted: str | None) -> str:
     """The encode key to train on: the one asked for, else the store's only one with thin latents."""
-    present = sorted({record.encode_key for record in store.records(role="thin")})
+    present = [encode_key for encode_key, role in store.encoded() if role == "thin"]
     if wanted is not None and wanted not in present:
         raise InputError(
             f"encode key {wanted}",
@@ -60,51 +164,102 @@ def choose_encode_key(store: LatentStore, wanted: str | None) -> str:
 
 def plan_pairs(
     store: LatentStore, encode_key: str, data: DataConfig, split: Split | Literal["all"]
-) -> tuple[list[PlannedPair], dict[str, int]]:
-    """The split's pairs whose latents are committed, in key order, and how many were left out for which reason."""
+) -> tuple[PlannedPairs, dict[str, int]]:
+    """The split's pairs whose latents are committed, in key order, and how many were left out for which reason.
+
+    Raises:
+        InputError: Latents that cannot be one sample: of unlike grids, or of another channel count.
+    """
     role: LatentRole = "thick_on_thin" if data.alignment == "pixel" else "thick"
-    thin = {record.key: record for record in store.records(encode_key=encode_key, role="thin")}
-    conditions = {record.key: record for record in store.records(encode_key=encode_key, role=role)}
-    slices = {series.series_key: series.n_slices for series in store.series()}
-    planned: list[PlannedPair] = []
-    left_out: dict[str, int] = {}
-    for pair in sorted(store.pairs(), key=lambda p: p.pair_key):
-        if split not in ("all", pair.split):
-            continue
-        if pair.status != "ok":
-            left_out["quarantined"] = left_out.get("quarantined", 0) + 1
-            continue
-        target = thin.get(pair.thin_key)
-        condition = conditions.get(pair.pair_key if data.alignment == "pixel" else pair.thick_key)
-        first, depth = whole_latents_inside(target, pair.overlap_mm) if target else (0, 0)
-        if target is None or condition is None:
-            reason = f"no {'thin' if target is None else role} latent yet"
-        elif depth == 0:
-            reason = "the overlap holds no whole latent"
-        else:
-            check_shapes(target, condition, data.alignment)
-            planned.append(
-                PlannedPair(pair, target, condition, first, depth, slices.get(pair.thick_key, condition.valid_zyx[0]))
-            )
-            continue
-        left_out[reason] = left_out.get(reason, 0) + 1
-    return planned, left_out
+    names = ("pair_key", "study_key", "category", "thick_key", "thin_key", "overlap_mm", "split", "status")
+    pairs = store.pairs_table((*names, "evidence") if role == "thick" else names)
+    if split != "all":
+        pairs = pairs.filter(pc.equal(pairs["split"], split))
+    usable = pairs.filter(pc.equal(pairs["status"], "ok"))
+    usable = usable.take(pc.sort_indices(usable["pair_key"])).combine_chunks()
+    left_out = {"quarantined": len(pairs) - len(usable)}
+    if role == "thick":
+        across = np.asarray(pc.match_substring(usable["evidence"], ACROSS_FIELDS), bool)
+        left_out["another field of view than the thick series (alignment `pixel` takes them)"] = int(across.sum())
+        usable = usable.filter(pa.array(~across)).combine_chunks()
+    thin_at, condition_at, thin_rows, condition_rows = _latents_of(store, encode_key, usable, role)
+    left_out["no thin latent yet"] = int((thin_at < 0).sum())
+    left_out[f"no {role} latent yet"] = int(((thin_at >= 0) & (condition_at < 0)).sum())
+    there = np.flatnonzero((thin_at >= 0) & (condition_at >= 0))
+    usable = usable.take(pa.array(there))
+    thin, condition = Latents(thin_rows, thin_at[there]), Latents(condition_rows, condition_at[there])
+
+    catalog = store.catalog_table(("series_key", "n_slices", "source_digest"))
+    stale = _stale(catalog, usable, thin, condition, role)
+    first, depth = whole_latents_inside(
+        thin.column("z0_mm"), thin.column("dz_mm"), thin.shape[:, 1], matrix(usable, "overlap_mm").reshape(-1, 2)
+    )
+    left_out["a latent of an archive that has changed since (`ctpipe encode STORE --refresh`)"] = int(stale.sum())
+    left_out["the overlap holds no whole latent"] = int((~stale & (depth == 0)).sum())
+    n_slices = pc.take(catalog["n_slices"], _index_in(usable["thick_key"], catalog["series_key"]))
+    thick = np.asarray(pc.fill_null(n_slices, 0), np.int64)
+    thick = np.where(thick > 0, thick, condition.column("valid_zyx").reshape(-1, 3)[:, 0])
+
+    kept = np.flatnonzero(~stale & (depth > 0))
+    planned = PlannedPairs(
+        usable.take(pa.array(kept)), thin.chosen(kept), condition.chosen(kept), first[kept], depth[kept], thick[kept]
+    )
+    check_shapes(planned, data.alignment)
+    return planned, {reason: count for reason, count in left_out.items() if count}
 
 
-def check_shapes(thin: LatentRecord, condition: LatentRecord, alignment: str) -> None:
+def _latents_of(
+    store: LatentStore, encode_key: str, pairs: pa.Table, role: LatentRole
+) -> tuple[NDArray[np.int64], NDArray[np.int64], pa.Table, pa.Table]:
+    """Each pair's row of the thin latents and of the conditions, -1 where it has none; and those rows."""
+
+    def of_encoding(rows: pa.Table) -> Any:
+        wanted = pc.or_(pc.equal(rows["role"], "thin"), pc.equal(rows["role"], role))
+        return pc.and_(pc.equal(rows["encode_key"], encode_key), wanted)
+
+    latents = store.manifest_table(COLUMNS, of_encoding)
+    thin, condition = (latents.filter(pc.equal(latents["role"], r)).combine_chunks() for r in ("thin", role))
+    named = "pair_key" if role == "thick_on_thin" else "thick_key"
+    at = [
+        np.asarray(pc.fill_null(_index_in(pairs[name], rows["key"]), -1), np.int64)
+        for name, rows in (("thin_key", thin), (named, condition))
+    ]
+    return at[0], at[1], thin, condition
+
+
+def _index_in(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.index_in(keys, value_set=among.combine_chunks())
+
+
+def _stale(
+    catalog: pa.Table, pairs: pa.Table, thin: Latents, condition: Latents, role: LatentRole
+) -> NDArray[np.bool_]:
+    """Which pairs hold a latent that was made from another archive than the catalog now describes."""
+    digests = [
+        pc.fill_null(pc.take(catalog["source_digest"], _index_in(pairs[name], catalog["series_key"])), "")
+        for name in ("thin_key", "thick_key")
+    ]
+    of_condition = pair_digests(*digests) if role == "thick_on_thin" else digests[1]
+    return unlike(thin.text("source_digest"), digests[0]) | unlike(condition.text("source_digest"), of_condition)
+
+
+def check_shapes(planned: PlannedPairs, alignment: str) -> None:
     """Refuse latents that cannot be one sample."""
-    for record in (thin, condition):
-        if record.shape[0] not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
+    thin, condition = planned.thin, planned.condition
+    channels = (LATENT_CHANNELS, 2 * LATENT_CHANNELS)
+    for latents in (thin, condition):
+        for row in np.flatnonzero(~np.isin(latents.shape[:, 0], channels))[:1]:
             raise InputError(
-                f"a latent of {record.shape[0]} channels (series {record.key})",
+                f"a latent of {latents.shape[row, 0]} channels (series {latents[int(row)].key})",
                 expected=f"{LATENT_CHANNELS} channels of means, or as many of log-variance after them",
                 remedy="Choose another data.encode_key; see `ctpipe status STORE`.",
             )
-    differ = thin.shape != condition.shape if alignment == "pixel" else thin.shape[2:] != condition.shape[2:]
-    if differ:
+    first = 0 if alignment == "pixel" else 2
+    for row in np.flatnonzero((thin.shape[:, first:] != condition.shape[:, first:]).any(axis=1))[:1]:
+        one, other = thin[int(row)], condition[int(row)]
         raise InputError(
-            f"a thin latent of shape {thin.shape} beside a {condition.role} latent of shape {condition.shape} "
-            f"(series {thin.key})",
+            f"a thin latent of shape {one.shape} beside a {other.role} latent of shape {other.shape} "
+            f"(series {one.key})",
             expected="latents of one grid",
             remedy="Run `ctpipe verify STORE`; encode the pair again or exclude it.",
         )

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-import psutil
 import torch
 
 T = TypeVar("T")
@@ -49,7 +48,6 @@ class Meter:
         self._steps: deque[tuple[float, float, int]] = deque(maxlen=WINDOW)
         self._wait = self._total = self._total_wait = 0.0
         self._begin = self.started = time.perf_counter()
-        self._process = psutil.Process()
 
     @property
     def elapsed(self) -> float:
@@ -111,7 +109,9 @@ class Meter:
         """Peak device memory on a GPU, the process's resident memory on a CPU."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
-        return int(self._process.memory_info().rss)
+        import psutil  # here, so that measuring a device needs torch alone (infra/bench/unet_gpu.py)
+
+        return int(psutil.Process().memory_info().rss)
 
 
 def measured_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -40,6 +41,12 @@ class RunCard:
     @property
     def unet_config(self) -> UNetConfig:
         return UNetConfig.from_dict(self.model)
+
+    @property
+    def pin_name(self) -> str:
+        """The name under which the run pins its snapshot: its own id; for a card without one, a hash of the card."""
+        own = self.extra.get("run_id") or hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"run-{own[:16]}"
 
     def build_objective(self) -> Objective:
         return build_objective(self.objective["name"], **self.objective.get("settings", {}))

@@ -62,7 +62,8 @@ def generate_store(
 
     Args:
         store: Where the conditions are.
-        keys: Pair keys; None takes every pair whose condition is stored, quarantined pairs excepted.
+        keys: Pair keys; None takes every pair whose condition is stored, except quarantined ones and those whose
+            fields of view differ where the model aligns latents.
         out: Where role ``thin`` is committed under the pair key; None takes ``store``'s own
             ``generated/<generation_key>``. Pairs that are there already are left alone, so that a re-run resumes.
         progress: Called with (done, total, pair key) after each pair.
@@ -103,6 +104,12 @@ def condition_of(store: LatentStore, model: Interpolator, pair: PairRecord) -> t
         if record is None:
             raise _missing(pair, "thick_on_thin", model)
         return np.asarray(store.read(record), dtype=np.float32), thin or record
+    if _unaligned(pair, model):
+        raise InputError(
+            f"pair {pair.pair_key}, whose thick and thin series differ in their fields of view",
+            expected="one field of view for alignment `latent`, which moves latents along z alone",
+            remedy="Leave the pair out, or use a model trained with alignment `pixel`.",
+        )
     record = store.find(pair.thick_key, "thick", encode_key=model.encode_key)
     if record is None or thin is None:
         raise _missing(pair, "thick" if record is None else "thin", model)
@@ -143,7 +150,7 @@ def _pairs(store: LatentStore, model: Interpolator, keys: Sequence[str] | None) 
     if keys is None:
         role: LatentRole = "thick_on_thin" if model.alignment == "pixel" else "thick"
         stored = {r.key for r in store.records(encode_key=model.encode_key, role=role)}
-        usable = [p for _, p in sorted(known.items()) if p.status == "ok"]
+        usable = [p for _, p in sorted(known.items()) if p.status == "ok" and not _unaligned(p, model)]
         return [p for p in usable if (p.pair_key if role == "thick_on_thin" else p.thick_key) in stored]
     if unknown := [k for k in keys if k not in known]:
         raise InputError(
@@ -152,6 +159,11 @@ def _pairs(store: LatentStore, model: Interpolator, keys: Sequence[str] | None) 
             remedy="`ctpipe status STORE` lists them.",
         )
     return [known[k] for k in keys]
+
+
+def _unaligned(pair: PairRecord, model: Interpolator) -> bool:
+    """Whether the model's kind of alignment cannot bring the pair's condition onto its thin grid."""
+    return model.alignment == "latent" and pair.across_fields
 
 
 def _positions(record: LatentRecord) -> NDArray[np.float64]:

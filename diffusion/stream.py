@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, D depth, H rows, W columns, all in latents; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from diffusion.alignment import align_depth
 from diffusion.config import DataConfig
 from diffusion.order import MicroBatch, draw_seed, plan_epoch, share_of_rank
-from diffusion.pairs import PlannedPair, choose_encode_key, plan_pairs
+from diffusion.pairs import PlannedLatent, PlannedPair, PlannedPairs, choose_encode_key, plan_pairs
 from diffusion.prefetch import prefetch
 from latentcache.errors import InputError, NonFiniteError
-from latentcache.records import COMPRESSION, LATENT_CHANNELS, LatentRecord, Split
+from latentcache.records import COMPRESSION, LATENT_CHANNELS, Split
 from latentcache.store import LatentStore
 
 Batch = dict[str, Any]
@@ -81,9 +82,8 @@ class PairStream:
         mean, std = store.whitening(self.encode_key)
         self.mean, self.std = (np.asarray(m, np.float32)[:LATENT_CHANNELS] for m in (mean, std))
         self.pairs, self.left_out = plan_pairs(store, self.encode_key, data, split)
-        shapes = [self._shape(p) for p in self.pairs]
-        repeated = np.repeat(np.asarray(shapes, dtype=np.int64).reshape(-1, 3), data.windows_per_volume, axis=0)
-        self._buckets = np.unique(repeated, axis=0, return_inverse=True)[1].reshape(-1)
+        self._shapes = self._sample_shapes(self.pairs)
+        self._buckets = np.repeat(_numbered(self._shapes), data.windows_per_volume)
         self.epoch, self.index = 0, 0
 
     def __len__(self) -> int:
@@ -97,7 +97,13 @@ class PairStream:
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
         """Distinct (D, H, W) of the batches, largest first."""
-        return sorted({self._shape(p) for p in self.pairs}, key=lambda s: -int(np.prod(s)))
+        distinct = {(int(d), int(h), int(w)) for d, h, w in np.unique(self._shapes, axis=0)}
+        return sorted(distinct, key=lambda s: (-math.prod(s), s))
+
+    @property
+    def thin_spacing_mm(self) -> float:
+        """Median distance between thin slices of the pairs, mm; a latent slice covers COMPRESSION of them."""
+        return float(np.median(self.pairs.thin.column("dz_mm"))) / COMPRESSION
 
     def state_dict(self) -> dict[str, int]:
         """The position after the step last handed out: what was read ahead is read again after a resume."""
@@ -170,27 +176,29 @@ class PairStream:
             batch = {name: v.pin_memory() if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
         return batch
 
-    def _shape(self, planned: PlannedPair) -> tuple[int, int, int]:
-        """(D, H, W) of the pair's samples: window or bucketed depth, in-plane crop or the whole plane."""
+    def _sample_shapes(self, pairs: PlannedPairs) -> NDArray[np.int64]:
+        """(n, 3) depth, height and width of every pair's samples: window or bucketed depth, crop or the whole plane."""
         if self.data.window is not None:
-            depth = min(self.data.window, planned.depth)
+            depth = np.minimum(self.data.window, pairs.depth)
         else:
-            bucket = self.data.depth_bucket
-            depth = planned.depth // bucket * bucket or planned.depth
-        crop = self.data.crop
-        height, width = (min(crop or side, side) // self.multiple * self.multiple for side in planned.thin.shape[2:])
-        if height == 0 or width == 0:
+            bucketed = pairs.depth // self.data.depth_bucket * self.data.depth_bucket
+            depth = np.where(bucketed > 0, bucketed, pairs.depth)
+        plane = pairs.thin.shape[:, 2:]
+        plane = np.minimum(self.data.crop, plane) if self.data.crop else plane
+        plane = plane // self.multiple * self.multiple
+        for row in np.flatnonzero((plane == 0).any(axis=1))[:1]:
+            shape = pairs[int(row)].thin.shape
             raise InputError(
-                f"a latent plane of {planned.thin.shape[2]} x {planned.thin.shape[3]} (series {planned.thin.key})",
+                f"a latent plane of {shape[2]} x {shape[3]} (series {pairs[int(row)].thin.key})",
                 expected=f"at least {self.multiple} x {self.multiple}, the U-Net's in-plane step",
                 remedy="Use a model with fewer levels or latent patch 1, or exclude the series.",
             )
-        return depth, height, width
+        return np.column_stack([depth, plane])
 
     def _sample(self, index: int, epoch: int) -> dict[str, Any]:
         planned = self.pairs[index // self.data.windows_per_volume]
-        depth, height, width = self._shape(planned)
-        identity = (self.seed, epoch, planned.pair.pair_key, index % self.data.windows_per_volume)
+        depth, height, width = (int(n) for n in self._shapes[index // self.data.windows_per_volume])
+        identity = (self.seed, epoch, planned.pair_key, index % self.data.windows_per_volume)
         rng = np.random.Generator(np.random.PCG64(draw_seed("window", *identity)))
         start = planned.first + int(rng.integers(planned.depth - depth + 1))
         y = int(rng.integers(planned.thin.shape[2] - height + 1))
@@ -205,9 +213,9 @@ class PairStream:
             "condition": condition[plane],
             "mask": valid_mask(planned.thin.valid_zyx, depth, planned.thin.shape[2:])[plane],
             "z_mm": z_mm,
-            "study_key": planned.pair.study_key,
-            "pair_key": planned.pair.pair_key,
-            "category": planned.pair.category,
+            "study_key": planned.study_key,
+            "pair_key": planned.pair_key,
+            "category": planned.category,
             "num_thin_slices": planned.thin.valid_zyx[0],
             "num_thick_slices": planned.num_thick_slices,
             "noise_seed": draw_seed("noise", *identity),
@@ -229,7 +237,7 @@ class PairStream:
         aligned = align_depth(torch.from_numpy(thick), z_from[low:high], z_mm)
         return thick, np.asarray(aligned, dtype=np.float32)
 
-    def _read(self, record: LatentRecord, depth: slice) -> NDArray[np.float32]:
+    def _read(self, record: PlannedLatent, depth: slice) -> NDArray[np.float32]:
         """A window of a latent, whitened; (4, d, h, w) float32."""
         # Where log-variances are stored too, they follow the means.
         latent = np.asarray(self.store.read(record, depth=depth)[:LATENT_CHANNELS], dtype=np.float32)
@@ -242,6 +250,12 @@ class PairStream:
                 remedy="Run `ctpipe verify STORE`, then encode the series again or exclude it.",
             )
         return latent
+
+
+def _numbered(shapes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n,) a number for every row of (n, 3), equal where rows are equal, in the rows' order."""
+    base = int(shapes.max(initial=0)) + 1
+    return np.unique(shapes @ np.array([base * base, base, 1]), return_inverse=True)[1].reshape(-1)
 
 
 def valid_mask(valid_zyx: tuple[int, int, int], depth: int, plane: tuple[int, int] | Any) -> NDArray[np.float32]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from diffusion.check_config import check, check_precision
 from diffusion.checkpoint import CheckpointFolder
-from diffusion.config import LossConfig, TrainConfig, check, to_dict
+from diffusion.config import LossConfig, TrainConfig, to_dict
 from diffusion.estimate import check_resources, estimate_step, remedies
 from diffusion.held_out import ValidateImages, generators, validation
 from diffusion.loop import Trainer
@@ -23,13 +24,14 @@ from diffusion.loop_interface import LoopConfig, Terms, TrainSummary
 from diffusion.losses import Decoder, ImageLosses
 from diffusion.objective import Objective, build_objective
 from diffusion.perceptual import load_vgg19
+from diffusion.pinned import pin_snapshot
+from diffusion.pinned import reopen as reopen
 from diffusion.progress import Meter, Progress, measured_matmul_rate
 from diffusion.run_card import RUN_CARD, RunCard
 from diffusion.stream import Batch, PairStream
 from diffusion.unet import build_unet
 from diffusion.world import World, join
 from latentcache.errors import InputError
-from latentcache.records import COMPRESSION
 from latentcache.store import LatentStore
 
 log = logging.getLogger("ctpipe.train")
@@ -60,9 +62,12 @@ def train(
     """
     run_dir, world = Path(run_dir), join()
     check(config)
+    check_precision(config, world.device)
     if resume:
         card = RunCard.read(run_dir)
         store = reopen(store, card)
+        if world.rank == 0:
+            pin_snapshot(store, card)
     elif (run_dir / RUN_CARD).exists():
         raise InputError(
             "a run directory that holds a run already",
@@ -70,9 +75,13 @@ def train(
             remedy="Add --resume to continue it, or choose another directory.",
         )
     stream, held_out = open_streams(store, config, world)
+    if world.rank == 0 and stream.left_out:
+        log.warning("of the train split, %d pairs are used and left out are %s", len(stream.pairs), reasons(stream))
     if not resume:
         card = new_card(store, stream, config)
+        world.barrier()  # or a slower rank would find the card that the first one writes, and take the run for another
         if world.rank == 0:
+            pin_snapshot(store, card)
             card.write(run_dir)
             (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
     objective = card.build_objective()
@@ -106,21 +115,6 @@ def train(
         ) from error
 
 
-def reopen(store: LatentStore, card: RunCard) -> LatentStore:
-    """The store at the snapshot that the run is pinned to.
-
-    Raises:
-        InputError: Another store, or one that has lost the snapshot.
-    """
-    if store.secret_fingerprint != card.store_fingerprint:
-        raise InputError(
-            f"a store of fingerprint {store.secret_fingerprint} where the run was trained on {card.store_fingerprint}",
-            expected="the store that the run began with",
-            remedy="Name that store, or start a new run directory.",
-        )
-    return store if store.snapshot == card.snapshot else LatentStore.open(store.url, snapshot=card.snapshot)
-
-
 def open_streams(store: LatentStore, config: TrainConfig, world: World) -> tuple[PairStream, PairStream | None]:
     """The training split as steps, and the validation split unless validation is switched off.
 
@@ -151,10 +145,13 @@ def require_pairs(stream: PairStream, remedy: str) -> None:
     """Refuse a split in which there is nothing to train or validate on."""
     if stream.pairs:
         return
-    reasons = (
-        ", ".join(f"{count} with {reason}" for reason, count in stream.left_out.items()) or "it has no pairs at all"
-    )
-    raise InputError(f"no usable pair in the {stream.split} split ({reasons})", expected="at least one", remedy=remedy)
+    why = reasons(stream) or "it has no pairs at all"
+    raise InputError(f"no usable pair in the {stream.split} split ({why})", expected="at least one", remedy=remedy)
+
+
+def reasons(stream: PairStream) -> str:
+    """How many pairs are left out, for which reason."""
+    return ", ".join(f"{count} ({reason})" for reason, count in stream.left_out.items())
 
 
 def new_card(store: LatentStore, stream: PairStream, config: TrainConfig) -> RunCard:
@@ -176,10 +173,11 @@ def new_card(store: LatentStore, stream: PairStream, config: TrainConfig) -> Run
         preset=config.preset,
         depth_window=config.data.window,
         extra={
+            "run_id": uuid.uuid4().hex[:16],
             "seed": config.seed,
             "train_pairs": len(stream.pairs),
             # A latent slice covers four slices; generation of a series without a store asks for this spacing.
-            "thin_spacing_mm": round(median(p.thin.dz_mm for p in stream.pairs) / COMPRESSION, 4),
+            "thin_spacing_mm": round(stream.thin_spacing_mm, 4),
         },
     )
 

@@ -27,7 +27,7 @@ from latentcache.arrays import SHARD, Layout
 from latentcache.errors import StoreError
 from latentcache.index import COLUMNS, KeyIndex
 from latentcache.location import Location
-from latentcache.manifest import Snapshot, extend, load_snapshot, read_table, snapshot_path
+from latentcache.manifest import Snapshot, extend, load_snapshot, read_table, snapshot_path, without_latents
 from latentcache.records import LatentRecord, PairRecord, SeriesRecord
 from latentcache.schema import Kind, timings_table, to_table
 
@@ -225,6 +225,21 @@ class Writer:
         """Add or replace catalog and pair rows in one new snapshot."""
         tables: dict[Kind, pa.Table] = {"catalog": to_table("catalog", series), "pairs": to_table("pairs", pairs)}
         self._publish(self._current(), tables)
+
+    def retire(self, stale: pa.Table) -> int:
+        """Take manifest rows out in one new snapshot, so that their latents can be made anew; returns how many went.
+
+        Older snapshots keep the rows and the bytes: runs pinned to them read on, and gc takes the bytes once no
+        snapshot names them. Killed at any instant, the store holds all of the rows or none.
+
+        Args:
+            stale: Rows with a column ``path``, of the current snapshot.
+        """
+        before = self._current()
+        if stale.num_rows == 0:
+            return 0
+        after = self.replace(lambda base: without_latents(self._store.location, base, stale["path"]))
+        return before.rows("manifest") - after.rows("manifest")
 
     def replace(self, build: Any) -> Snapshot:
         """Publish the snapshot that ``build(base)`` makes: the primitive of compaction and of removing rows."""

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from latentcache.errors import InputError
+from latentcache.location import Location
+from latentcache.manifest import Snapshot, read_row, read_table
+from latentcache.records import LatentRecord, LatentRole
+from latentcache.schema import from_table
+
 COLUMNS = ("encode_key", "key", "role")
+HELD_ROWS = 200_000
+FINDS = 16
+"""A manifest of more rows than this (some 500 bytes each) is held in memory only after so many look-ups."""
 
 
 class KeyIndex:
@@ -20,18 +31,52 @@ class KeyIndex:
         self._roles, self._role_code = _encoded(table.column("role"))
 
     def rows(self, key: str, role: str | None = None, encode_key: str | None = None) -> list[int]:
-        """Row numbers of a key, optionally of one role and encoding, ascending."""
+        """Row numbers of a key, optionally of one role and encoding, ascending; of each identity the first row."""
         wanted = key.encode()
         low = int(np.searchsorted(self._keys, wanted, "left"))
-        found = []
+        found: dict[tuple[int, int], int] = {}
         while low < len(self._keys) and self._keys[low] == wanted:
             row = int(self._order[low])
             if (role is None or self._roles[self._role_code[row]] == role) and (
                 encode_key is None or self._encode_keys[self._encode_code[row]] == encode_key
             ):
-                found.append(row)
+                found.setdefault((int(self._role_code[row]), int(self._encode_code[row])), row)
             low += 1
+        return list(found.values())
+
+
+class RowFinder:
+    """Looks latents of one snapshot up, each read with its own part of the manifest until it is worth holding it all.
+
+    Args:
+        whole: The manifest, which its owner then holds.
+    """
+
+    def __init__(self, location: Location, snapshot: Snapshot, whole: Callable[[], pa.Table]) -> None:
+        self._location, self._snapshot, self._whole = location, snapshot, whole
+        self._index = KeyIndex(read_table(location, snapshot, "manifest", COLUMNS, unique=False))
+        self._finds = 0
+
+    def find(self, key: str, role: LatentRole, encode_key: str | None) -> LatentRecord | None:
+        """Raises InputError: several encodings hold it and none was asked for."""
+        rows = self._index.rows(key, role, encode_key)
+        if len(rows) > 1:
+            raise InputError(
+                f"{len(rows)} encodings of {key} {role}",
+                expected="one encode key",
+                remedy="Name the encode key; mixing encodings would mix unlike latents.",
+            )
+        found: LatentRecord | None = from_table(self._row(rows[0]), LatentRecord)[0] if rows else None
         return found
+
+    def _row(self, row: int) -> pa.Table:
+        self._finds += 1
+        total = self._snapshot.rows("manifest")
+        if total <= HELD_ROWS or self._finds > FINDS:
+            whole = self._whole()
+            if whole.num_rows == total:  # else later rows of an identity are left out, which the index counts
+                return whole.slice(row, 1)
+        return read_row(self._location, self._snapshot, "manifest", row)
 
 
 def _encoded(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray[tuple[int], np.dtype[np.int32]]]:

@@ -27,11 +27,15 @@ IOV_MAX = 1024
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored object: path relative to the location, bytes, and when it was last written (seconds since 1970)."""
+    """A stored object: path relative to the location, bytes, and when it was last written (seconds since 1970).
+
+    ``etag`` changes with the content; empty where the place keeps none, as file systems do.
+    """
 
     path: str
     size: int
     modified: float
+    etag: str = ""
 
 
 class Location(Protocol):
@@ -71,14 +75,16 @@ class Location(Protocol):
         """The location of a folder below."""
 
 
-def open_location(url: str | Path) -> Location:
-    """A local path, file:// or s3://bucket/prefix.
+def open_location(url: str | Path | Location) -> Location:
+    """A local path, file:// or s3://bucket/prefix; a location stays what it is.
 
     S3 takes its credentials, region and endpoint from the usual AWS_* environment variables.
 
     Raises:
         InputError: Another scheme.
     """
+    if not isinstance(url, (str, Path)):
+        return url
     text = str(url)
     if text.startswith("s3://"):
         from latentcache.location_s3 import S3Location

@@ -170,4 +170,5 @@ class S3Location:
 
 
 def _entry(meta: Any) -> Entry:
-    return Entry(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp())
+    etag = str(meta.get("e_tag") or "").strip('"')
+    return Entry(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp(), etag)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,9 @@ from latentcache.records import FORMAT_VERSION
 from latentcache.schema import KINDS, SCHEMAS, UNIQUE, Kind, check_schema
 
 SNAPSHOTS = "snapshots"
+Keep = Callable[[pa.Table], Any]
+ROW_GROUP = 16_384
+"""Rows of a Parquet row group: one row of a large fragment costs some ten milliseconds to decode."""
 COMPACT_AT = 16
 """Fragments of one size class at which a commit merges them: opening a store stays cheap after 10,000 commits."""
 
@@ -141,7 +144,7 @@ def load_snapshot(location: Location, number: int | None = None) -> Snapshot:
 def write_fragment(location: Location, kind: Kind, table: pa.Table) -> Fragment:
     """Write rows as a new fragment; nothing refers to it until a snapshot does."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=True)
+    pq.write_table(table, sink, compression="zstd", store_schema=True, row_group_size=ROW_GROUP)
     data = sink.getvalue().to_pybytes()
     path = f"{kind}/{uuid.uuid4().hex}.parquet"
     location.put_once(path, [data])
@@ -154,6 +157,10 @@ def read_fragment(location: Location, kind: Kind, fragment: Fragment, columns: S
     Raises:
         StoreError: The file is missing, damaged or of another format.
     """
+    return _open_fragment(location, kind, fragment).read(columns=None if columns is None else list(columns))
+
+
+def _open_fragment(location: Location, kind: Kind, fragment: Fragment) -> pq.ParquetFile:
     try:
         data = location.read(fragment.path)
     except FileNotFoundError as error:
@@ -166,19 +173,67 @@ def read_fragment(location: Location, kind: Kind, fragment: Fragment, columns: S
         raise _damaged(fragment.path)
     file = pq.ParquetFile(pa.BufferReader(data))
     check_schema(kind, file.schema_arrow, fragment.path)
-    return file.read(columns=None if columns is None else list(columns))
+    return file
 
 
-def read_table(location: Location, snapshot: Snapshot, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows of a table in a snapshot, each identity once (see schema.UNIQUE), in order of first appearance."""
+def read_row(location: Location, snapshot: Snapshot, kind: Kind, row: int) -> pa.Table:
+    """One row by its number over all fragments in turn, as a table; decodes that row's group alone."""
+    for fragment in snapshot.fragments[kind]:
+        if row >= fragment.rows:
+            row -= fragment.rows
+            continue
+        file = _open_fragment(location, kind, fragment)
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if row < count:
+                return file.read_row_group(group).slice(row, 1).select(SCHEMAS[kind].names).cast(SCHEMAS[kind])
+            row -= count
+    raise IndexError(f"no such row in the {kind} table")
+
+
+def distinct(location: Location, snapshot: Snapshot, kind: Kind, columns: Sequence[str]) -> pa.Table:
+    """The combinations of values that a few columns take; much cheaper than the rows, since none is told apart."""
+    names = list(columns)
+    schema = pa.schema([SCHEMAS[kind].field(name) for name in names])
+    parts = [schema.empty_table()]
+    for fragment in snapshot.fragments[kind]:
+        part = read_fragment(location, kind, fragment, names).select(names).cast(schema)
+        parts.append(_first_of_each(part, names))
+    return _first_of_each(pa.concat_tables(parts), names)
+
+
+def _first_of_each(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    return table.take(pa.array(np.sort(np.unique(row_codes(table, names), return_index=True)[1])))
+
+
+def read_table(
+    location: Location,
+    snapshot: Snapshot,
+    kind: Kind,
+    columns: Sequence[str] | None = None,
+    keep: Keep | None = None,
+    *,
+    unique: bool = True,
+) -> pa.Table:
+    """All rows of a table in a snapshot, each identity once (see schema.UNIQUE), in order of first appearance.
+
+    Args:
+        unique: False leaves later rows of an identity in, so that rows are numbered as in ``read_row``.
+        keep: Which rows, as a boolean mask over ``columns`` and the columns that identify a row. Fragments are read one
+            after the other, so that memory is that of the rows kept and of one fragment. The rows of one identity must
+            share one answer, or a row that a later one replaced would show.
+    """
     identity = UNIQUE[kind]
     wanted = None if columns is None else list(dict.fromkeys([*columns, *identity]))
-    parts = [read_fragment(location, kind, f, wanted) for f in snapshot.fragments[kind]]
     schema = SCHEMAS[kind]
     if wanted is not None:
         schema = pa.schema([schema.field(name) for name in wanted], schema.metadata)
-    table = pa.concat_tables([part.select(schema.names).cast(schema) for part in parts] or [schema.empty_table()])
-    if len(parts) > 1 and identity:
+    parts = [schema.empty_table()]
+    for fragment in snapshot.fragments[kind]:
+        part = read_fragment(location, kind, fragment, wanted).select(schema.names).cast(schema)
+        parts.append(part if keep is None else part.filter(keep(part)))
+    table = pa.concat_tables(parts)
+    if unique and len(parts) > 2 and identity:
         table = unique_rows(table, kind)
     return table if columns is None else table.select(list(columns))
 
@@ -221,6 +276,24 @@ def extend(location: Location, base: Snapshot, added: dict[Kind, pa.Table]) -> S
             table = unique_rows(table, kind)
         lists[kind] = (*lists[kind][:kept], write_fragment(location, kind, table))
     return Snapshot(base.number + 1, lists)
+
+
+def without_latents(location: Location, base: Snapshot, paths: pa.ChunkedArray) -> Snapshot:
+    """The next snapshot: ``base`` without the manifest rows of these paths. Only fragments that hold one are rewritten.
+
+    Every fragment keeps its place, since of two rows of one identity the first counts.
+    """
+    wanted = paths.combine_chunks()
+    manifest: list[Fragment] = []
+    for fragment in base.fragments["manifest"]:
+        gone = pc.is_in(read_fragment(location, "manifest", fragment, ("path",))["path"], value_set=wanted)
+        if not pc.any(gone).as_py():
+            manifest.append(fragment)
+            continue
+        table = read_fragment(location, "manifest", fragment).filter(pc.invert(gone))
+        if table.num_rows:
+            manifest.append(write_fragment(location, "manifest", table))
+    return Snapshot(base.number + 1, {**base.fragments, "manifest": tuple(manifest)})
 
 
 def _kept(fragments: Sequence[Fragment], added: int) -> int:

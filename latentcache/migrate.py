@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 
 from latentcache.commit import Lease
 from latentcache.errors import StoreError
+from latentcache.header import STORE
 from latentcache.location import Location
 from latentcache.manifest import Fragment, Snapshot, snapshot_numbers, snapshot_path, write_fragment
 from latentcache.records import FORMAT_VERSION
 from latentcache.schema import KINDS, SCHEMAS, Kind
-from latentcache.store import STORE
 
 DEFAULTS_OF_0: dict[Kind, dict[str, str]] = {"pairs": {"status": "ok", "reason": ""}, "timings": {"stage": ""}}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 SeriesRole = Literal["thick", "thin", "other"]
 LatentRole = Literal["thin", "thick", "thick_on_thin"]
@@ -50,6 +50,10 @@ class SeriesRecord:
     """Hash over the CRC-32 and size of every member, so that a changed archive is noticed without reading pixels."""
 
 
+ACROSS_FIELDS = '"across_fields": true'
+"""Stands in the evidence (canonical JSON) of a pair whose in-plane grids differ, so that a column can be searched."""
+
+
 @dataclass(frozen=True)
 class PairRecord:
     """A thick and a thin series of one acquisition. ``overlap_mm`` is the common extent along the slice normal."""
@@ -67,6 +71,11 @@ class PairRecord:
     status: Literal["ok", "quarantined"] = "ok"
     """``quarantined`` once the pixels contradict the headers (the thin series does not average to the thick one)."""
     reason: str = ""
+
+    @property
+    def across_fields(self) -> bool:
+        """Whether the in-plane grids differ: only the thick HU resampled in plane, ``thick_on_thin``, fit the thin."""
+        return ACROSS_FIELDS in self.evidence
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,25 @@ class LatentRecord:
     std: tuple[float, ...]
     round_trip_psnr: float | None
     source_digest: str
+
+
+class LatentPlace(Protocol):
+    """The part of a manifest row that reading needs."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def role(self) -> LatentRole: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def crc32c(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)

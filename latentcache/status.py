@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from latentcache.errors import CtpipeError
+from latentcache.freshness import stale_rows
 from latentcache.manifest import snapshot_numbers
 from latentcache.pins import pinned_snapshots
 from latentcache.store import LatentStore
@@ -13,17 +16,19 @@ from latentcache.store import LatentStore
 
 def status(store: LatentStore) -> dict[str, Any]:
     """Counts of series, pairs and latents at the store's snapshot, what is still to encode, snapshots and pins."""
-    catalog = store.catalog_table(("series_key", "role", "status", "split")).to_pylist()
-    pairs = store.pairs_table(("split", "status")).to_pylist()
-    manifest = store.manifest_table(("encode_key", "key", "role")).to_pylist()
-    ok = {row["series_key"] for row in catalog if row["status"] == "ok" and row["role"] in ("thin", "thick")}
+    catalog = store.catalog_table(("series_key", "role", "status", "split"))
+    pairs = store.pairs_table(("split", "status"))
+    manifest = store.manifest_table(("encode_key", "key", "role"))
+    whole = pc.is_in(catalog["role"], value_set=pa.array(["thin", "thick"]))
+    wanted = catalog.filter(pc.and_(whole, pc.equal(catalog["status"], "ok")))["series_key"]
     encodings: dict[str, Any] = {}
     for encode_key in store.encode_keys():
-        rows = [row for row in manifest if row["encode_key"] == encode_key]
-        missing = ok - {row["key"] for row in rows if row["role"] in ("thin", "thick")}
+        rows = manifest.filter(pc.equal(manifest["encode_key"], encode_key))
+        own = rows.filter(pc.not_equal(rows["role"], "thick_on_thin"))["key"].combine_chunks()
         encodings[encode_key] = {
-            "latents": dict(Counter(row["role"] for row in rows)),
-            "series_missing": len(missing),
+            "latents": _counts(rows["role"]),
+            "series_missing": len(wanted) - int(pc.sum(pc.is_in(wanted, value_set=own)).as_py() or 0),
+            "stale": int(stale_rows(store, encode_key).num_rows),
             **_encoding(store, encode_key),
         }
     return {
@@ -32,18 +37,27 @@ def status(store: LatentStore) -> dict[str, Any]:
         "pinned": {str(number): names for number, names in sorted(pinned_snapshots(store.location).items())},
         "series": {
             "total": len(catalog),
-            "quarantined": sum(row["status"] != "ok" for row in catalog),
-            "by_role": dict(Counter(row["role"] for row in catalog)),
-            "by_split": dict(Counter(row["split"] or "none" for row in catalog)),
+            "quarantined": _quarantined(catalog),
+            "by_role": _counts(catalog["role"]),
+            "by_split": _counts(catalog["split"]),
         },
         "pairs": {
             "total": len(pairs),
-            "quarantined": sum(row["status"] != "ok" for row in pairs),
-            "by_split": dict(Counter(row["split"] or "none" for row in pairs)),
+            "quarantined": _quarantined(pairs),
+            "by_split": _counts(pairs["split"]),
         },
         "encodings": encodings,
         "generated": list(store.location.folders("generated")),
     }
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """How often each value stands in a column of text; the empty one as ``none``."""
+    return {row["values"] or "none": row["counts"] for row in pc.value_counts(column).to_pylist()}
+
+
+def _quarantined(table: pa.Table) -> int:
+    return int(pc.sum(pc.not_equal(table["status"], "ok")).as_py() or 0)
 
 
 def _encoding(store: LatentStore, encode_key: str) -> dict[str, Any]:

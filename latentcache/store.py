@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,106 +16,54 @@ from numpy.typing import NDArray
 from latentcache.admission import check_key, check_latent, load_encoding
 from latentcache.arrays import Latent, read_latent, write_latent
 from latentcache.commit import Writer
-from latentcache.errors import InputError, StoreError
-from latentcache.index import COLUMNS, KeyIndex
+from latentcache.errors import StoreError
+from latentcache.header import Header, is_store
+from latentcache.index import RowFinder
 from latentcache.location import Location, open_location
-from latentcache.manifest import Snapshot, check_version, load_snapshot, read_table, snapshot_path
-from latentcache.records import (
-    FORMAT_VERSION,
-    Encoding,
-    LatentRecord,
-    LatentRole,
-    PairRecord,
-    SeriesRecord,
-)
-from latentcache.schema import Kind, from_table, matrix
-from latentcache.statistics import Moments, merge_all, valid_latents
-
-STORE = "store.json"
+from latentcache.manifest import Keep, Snapshot, distinct, load_snapshot, read_table
+from latentcache.records import Encoding, LatentPlace, LatentRecord, LatentRole, PairRecord, SeriesRecord
+from latentcache.schema import Kind, from_table
+from latentcache.statistics import Moments, valid_latents
+from latentcache.whitening import training_moments
 
 
 class LatentStore:
     """A store at one snapshot. Readers never see it change unless they call ``refresh`` or write through it."""
 
-    def __init__(self, location: Location, header: dict[str, Any], snapshot: Snapshot, pinned: bool = False) -> None:
+    def __init__(self, location: Location, header: Header, snapshot: Snapshot, pinned: bool = False) -> None:
         self.location = location
-        self.secret_fingerprint: str = header["secret_fingerprint"]
-        self.split_seed: int = header["split_seed"]
+        self.header = header
         self._snapshot = snapshot
         self._pinned = pinned
         self._tables: dict[Kind, pa.Table] = {}
-        self._index: KeyIndex | None = None
+        self._finder: RowFinder | None = None
         self._writer: Writer | None = None
 
     @classmethod
-    def create(cls, url: str | Path, *, secret_fingerprint: str, split_seed: int = 0) -> LatentStore:
-        """Make an empty store.
+    def create(cls, place: str | Path | Location, *, secret_fingerprint: str, split_seed: int = 0) -> LatentStore:
+        """Make an empty store at a URL or location.
 
         Raises:
             StoreError: There is one already.
         """
-        return cls._create_at(open_location(url), secret_fingerprint, split_seed)
+        location, header = open_location(place), Header(secret_fingerprint, int(split_seed))
+        return cls(location, header, header.create(location))
 
     @classmethod
-    def _create_at(cls, location: Location, secret_fingerprint: str, split_seed: int) -> LatentStore:
-        header = {
-            "format_version": FORMAT_VERSION,
-            "secret_fingerprint": secret_fingerprint,
-            "split_seed": int(split_seed),
-        }
-        empty = Snapshot(0)
-        # store.json comes last: a store that has one is whole, and a creation that was killed can be repeated.
-        try:
-            location.put_once(snapshot_path(0), [empty.to_json()])
-        except FileExistsError:
-            load_snapshot(location, 0)
-        try:
-            location.put_once(STORE, [json.dumps(header, indent=1).encode()])
-        except FileExistsError as error:
-            raise StoreError(
-                f"there is a store at {location.url} already",
-                expected="a place without one",
-                remedy="Open it, or choose another place.",
-            ) from error
-        return cls(location, header, empty)
-
-    @classmethod
-    def open(cls, url: str | Path, snapshot: int | None = None) -> LatentStore:
+    def open(cls, place: str | Path | Location, snapshot: int | None = None) -> LatentStore:
         """Open a store at its current snapshot, or pinned at a given one.
 
         Raises:
             StoreError: No store, a newer or older format, a damaged or partial copy, or no such snapshot.
         """
-        return cls._open_at(open_location(url), snapshot)
-
-    @classmethod
-    def _open_at(cls, location: Location, snapshot: int | None = None) -> LatentStore:
-        try:
-            data = location.read(STORE)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(
-                f"there is no store at {location.url}",
-                expected=f"a folder or prefix with {STORE}",
-                remedy="Make one with `ctpipe ingest DATASET STORE`; if this is a copy, copy it whole.",
-            ) from error
-        try:
-            header = json.loads(data)
-            version = header["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{STORE} cannot be read", expected="a JSON object", remedy="Restore it from a copy of the store."
-            ) from error
-        check_version(version)
+        location = open_location(place)
+        header = Header.read(location)
         return cls(location, header, load_snapshot(location, snapshot), pinned=snapshot is not None)
 
     @staticmethod
-    def exists(url: str | Path) -> bool:
+    def exists(place: str | Path | Location) -> bool:
         """Whether there is a store, of whatever version, at this place."""
-        try:
-            open_location(url).size(STORE)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+        return is_store(open_location(place))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Workers get the store by its URL and snapshot."""
@@ -124,6 +72,15 @@ class LatentStore:
     @property
     def url(self) -> str:
         return self.location.url
+
+    @property
+    def secret_fingerprint(self) -> str:
+        """Of the secret that made the store's keys."""
+        return self.header.secret_fingerprint
+
+    @property
+    def split_seed(self) -> int:
+        return self.header.split_seed
 
     @property
     def snapshot(self) -> int:
@@ -144,17 +101,22 @@ class LatentStore:
     def advance(self, snapshot: Snapshot) -> None:
         """Show a newer snapshot (the writer calls this after a commit)."""
         if snapshot.number != self._snapshot.number:
-            self._snapshot, self._tables, self._index = snapshot, {}, None
+            self._snapshot, self._tables, self._finder = snapshot, {}, None
 
     # -- tables -------------------------------------------------------------------------------------------------------
 
-    def table(self, kind: Kind, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of a table in this snapshot. Few columns of a large manifest are read alone."""
-        if kind in self._tables:
-            whole = self._tables[kind]
+    def table(self, kind: Kind, columns: Sequence[str] | None = None, keep: Keep | None = None) -> pa.Table:
+        """Rows of a table in this snapshot. Few columns, or few rows, of a large manifest are read alone.
+
+        Args:
+            keep: Which rows, as a boolean mask; it may look at ``columns`` and at what identifies a row.
+        """
+        whole = self._tables.get(kind)
+        if whole is not None:
+            whole = whole if keep is None else whole.filter(keep(whole))
             return whole if columns is None else whole.select(list(columns))
-        if columns is not None:
-            return read_table(self.location, self._snapshot, kind, columns)
+        if columns is not None or keep is not None:
+            return read_table(self.location, self._snapshot, kind, columns, keep)
         self._tables[kind] = read_table(self.location, self._snapshot, kind)
         return self._tables[kind]
 
@@ -164,8 +126,13 @@ class LatentStore:
     def pairs_table(self, columns: Sequence[str] | None = None) -> pa.Table:
         return self.table("pairs", columns)
 
-    def manifest_table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        return self.table("manifest", columns)
+    def manifest_table(self, columns: Sequence[str] | None = None, keep: Keep | None = None) -> pa.Table:
+        return self.table("manifest", columns, keep)
+
+    def encoded(self) -> list[tuple[str, LatentRole]]:
+        """The (encode key, role) pairs of which there are latents, sorted."""
+        rows = distinct(self.location, self._snapshot, "manifest", ("encode_key", "role")).to_pylist()
+        return sorted((row["encode_key"], row["role"]) for row in rows)
 
     def series(self) -> list[SeriesRecord]:
         return from_table(self.catalog_table(), SeriesRecord)
@@ -289,18 +256,11 @@ class LatentStore:
         Raises:
             InputError: Several encodings hold it and none was asked for.
         """
-        if self._index is None:
-            self._index = KeyIndex(self.manifest_table(COLUMNS))
-        rows = self._index.rows(key, role, encode_key)
-        if len(rows) > 1:
-            raise InputError(
-                f"{len(rows)} encodings of {key} {role}",
-                expected="one encode key",
-                remedy="Name the encode key; mixing encodings would mix unlike latents.",
-            )
-        return from_table(self.manifest_table().slice(rows[0], 1), LatentRecord)[0] if rows else None
+        if self._finder is None:
+            self._finder = RowFinder(self.location, self._snapshot, self.manifest_table)
+        return self._finder.find(key, role, encode_key)
 
-    def read(self, record: LatentRecord, depth: slice | None = None, out: Latent | None = None) -> Latent:
+    def read(self, record: LatentPlace, depth: slice | None = None, out: Latent | None = None) -> Latent:
         """A latent, or the slices ``depth`` of it, as (C, d, h, w) float16; checked against the row's CRC-32C.
 
         Args:
@@ -318,19 +278,7 @@ class LatentStore:
         Raises:
             InputError: There are none.
         """
-        catalog = self.catalog_table(("series_key", "split"))
-        train = catalog.filter(pc.equal(catalog.column("split"), "train")).column("series_key")
-        table = self.manifest_table(("encode_key", "key", "role", "valid_zyx", "mean", "std"))
-        chosen = pc.and_(pc.equal(table.column("encode_key"), encode_key), pc.equal(table.column("role"), "thin"))
-        table = table.filter(pc.and_(chosen, pc.is_in(table.column("key"), value_set=train.combine_chunks())))
-        if table.num_rows == 0:
-            raise InputError(
-                f"no thin latents of the training split under encode key {encode_key}",
-                expected="at least one",
-                remedy="Run `ctpipe encode STORE` first, or choose another encode key (`ctpipe status STORE`).",
-            )
-        valid, mean, std = (matrix(table, name) for name in ("valid_zyx", "mean", "std"))
-        moments = merge_all(np.prod(-(-valid // 4), axis=1), mean, std)
+        moments = training_moments(self, encode_key)
         return moments.mean, moments.std
 
     def generated(self, generation_key: str, create: bool = False) -> LatentStore:
@@ -342,8 +290,8 @@ class LatentStore:
         check_key("generation key", generation_key)
         location = self.location.child(f"generated/{generation_key}")
         if create:
-            try:
-                return self._create_at(location, self.secret_fingerprint, self.split_seed)
-            except StoreError:
-                pass  # sampled before: go on with it
-        return self._open_at(location)
+            with contextlib.suppress(StoreError):  # sampled before: go on with it
+                return LatentStore.create(
+                    location, secret_fingerprint=self.secret_fingerprint, split_seed=self.split_seed
+                )
+        return LatentStore.open(location)

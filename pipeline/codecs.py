@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from latentcache.errors import InputError
 from pipeline.jpeg2000_stream import codestream_size, mend_codestream
-from pipeline.jpeg_stream import decode_jpeg, jpegls_size, parse_jpeg_header
+from pipeline.jpeg_stream import decode_jpeg, parse_jpeg_header
+from pipeline.jpegls_stream import parse_jpegls
 
 NATIVE = {
     "1.2.840.10008.1.2": "Implicit VR Little Endian",
@@ -149,8 +150,13 @@ def clean_bits(cells: NDArray[Any], form: SampleFormat) -> NDArray[Any]:
     return np.bitwise_and(native, (1 << form.bits_stored) - 1) if above or below else native
 
 
-def encapsulated_frame(stream: bytes, syntax: str, form: SampleFormat) -> NDArray[Any]:
+def encapsulated_frame(
+    stream: bytes, syntax: str, form: SampleFormat, out: NDArray[np.uint16] | None = None
+) -> NDArray[Any]:
     """Decode one compressed frame to stored values (rows, columns).
+
+    Args:
+        out: Of the frame's shape; a codec that can decodes into it, and the values returned may be a view of it.
 
     Raises:
         PixelError: Truncated or damaged, of another size than declared, or not a greyscale image.
@@ -159,10 +165,9 @@ def encapsulated_frame(stream: bytes, syntax: str, form: SampleFormat) -> NDArra
         if syntax == RLE:
             cells = _decode_rle(stream, form)
         elif syntax in JPEG_LOSSLESS or syntax in JPEG_LOSSY:
-            cells = _decode_jpeg(stream, form)
+            cells = _decode_jpeg(stream, form, out)
         elif syntax in JPEG_LS:
-            _same_size(jpegls_size(stream), form)
-            cells = imagecodecs.jpegls_decode(stream)
+            cells = _decode_jpegls(stream, form)
         elif syntax in JPEG_2000:
             _same_size(codestream_size(stream), form)
             cells = imagecodecs.jpeg2k_decode(mend_codestream(stream), numthreads=1)
@@ -199,12 +204,21 @@ def _same_size(size: tuple[int, ...], form: SampleFormat) -> None:
         raise PixelError(f"a compressed frame of {shape} where {form.rows} x {form.columns} are declared")
 
 
-def _decode_jpeg(stream: bytes, form: SampleFormat) -> NDArray[Any]:
+def _decode_jpeg(stream: bytes, form: SampleFormat, out: NDArray[np.uint16] | None) -> NDArray[Any]:
     header = parse_jpeg_header(stream)
     _same_size((header.rows, header.columns), form)
-    cells, whole = decode_jpeg(stream, header)
+    cells, whole = decode_jpeg(stream, header, out)
     if not whole:
         raise PixelError("a JPEG stream that is cut short")
+    return cells
+
+
+def _decode_jpegls(stream: bytes, form: SampleFormat) -> NDArray[Any]:
+    frame = parse_jpegls(stream)
+    _same_size((frame.rows, frame.columns), form)
+    if not frame.whole:
+        raise PixelError("a JPEG-LS stream that is cut short")
+    cells: NDArray[Any] = imagecodecs.jpegls_decode(frame.whole)
     return cells
 
 

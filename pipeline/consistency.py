@@ -1,13 +1,18 @@
 """Agreement with what was measured: re-averaging the thin slices must reproduce the thick ones within their noise.
 
-x: thin slices, y: thick slices, A: slice operator. A hard constraint A x = y would carry every error of A into the
-image, so the update is the linear-Gaussian one,
+x: thin slices, y: thick slices, A: slice operator. A hard constraint A x = y would carry every error of A and all noise
+of y into the image, so what is asked is |y - A x| <= tau in every voxel of every thick slice, with tau such that the
+residual's RMS is the noise: what agrees is left alone, and a bone that was missed by 300 HU is met to within the noise,
+where a quadratic penalty would leave a share of every error. Among the volumes that agree, and that nowhere fall below
+the HU of air, the nearest to x is taken in the metric of S, a smooth covariance along z for the error of x:
 
-    x + K (y - A x),    K = S A^T (A S A^T + lambda I)^-1
+    min |x' - x|^2 in S^-1   subject to   A x' = y',  x' >= floor,     y' = y - clip(y - A x, +-tau)
 
-with S a smooth covariance along z for the error of x. K depends on positions alone: one small matrix for all columns.
-lambda is chosen by the discrepancy principle (Morozov 1966): the smallest change that brings the residual down to the
-noise; an output already within the noise is left as it is.
+whose solution is x' = max(x + S A^T mu, floor). Without the floor mu = (A S A^T + lambda I)^-1 (y' - A x) in one step;
+where the floor binds, mu is found by accelerated dual ascent (Beck and Teboulle 2009, section 4, on the dual). The
+floor is worth having: beside air it decides where between two thick slices an edge lies. On a real pair (cubic
+interpolation, profile fitted on other slices) it took PSNR over 2000 HU from 27.8 to 29.7 dB. lambda only keeps the
+inverse sane; an end slice whose profile reaches beyond the thin grid gets a larger one, and is not judged by.
 """
 
 from __future__ import annotations
@@ -25,6 +30,16 @@ ROW_BLOCK = 32
 """Image rows worked on at a time, to bound memory."""
 NOISE_TILE = 8
 """Side of the tiles in which noise is measured, in 2x2 blocks."""
+BAND_SHARE = 0.95
+"""RMS left inside the band over the noise; what damping leaves comes on top."""
+DAMPING = 1e-3
+"""lambda over the variance of x: small, so that it costs little agreement (0.1 HU on a real pair), and large enough
+that overlapping slices (6.7 mm every 3 mm) amplify a misfit by 5 at most."""
+FLOOR_ROUNDS = 16
+"""Rounds of dual ascent; on a real pair the residual is that of convergence after 12."""
+MISSING_SHARE = 0.03
+"""Share of a profile beyond the thin grid that costs an end slice as much accuracy as the noise does: of 9% missing
+13 HU of a real pair came, three times its noise."""
 PRIOR_LENGTH_MM = 1.5
 """Correlation length along z of the error of x: about one thin slice, so that corrections do not ring."""
 
@@ -54,24 +69,17 @@ def row_blocks(n_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + ROW_BLOCK, n_rows))
 
 
-def residual_covariance(thin: NDArray[Any], thick: NDArray[Any], operator: SliceOperator) -> NDArray[np.float64]:
-    """Mean over columns of r r^T for r = y - A x: (n_thick, n_thick) in HU squared."""
-    a = operator.matrix.astype(np.float32)
-    total = np.zeros((len(a), len(a)))
-    for rows in row_blocks(thin.shape[1]):
-        r = _columns(thick[:, rows]) - a @ _columns(thin[:, rows])
-        total += r @ r.T
-    return np.asarray(total / (thin.shape[1] * thin.shape[2]))
-
-
 def residual_rms(thin: NDArray[Any], thick: NDArray[Any], operator: SliceOperator) -> tuple[float, NDArray[np.float64]]:
-    """RMS(A x - y) in HU over all covered slices, and per thick slice (NaN where not covered).
+    """RMS(A x - y) in HU over all wholly covered slices, and per thick slice (NaN where not covered at all).
 
     Args:
         thin: (n_thin, y, x) HU.
         thick: (n_thick, y, x) HU.
     """
-    return _rms(residual_covariance(thin, thick, operator), operator.covered)
+    squares = np.zeros(len(thick))
+    for rows in row_blocks(thin.shape[1]):
+        squares += np.square(_residual(thin[:, rows], thick[:, rows], operator)).sum(axis=1, dtype=np.float64)
+    return _rms(squares / (thin.shape[1] * thin.shape[2]), operator)
 
 
 def measurement_noise(thick: NDArray[Any]) -> float:
@@ -95,15 +103,39 @@ def measurement_noise(thick: NDArray[Any]) -> float:
     return max(1.0, float(np.median(spread[inside] if inside.any() else spread)))
 
 
-def gain(operator: SliceOperator, thin_z_mm: NDArray[Any], damping: float) -> NDArray[np.float64]:
-    """K (n_thin, n_thick) for lambda = ``damping``; columns of uncovered slices are zero."""
-    z = np.asarray(thin_z_mm, dtype=np.float64)
-    prior = np.exp(-np.abs(z[:, None] - z[None, :]) / PRIOR_LENGTH_MM)
-    a = operator.matrix[operator.covered]
-    inner = a @ prior @ a.T + damping * np.eye(len(a))
-    k = np.zeros((len(z), len(operator.matrix)))
-    k[:, operator.covered] = np.linalg.solve(inner, a @ prior).T
-    return k
+class _Solver:
+    """x' for the columns of a block: (n_thin, columns) float32; y' over the covered thick slices."""
+
+    def __init__(self, operator: SliceOperator, thin_z_mm: NDArray[Any], floor_hu: float) -> None:
+        z = np.asarray(thin_z_mm, dtype=np.float64)
+        a = operator.matrix[operator.covered]
+        spread = np.exp(-np.abs(z[:, None] - z[None, :]) / PRIOR_LENGTH_MM) @ a.T
+        missing = (1.0 - operator.coverage[operator.covered]) / MISSING_SHARE
+        damping = DAMPING * (1.0 + missing**2)
+        self.a, self.spread = a.astype(np.float32), spread.astype(np.float32)
+        self.step = np.linalg.inv(a @ spread + np.diag(damping)).astype(np.float32)
+        self.damping, self.floor = damping[:, None].astype(np.float32), np.float32(floor_hu)
+
+    def solve(self, x: NDArray[np.float32], missed: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The columns that agree, given y' - A x."""
+        mu = self.step @ missed
+        out = x + self.spread @ mu
+        bound = np.flatnonzero((out < self.floor).any(axis=0))
+        if len(bound):
+            start = x[:, bound]
+            mu = self._ascend(start, missed[:, bound] + self.a @ start, mu[:, bound])
+            out[:, bound] = np.maximum(start + self.spread @ mu, self.floor)
+        return np.asarray(out)
+
+    def _ascend(
+        self, x: NDArray[np.float32], wanted: NDArray[np.float32], mu: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        last = mu
+        for round_ in range(FLOOR_ROUNDS):
+            ahead = mu + np.float32(round_ / (round_ + 3)) * (mu - last)
+            reached = self.a @ np.maximum(x + self.spread @ ahead, self.floor)
+            last, mu = mu, ahead + self.step @ (wanted - reached - self.damping * ahead)
+        return mu
 
 
 def project(
@@ -113,56 +145,67 @@ def project(
     thin_z_mm: NDArray[Any],
     *,
     noise_hu: float,
+    floor_hu: float = -np.inf,
 ) -> ProjectionFigures:
-    """Bring ``thin`` (n_thin, y, x) float32 HU, in place, into agreement with ``thick`` within ``noise_hu``."""
-    covariance = residual_covariance(thin, thick, operator)
-    before, per_before = _rms(covariance, operator.covered)
-    k = _choose_gain(operator, thin_z_mm, covariance, noise_hu)
-    if k is None:
+    """Bring ``thin`` (n_thin, y, x) float32 HU, in place, into agreement with ``thick`` within ``noise_hu``.
+
+    Args:
+        noise_hu: RMS of the residual to aim for.
+        floor_hu: Least HU that there is; nothing below it is left or made.
+    """
+    size = thin.shape[1] * thin.shape[2]
+    np.maximum(thin, np.float32(floor_hu), out=thin)
+    residual = np.empty((len(thick), *thin.shape[1:]), np.float32)
+    for rows in row_blocks(thin.shape[1]):
+        own = _residual(thin[:, rows], thick[:, rows], operator)
+        residual[:, rows] = own.reshape(len(own), -1, thin.shape[2])
+    before, per_before = _rms(np.square(residual).sum(axis=(1, 2), dtype=np.float64) / size, operator)
+    tolerance = _tolerance(residual[operator.judged], BAND_SHARE * noise_hu)
+    if not operator.covered.any() or before <= noise_hu:
         slices = tuple(float(v) for v in per_before)
         return ProjectionFigures(before, before, slices, slices, noise_hu, 0.0)
-    a32, k32 = operator.matrix.astype(np.float32), k.astype(np.float32)
+    solver = _Solver(operator, thin_z_mm, floor_hu)
+    change, squares = 0.0, np.zeros(len(thick))
     for rows in row_blocks(thin.shape[1]):
         x = _columns(thin[:, rows])
-        x += k32 @ (_columns(thick[:, rows]) - a32 @ x)
-        thin[:, rows] = x.reshape(len(x), -1, thin.shape[2])
-    after, per_after = _rms(_left_over(operator, k, covariance), operator.covered)
-    change = float(np.sqrt(np.trace(k @ covariance @ k.T) / len(k)))
+        missed = _columns(residual[:, rows][operator.covered])
+        new = solver.solve(x, missed - np.clip(missed, -tolerance, tolerance))
+        change += float(np.square(new - x).sum(dtype=np.float64))
+        thin[:, rows] = new.reshape(len(new), -1, thin.shape[2])
+        squares += np.square(_residual(thin[:, rows], thick[:, rows], operator)).sum(axis=1, dtype=np.float64)
+    after, per_after = _rms(squares / size, operator)
     return ProjectionFigures(
         before,
         after,
         tuple(float(v) for v in per_before),
         tuple(float(v) for v in per_after),
         noise_hu,
-        change,
+        float(np.sqrt(change / (len(thin) * size))),
     )
 
 
-def _choose_gain(
-    operator: SliceOperator, thin_z_mm: NDArray[Any], covariance: NDArray[np.float64], noise_hu: float
-) -> NDArray[np.float64] | None:
-    """The most damped gain whose residual is within the noise, by bisection; None when there is nothing to do."""
-    if not operator.covered.any() or _rms(covariance, operator.covered)[0] <= noise_hu:
-        return None
-    low, high = -6.0, 4.0
-    for _ in range(40):
+def _tolerance(residual: NDArray[np.float32], rms_hu: float) -> np.float32:
+    """The tau at which residuals clipped to +-tau have this RMS, by bisection."""
+    size = np.abs(residual)
+    low, high = 0.0, float(size.max(initial=0.0))
+    for _ in range(24):
         middle = (low + high) / 2
-        k = gain(operator, thin_z_mm, 10.0**middle)
-        if _rms(_left_over(operator, k, covariance), operator.covered)[0] > noise_hu:
+        if np.sqrt(np.square(np.minimum(size, np.float32(middle))).mean(dtype=np.float64)) > rms_hu:
             high = middle
         else:
             low = middle
-    return gain(operator, thin_z_mm, 10.0**low)
+    return np.float32(low)
 
 
-def _left_over(operator: SliceOperator, k: NDArray[np.float64], covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    remains = np.eye(len(covariance)) - operator.matrix @ k
-    return np.asarray(remains @ covariance @ remains.T)
+def _residual(thin: NDArray[Any], thick: NDArray[Any], operator: SliceOperator) -> NDArray[np.float32]:
+    """y - A x, (n_thick, columns)."""
+    return np.asarray(_columns(thick) - operator.matrix.astype(np.float32) @ _columns(thin))
 
 
-def _rms(covariance: NDArray[np.float64], covered: NDArray[np.bool_]) -> tuple[float, NDArray[np.float64]]:
-    per_slice = np.where(covered, np.sqrt(np.maximum(np.diag(covariance), 0.0)), np.nan)
-    overall = float(np.sqrt(np.mean(per_slice[covered] ** 2))) if covered.any() else float("nan")
+def _rms(mean_squares: NDArray[np.float64], operator: SliceOperator) -> tuple[float, NDArray[np.float64]]:
+    judged = operator.judged
+    per_slice = np.where(operator.covered, np.sqrt(mean_squares), np.nan)
+    overall = float(np.sqrt(np.mean(mean_squares[judged]))) if judged.any() else float("nan")
     return overall, per_slice
 
 

@@ -18,6 +18,7 @@ from pipeline.compose import ComposeSettings, plain_round_trip
 from pipeline.derived import DerivedSeries, DerivedVolume, WriteSettings, average_samples, write_derived
 from pipeline.dicom_provenance import Provenance
 from pipeline.dicom_uids import SeriesIdentity
+from pipeline.field_of_view import onto_field
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.pairing import geometry_of
@@ -159,7 +160,10 @@ def plan(
 
 
 def prepare(task: DecodeTask, *, threads: int = 2) -> PreparedDecode:
-    """Read the thick series' pixels, and the source's header (CPU). Raises InputError when pixels are broken."""
+    """Read the thick series' pixels, and the source's header (CPU). Raises InputError when pixels are broken.
+
+    Where a pair's fields of view differ, the thick series comes back on the target's pixels.
+    """
     from pipeline.volume_reader import read_series
 
     thick = read_series(task.thick_at, threads=threads) if task.thick_at else None
@@ -167,7 +171,7 @@ def prepare(task: DecodeTask, *, threads: int = 2) -> PreparedDecode:
         header = thick.header
     else:
         header = read_series(task.source_at, threads=threads).header
-    return PreparedDecode(task, header, thick)
+    return PreparedDecode(task, header, onto_field(thick, task.target) if thick is not None else None)
 
 
 @functools.lru_cache(maxsize=16)
@@ -223,7 +227,10 @@ def _composed(
     condition = None
     if composing.detail == "residual" and task.condition is not None and thick is not None:
         condition = decoded_hu(vae, window, *task.condition)[kept]
-    return average_samples(samples, window, thick, target, composing, condition)
+    volume = average_samples(samples, window, thick, target, composing, condition)
+    if task.fit is None or not task.fit.stated_is_wrong:
+        return volume
+    return replace(volume, figures={**volume.figures, "stated_profile": task.fit.stated_is_wrong})
 
 
 def _measured_slices(task: DecodeTask, thick: Volume | None) -> slice:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from pipeline.decode import Decoder, DecodeSettings, DecodeTask, PreparedDecode
 from pipeline.derived import DerivedSeries
 from pipeline.engine import EngineOptions, Outcome, Stage, stream
 from pipeline.hu import Window
+from pipeline.log_lines import note
 from pipeline.private import PrivateStore
 from pipeline.protocol_fit import Protocols
+from pipeline.seen_folder import check_seen, mark
+from pipeline.threads import pin
+from pipeline.vae_tiling import as_encoded
 from pipeline.volume_reader import read_series
 
 log = logging.getLogger("ctpipe.decode")
@@ -34,15 +39,22 @@ class DecodeSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def load_decoder(device: str, *, spec: str, memory_gib: float | None = None, expected_sha256: str = "") -> Decoder:
-    """A VAE on a device.
+def load_decoder(
+    device: str,
+    *,
+    spec: str,
+    memory_gib: float | None = None,
+    expected_sha256: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> Decoder:
+    """A VAE on a device; ``extra`` (`Encoding.extra`) says whether the latents were encoded in windows.
 
     Raises:
         InputError: Not the autoencoder that the latents were encoded with.
     """
     from pipeline.vae import load_vae
 
-    vae: Decoder = load_vae(spec, device=device, memory_gib=memory_gib)
+    vae: Decoder = as_encoded(load_vae(spec, device=device, memory_gib=memory_gib), extra or {})
     if expected_sha256 and vae.sha256 != expected_sha256:
         raise InputError(
             f"a VAE whose SHA-256 begins {vae.sha256[:12]}",
@@ -50,6 +62,23 @@ def load_decoder(device: str, *, spec: str, memory_gib: float | None = None, exp
             remedy="Give its path with --vae.",
         )
     return vae
+
+
+def set_up(device: str, *, seen: Path, threads: int, load: Callable[[str], Decoder]) -> Decoder:
+    """A worker's state. Checks first that it is the driver's output folder that the worker writes to.
+
+    Raises:
+        InputError: The worker does not see the driver's mark in the folder, or the VAE is not the right one.
+    """
+    check_seen(seen)
+    pin(threads)
+    return load(device)
+
+
+def run_task(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettings, threads: int) -> DerivedSeries:
+    """The stage's device part: decode, compose and write one series."""
+    pin(threads)
+    return decode.decode_one(vae, prepared, settings=settings)
 
 
 def only_encoding(store: LatentStore, encode_key: str | None) -> str:
@@ -88,12 +117,16 @@ def decode_store(
     generated: Sequence[LatentStore] = (),
     keys: Sequence[str] | None = None,
     split: str | None = None,
+    torch_threads: int = 2,
     on_outcome: Callable[[Outcome[DecodeTask, DerivedSeries], int], Any] | None = None,
 ) -> DecodeSummary:
     """Write every series wanted that is not in the output folder yet; a series that fails does not stop the others.
 
+    Args:
+        torch_threads: Threads of one device's arithmetic; pinned, for equal bytes on every engine.
+
     Raises:
-        InputError: Nothing matches, or the VAE is not the one that encoded the store.
+        InputError: Nothing matches, the VAE is not the one that encoded the store, or no worker can start.
     """
     protocols = Protocols(
         store.pairs(),
@@ -123,28 +156,44 @@ def decode_store(
     out = Path(settings.write.out_dir)
     todo = [task for task in tasks if not (out / task.key).exists()]
     summary = DecodeSummary(planned=len(tasks), already=len(tasks) - len(todo))
-    stage: Stage[DecodeTask, PreparedDecode, Decoder, DerivedSeries] = Stage(
-        prepare=functools.partial(decode.prepare, threads=2),
-        setup=functools.partial(
-            load_decoder, spec=vae, memory_gib=memory_gib, expected_sha256=store.encoding(encode_key).vae_sha256
-        ),
-        run=functools.partial(decode.decode_one, settings=settings),
+    encoding = store.encoding(encode_key)
+    load = functools.partial(
+        load_decoder,
+        spec=vae,
+        memory_gib=memory_gib,
+        expected_sha256=encoding.vae_sha256,
+        extra=encoding.extra,
     )
-    for outcome in stream(todo, stage, options) if todo else ():
-        key = outcome.item.key
-        if outcome.value is None:
-            summary.failed[key] = outcome.error or "unknown"
-            log.warning("series %s set aside: %s", key, outcome.error)
-        else:
-            done = outcome.value
-            summary.written[key] = {
-                "folders": list(done.folders),
-                "series_uid": done.series_uid,
-                "slices": done.n_slices,
-                **done.figures,
-            }
-        for name, value in outcome.seconds.items():
-            summary.seconds[name] = summary.seconds.get(name, 0.0) + value
-        if on_outcome is not None:
-            on_outcome(outcome, len(todo))
+    with mark(out) if todo else contextlib.nullcontext(out) as seen:
+        stage: Stage[DecodeTask, PreparedDecode, Decoder, DerivedSeries] = Stage(
+            prepare=functools.partial(decode.prepare, threads=2),
+            setup=functools.partial(set_up, seen=seen, threads=torch_threads, load=load),
+            run=functools.partial(run_task, settings=settings, threads=torch_threads),
+        )
+        for outcome in stream(todo, stage, options) if todo else ():
+            _enter(outcome, summary)
+            if on_outcome is not None:
+                on_outcome(outcome, len(todo))
     return summary
+
+
+def _enter(outcome: Outcome[DecodeTask, DerivedSeries], summary: DecodeSummary) -> None:
+    """Enter one outcome in the summary and the log; keys and figures only."""
+    key = outcome.item.key
+    if outcome.value is None:
+        summary.failed[key] = outcome.error or "unknown"
+        said = f"series {key} set aside: {outcome.error}"
+        kind = outcome.error_kind or "unknown"
+        note(log, "set_aside", logging.WARNING, said, series_key=key, stage="decode", outcome=kind)
+    else:
+        done = outcome.value
+        summary.written[key] = {
+            "folders": list(done.folders),
+            "series_uid": done.series_uid,
+            "slices": done.n_slices,
+            **done.figures,
+        }
+        took = round(sum(outcome.seconds.values()), 6)
+        note(log, "decoded", series_key=key, stage="decode", seconds=took, outcome="ok", slices=done.n_slices)
+    for name, value in outcome.seconds.items():
+        summary.seconds[name] = summary.seconds.get(name, 0.0) + value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
 
 from pipeline.compose import ComposeSettings, agreement, compose, plain_round_trip
 from pipeline.dicom_enhanced import check_enhanced, write_enhanced
 from pipeline.dicom_parametric import write_parametric_map
-from pipeline.dicom_provenance import Provenance
+from pipeline.dicom_provenance import Provenance, read_provenance
 from pipeline.dicom_uids import SeriesIdentity
 from pipeline.dicom_write import write_series
 from pipeline.geometry import Geometry
@@ -79,23 +82,25 @@ def average_samples(
     The mean errs least (it is the posterior mean in the limit); the spread is that of the composed samples, so that
     what the measurement fixes shows no uncertainty.
     """
-    mean = squares = None
+    first = mean = squares = None
     figures: Mapping[str, Any] = {}
     number = 0
     for number, one in enumerate(decoded, start=1):
         hu, figures = _composed(one, window, thick, target, settings, condition_hu)
-        if mean is None or squares is None:
-            mean, squares = hu.astype(np.float32), np.zeros(hu.shape, np.float32)
+        del one  # not kept while the next sample is decoded
+        if first is None:
+            first = hu
             continue
+        if mean is None or squares is None:
+            mean, squares = first.astype(np.float32), np.zeros(hu.shape, np.float32)
         # Welford's update: one pass, no large sums that cancel.
         delta = hu - mean
         mean += delta / number
         squares += delta * (hu - mean)
-    assert mean is not None
-    assert squares is not None
+    assert first is not None
+    if mean is None or squares is None:
+        return DerivedVolume(first, None, 1, figures)
     out = np.rint(mean).astype(np.int16)
-    if number == 1:
-        return DerivedVolume(out, None, 1, figures)
     if thick is not None and settings.consistency:
         figures = {**figures, **agreement(out, thick, target, settings)}
     spread = np.sqrt(squares / (number - 1))
@@ -124,9 +129,10 @@ def write_derived(
     provenance: Provenance,
     settings: WriteSettings,
 ) -> DerivedSeries:
-    """Write ``out_dir/key`` and, where asked for and there are several samples, ``out_dir/key-uncertainty``.
+    """Write ``out_dir/key`` and, where asked for and there are several samples, before it ``out_dir/key-uncertainty``.
 
-    The figures, the sampling settings and every warning go into the provenance.
+    So a series that is there is there with its uncertainty; one whose series never came, because its writer was killed
+    between the two, is written anew. The figures, the sampling settings and every warning go into the provenance.
 
     Raises:
         InputError: A folder exists, or the source lacks what Enhanced CT requires.
@@ -150,12 +156,26 @@ def write_derived(
         check_enhanced(header)
     if settings.uncertainty and volume.spread is not None:
         name = f"{key}-uncertainty"
+        _clear_orphan(settings.out_dir / name)
         described = replace(provenance, kind="uncertainty")
         _write_uncertainty(volume.spread, target, header, settings.out_dir / name, identity, described, settings)
         folders.append(name)
     write = write_enhanced if settings.enhanced else write_series
     written = write(volume.hu, target, header, settings.out_dir / key, provenance=provenance, **common)
     return DerivedSeries(key, written.series_uid, tuple(folders), len(volume.hu), volume.figures)
+
+
+def _clear_orphan(folder: Path) -> None:
+    """Remove an uncertainty series of ours; the series that it belongs to is known to be absent."""
+    names = sorted(folder.glob("*.dcm")) if folder.is_dir() else []
+    if not names or len(names) != len(list(folder.iterdir())):
+        return
+    try:
+        kind = read_provenance(dcmread(names[0], stop_before_pixels=True)).get("kind")
+    except (KeyError, InvalidDicomError):
+        return  # not ours: whoever writes next refuses to overwrite it
+    if kind == "uncertainty":
+        shutil.rmtree(folder)
 
 
 def _write_uncertainty(

@@ -73,15 +73,16 @@ class Header:
 
     def texts(self, tag: int) -> tuple[str, ...]:
         value = self.text(tag)
-        return tuple(part.strip() for part in value.split("\\")) if value else ()
+        return tuple([part.strip() for part in value.split("\\")]) if value else ()
 
     def numbers(self, tag: int) -> tuple[float, ...]:
         """Values of a DS or IS element; one that is no number becomes NaN, so that checks see it."""
-        return tuple(_to_float(part) for part in self.texts(tag))
+        value = self.text(tag)
+        return tuple([_to_float(part) for part in value.split("\\")]) if value else ()
 
     def number(self, tag: int) -> float | None:
-        values = self.numbers(tag)
-        return values[0] if values else None
+        value = self.text(tag)
+        return _to_float(value.partition("\\")[0]) if value else None
 
     def short(self, tag: int) -> int | None:
         """First value of a US element."""
@@ -205,7 +206,7 @@ def _encoding_at(data: bytes, position: int, syntax: str, *, has_meta: bool) -> 
     raise NotDicomError("no DICOM file")
 
 
-def find_pixels(data: bytes, header: Header) -> PixelElement:
+def find_pixels(data: bytes | memoryview, header: Header) -> PixelElement:
     """Locate PixelData in a whole data set (already inflated when deflated).
 
     Raises:
@@ -215,7 +216,7 @@ def find_pixels(data: bytes, header: Header) -> PixelElement:
     order = "<" if header.little else ">"
     if position + 12 > len(data) or struct.unpack_from(order + "HH", data, position) != (0x7FE0, 0x0010):
         raise HeaderError("the file holds no pixel data")
-    vr = data[position + 4 : position + 6] if header.explicit else b"OW"
+    vr = bytes(data[position + 4 : position + 6]) if header.explicit else b"OW"
     if header.explicit:
         if vr not in (b"OB", b"OW", b"UN"):
             raise HeaderError("pixel data have an unknown value representation")

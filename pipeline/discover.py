@@ -23,8 +23,8 @@ _IGNORED_FOLDERS = {"__MACOSX"}
 class FoundArchive:
     """A zip or a folder, as the file system or object store describes it.
 
-    ``etag`` changes with the content where size and time do not tell: for a folder, a hash of its listing. ``category``
-    is a label of the allow-list. ``url`` is private: it may name a patient.
+    ``etag`` changes with the content where size and time do not tell: an object store's own, and for a folder a hash of
+    its listing. ``category`` is a label of the allow-list. ``url`` is private: it may name a patient.
     """
 
     url: str = field(repr=False)
@@ -51,15 +51,11 @@ def discover(
     """
     split = urlsplit(dataset)
     if "://" in dataset and split.scheme != "file":
-        found = list(_remote(dataset, categories))
+        found = list(_remote(dataset.rstrip("/"), categories))
     else:
         root = Path(unquote(split.path)) if split.scheme == "file" else Path(dataset)
         if not root.exists():
-            raise InputError(
-                "the dataset does not exist",
-                expected="a folder of zips or DICOM folders, one zip, or s3://bucket/prefix",
-                remedy="Check the path of DATASET.",
-            )
+            raise _nothing_there()
         found = _local(root.absolute(), categories, {p.absolute() for p in exclude})
     return sorted(found, key=lambda archive: archive.url)
 
@@ -145,9 +141,27 @@ def _folder(unit: Path, files: Sequence[Path], category: str) -> FoundArchive:
 
 
 def _remote(url: str, categories: Sequence[str]) -> Iterator[FoundArchive]:
-    """Zips below a prefix of an object store, from one listing. Its time of writing stands for an ETag."""
-    for entry in open_location(url.rstrip("/")).list(""):
+    """Zips below a prefix of an object store, from one listing; ETags tell of overwrites that size and time do not."""
+    above = PurePosixPath(urlsplit(url).path)
+    if above.suffix.casefold() == ".zip":
+        from pipeline.archive_s3 import ObjectFile
+
+        file = ObjectFile(url)
+        yield FoundArchive(url, file.size, file.modified_ns, file.etag, category_of([above.parent.name], categories))
+        return
+    entries = list(open_location(url).list(""))
+    if not entries:
+        raise _nothing_there()
+    for entry in entries:
         path = PurePosixPath(entry.path)
         if path.suffix.casefold() == ".zip":
-            category = category_of([*path.parts[:-1], PurePosixPath(urlsplit(url).path).name], categories)
-            yield FoundArchive(f"{url.rstrip('/')}/{path}", entry.size, int(entry.modified * 1e9), "", category)
+            category = category_of([*path.parts[:-1], above.name], categories)
+            yield FoundArchive(f"{url}/{path}", entry.size, int(entry.modified * 1e9), entry.etag, category)
+
+
+def _nothing_there() -> InputError:
+    return InputError(
+        "the dataset does not exist",
+        expected="a folder of zips or DICOM folders, one zip, or s3://bucket/prefix",
+        remedy="Check the path of DATASET.",
+    )

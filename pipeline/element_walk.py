@@ -15,6 +15,10 @@ SHORT_VR = frozenset(
     | {b"ST", b"TM", b"UI", b"UL", b"US"}
 )  # PS3.5 table 7.1-2
 
+_LITTLE = tuple(struct.Struct(form).unpack_from for form in ("<HH2sH", "<HHI", "<I"))
+_BIG = tuple(struct.Struct(form).unpack_from for form in (">HH2sH", ">HHI", ">I"))
+"""An explicit element's head (tag, VR, short length), an implicit one's (tag, length), and a long length (7.1)."""
+
 
 class HeaderError(InputError):
     """A DICOM header that cannot be read."""
@@ -28,7 +32,7 @@ class NeedMoreError(Exception):
 
 
 def walk(
-    data: bytes,
+    data: bytes | memoryview,
     position: int,
     found: dict[int, bytes],
     wanted: frozenset[int],
@@ -39,22 +43,18 @@ def walk(
 ) -> int:
     """Collect wanted values up to tag ``last``; returns the offset of the first element behind it (or the end)."""
     size = len(data)
-    tag_of = struct.Struct("<HH" if little else ">HH").unpack_from
-    short_of = struct.Struct("<H" if little else ">H").unpack_from
-    long_of = struct.Struct("<I" if little else ">I").unpack_from
+    explicit_of, implicit_of, long_of = _LITTLE if little else _BIG
     while True:
         if position + 8 > size:
             if whole and position == size:
                 return position
             raise HeaderError("the header is cut short") if whole else NeedMoreError
-        group, element = tag_of(data, position)
-        tag = group << 16 | element
-        if tag > last:
-            return position
         if explicit:
-            vr = data[position + 4 : position + 6]
+            group, element, vr, length = explicit_of(data, position)
+            tag = group << 16 | element
+            if tag > last:
+                return position
             if vr in SHORT_VR:
-                (length,) = short_of(data, position + 6)
                 start = position + 8
             elif vr in LONG_VR:
                 if position + 12 > size:
@@ -64,8 +64,11 @@ def walk(
             else:
                 raise HeaderError("an element of the header has no valid value representation")
         else:
+            group, element, length = implicit_of(data, position)
+            tag = group << 16 | element
+            if tag > last:
+                return position
             vr = b""
-            (length,) = long_of(data, position + 4)
             start = position + 8
         if length == UNDEFINED:
             position = _skip_undefined(data, start, explicit and vr != b"UN", little, whole, 0)
@@ -76,10 +79,12 @@ def walk(
                 raise HeaderError("the header is cut short")
             raise NeedMoreError
         if tag in wanted:
-            found[tag] = data[start:position]
+            found[tag] = bytes(data[start:position])
 
 
-def _skip_undefined(data: bytes, position: int, explicit: bool, little: bool, whole: bool, depth: int) -> int:
+def _skip_undefined(
+    data: bytes | memoryview, position: int, explicit: bool, little: bool, whole: bool, depth: int
+) -> int:
     """Offset behind a sequence of undefined length whose first item starts at ``position`` (PS3.5 7.5)."""
     if depth > _MAX_NESTING:
         raise HeaderError("sequences are nested too deeply")
@@ -100,7 +105,7 @@ def _skip_undefined(data: bytes, position: int, explicit: bool, little: bool, wh
             position = _skip_item(data, position, explicit, little, whole, depth)
 
 
-def _skip_item(data: bytes, position: int, explicit: bool, little: bool, whole: bool, depth: int) -> int:
+def _skip_item(data: bytes | memoryview, position: int, explicit: bool, little: bool, whole: bool, depth: int) -> int:
     """Offset behind an item of undefined length."""
     order = "<" if little else ">"
     while True:
@@ -109,7 +114,7 @@ def _skip_item(data: bytes, position: int, explicit: bool, little: bool, whole: 
         group, element, length = struct.unpack_from(order + "HHI", data, position)
         if group << 16 | element == _ITEM_END:
             return position + 8
-        vr = data[position + 4 : position + 6] if explicit else b""
+        vr = bytes(data[position + 4 : position + 6]) if explicit else b""
         if not explicit:
             position += 8
         elif vr in SHORT_VR:

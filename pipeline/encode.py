@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from latentcache.records import COMPRESSION, Encoding, LatentRecord, LatentRole, PairRecord
 from pipeline.engine import timed
+from pipeline.field_of_view import onto_field
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.resample import resample_z
 from pipeline.volume import SeriesPointer, Volume
 
 PREPROCESSING_VERSION = 1
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
+"""2: on a CPU one slice at a time, so that free memory no longer shows in the low bits."""
 PAD_MULTIPLE_ZYX = (4, 32, 32)
 """In-plane what the U-Net needs: 8 latents; 64 voxels with latent patch 2, which --pad-in-plane gives."""
 
@@ -34,22 +36,6 @@ class Encoder(Protocol):
     def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int]) -> Any: ...
 
     def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any: ...
-
-
-class CatalogSeries(Protocol):
-    """The part of a catalog row that planning needs; a million of them fit in memory, whole rows do not."""
-
-    @property
-    def series_key(self) -> str: ...
-
-    @property
-    def role(self) -> str: ...
-
-    @property
-    def status(self) -> str: ...
-
-    @property
-    def source_digest(self) -> str: ...
 
 
 class Staging(Protocol):
@@ -116,8 +102,13 @@ class Encoded:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def make_encoding(vae: Encoder, window: Window, pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX) -> Encoding:
-    """The record whose hash is the encode key."""
+def make_encoding(
+    vae: Encoder,
+    window: Window,
+    pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
+    extra: Mapping[str, Any] | None = None,
+) -> Encoding:
+    """The record whose hash is the encode key; ``extra`` holds what only some encodings have (`vae_tiling`)."""
     return Encoding(
         vae_sha256=vae.sha256,
         vae_architecture=vae.architecture,
@@ -126,55 +117,8 @@ def make_encoding(vae: Encoder, window: Window, pad_multiple_zyx: tuple[int, int
         preprocessing_version=PREPROCESSING_VERSION,
         numerics_version=NUMERICS_VERSION,
         pad_multiple_zyx=pad_multiple_zyx,
+        extra=dict(extra or {}),
     )
-
-
-def plan(
-    series: Iterable[CatalogSeries],
-    pairs: Sequence[PairRecord],
-    have: Set[tuple[str, str]],
-    encode_key: str,
-    pointer: Callable[[str], SeriesPointer],
-    roles: Sequence[LatentRole] = ("thin", "thick", "thick_on_thin"),
-) -> Iterator[EncodeTask]:
-    """Tasks for every latent not in ``have`` (a set of (key, role)), one task a pair and one a lone series.
-
-    A pair's volumes are read once for its up to three latents. A pair that the pixel proof quarantined gives no
-    ``thick_on_thin``; its series still give their own latents.
-    """
-    usable = {s.series_key: s for s in series if s.status == "ok" and s.role in ("thin", "thick")}
-    claimed: set[str] = set()
-
-    def missing(key: str, role: LatentRole, digest: str) -> list[Wanted]:
-        return [Wanted(key, role, digest)] if role in roles and (key, role) not in have else []
-
-    for pair in pairs:
-        if pair.status != "ok" or pair.thin_key not in usable or pair.thick_key not in usable:
-            continue
-        thin, thick = usable[pair.thin_key], usable[pair.thick_key]
-        wanted = missing(pair.pair_key, "thick_on_thin", pair_digest(thin, thick))
-        for one, role in ((thin, "thin"), (thick, "thick")):
-            if one.series_key not in claimed:
-                wanted += missing(one.series_key, role, one.source_digest)  # type: ignore[arg-type]
-                claimed.add(one.series_key)
-        if wanted:
-            task = EncodeTask(
-                pair.pair_key, encode_key, pointer(thin.series_key), pointer(thick.series_key), tuple(wanted)
-            )
-            yield replace(task, pair=None if "pixel_proof" in json.loads(pair.evidence or "{}") else pair)
-    for one in usable.values():
-        if one.series_key in claimed:
-            continue
-        wanted = missing(one.series_key, one.role, one.source_digest)  # type: ignore[arg-type]
-        if wanted:
-            where = pointer(one.series_key)
-            thin_at, thick_at = (where, None) if one.role == "thin" else (None, where)
-            yield EncodeTask(one.series_key, encode_key, thin_at, thick_at, tuple(wanted))
-
-
-def pair_digest(thin: CatalogSeries, thick: CatalogSeries) -> str:
-    """Digest of both sources, for the latent that depends on both."""
-    return hashlib.sha256(f"{thin.source_digest}|{thick.source_digest}".encode()).hexdigest()[:16]
 
 
 def prepare(task: EncodeTask, *, threads: int = 2) -> Prepared:
@@ -197,7 +141,8 @@ def encode_one(
 ) -> Encoded:
     """Encode and stage every latent that the task wants. The only place where the encoder runs.
 
-    ``thick_on_thin`` is the thick HU, linearly interpolated by physical position onto the thin grid, encoded.
+    ``thick_on_thin`` is the thick HU, linearly interpolated by physical position onto the thin grid (in plane too where
+    the fields of view differ), encoded.
     """
     task, thin, thick = prepared.task, prepared.thin, prepared.thick
     seconds: dict[str, float] = {}
@@ -234,7 +179,8 @@ def _input(
     if role == "thick_on_thin":
         assert thin is not None
         assert thick is not None
-        hu = resample_z(thick.hu, np.array(thick.geometry.z_mm), np.array(thin.geometry.z_mm))
+        measured = onto_field(thick, thin.geometry)
+        hu = resample_z(measured.hu, np.array(measured.geometry.z_mm), np.array(thin.geometry.z_mm))
         return window.to_unit(hu), thin.geometry
     volume = thin if role == "thin" else thick
     assert volume is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import queue
 import threading
 import time
@@ -21,6 +22,7 @@ from latentcache.location import Location
 from latentcache.records import LatentRecord, PairRecord
 from pipeline.encode import Encoded, EncodeTask
 from pipeline.engine import Outcome
+from pipeline.log_lines import note
 
 log = logging.getLogger("ctpipe.encode")
 
@@ -109,11 +111,16 @@ class GroupCommit:
                     pairs.append(outcome.value.pair)
         if pairs:
             self.writer.append_catalog([], pairs)
-        self.committed += len(self.writer.commit(records, timings=[self._timing(outcome) for outcome in batch]))
+        began = time.monotonic()
+        latents = len(self.writer.commit(records, timings=[self._timing(outcome) for outcome in batch]))
+        self.committed += latents
+        took = round(time.monotonic() - began, 6)
+        note(log, "commit", stage="commit", series=len(batch), latents=latents, seconds=took)
 
     def _timing(self, outcome: Done) -> dict[str, Any]:
         """The row of the timings table: what an attempt at one task cost, by stage, in seconds."""
         parts = outcome.value.seconds if outcome.value is not None else {}
+        records = outcome.value.records if outcome.value is not None else ()
         return {
             "key": outcome.item.name,
             "encode_key": self.encode_key,
@@ -121,7 +128,9 @@ class GroupCommit:
             "outcome": outcome.error_kind or "ok",
             "device": self.device,
             "attempts": outcome.attempts,
-            "latents": len(outcome.value.records) if outcome.value is not None else 0,
+            "latents": len(records),
+            "voxels": sum(math.prod(record.valid_zyx) for record in records),
+            "latent_bytes": sum(2 * math.prod(record.shape) for record in records),
             **outcome.seconds,
             **parts,
         }

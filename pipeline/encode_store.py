@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.compute as pc
 
 from latentcache.errors import InputError
+from latentcache.freshness import stale_rows
 from latentcache.records import COMPRESSION, Encoding, LatentRole
 from latentcache.store import LatentStore
 from pipeline import encode
 from pipeline.encode import Encoded, Encoder, EncodeTask, Prepared
 from pipeline.encode_commit import GroupCommit, Progress
+from pipeline.encode_plan import EncodePlan
 from pipeline.engine import EngineOptions, Outcome, Stage, stream
 from pipeline.hu import Window
+from pipeline.log_lines import note
 from pipeline.private import PrivateStore
-from pipeline.volume import SeriesPointer
+from pipeline.threads import pin
+from pipeline.vae_tiling import Tiling, as_encoded
 
 log = logging.getLogger("ctpipe.encode")
 
@@ -35,6 +39,7 @@ class EncodeSettings:
         round_trip_fraction: Share of latents whose round trip is measured.
         memory_gib: Budget of the VAE's executor on each device; None lets it choose.
         pad_in_plane: Rows and columns are padded to a multiple of this; 64 for U-Nets with latent patch 2.
+        tiling: None for the exact encoder; else the blended windows that others use, under a key of their own.
         torch_threads: Threads of one device's arithmetic; pinned, because the count changes low bits of latents.
     """
 
@@ -44,12 +49,17 @@ class EncodeSettings:
     round_trip_fraction: float = 0.02
     memory_gib: float | None = None
     pad_in_plane: int = 32
+    tiling: Tiling | None = None
     torch_threads: int = 2
     reader_threads: int = 2
 
     @property
     def pad_multiple_zyx(self) -> tuple[int, int, int]:
         return (COMPRESSION, self.pad_in_plane, self.pad_in_plane)
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        return self.tiling.to_extra() if self.tiling else {}
 
 
 @dataclass
@@ -60,6 +70,9 @@ class EncodeSummary:
     planned: int = 0
     committed: int = 0
     already: int = 0
+    stale: int = 0
+    """Latents of archives that have changed since they were made; they stay until a run with ``refresh``."""
+    retired: int = 0
     snapshot: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     unpaired_by_pixels: dict[str, str] = field(default_factory=dict)
@@ -83,7 +96,7 @@ def load_encoder(device: str, settings: EncodeSettings) -> Encoder:
             remedy="Give --gpus 0 to encode on the CPU, or start the worker on a GPU node with the CUDA image.",
         )
     torch.set_num_threads(settings.torch_threads)
-    vae: Encoder = load_vae(settings.vae, device=device, memory_gib=settings.memory_gib)
+    vae: Encoder = as_encoded(load_vae(settings.vae, device=device, memory_gib=settings.memory_gib), settings.extra)
     return vae
 
 
@@ -117,7 +130,7 @@ def set_up(device: str, *, store_url: str, fingerprint: str, encode_key: str, se
         )
     store.encoding(encode_key)
     vae = load_encoder(device, settings)
-    found = encode.make_encoding(vae, settings.window, settings.pad_multiple_zyx).encode_key
+    found = encode.make_encoding(vae, settings.window, settings.pad_multiple_zyx, settings.extra).encode_key
     if found != encode_key:
         raise InputError(
             f"a worker's VAE gives encode key {found}",
@@ -129,11 +142,7 @@ def set_up(device: str, *, store_url: str, fingerprint: str, encode_key: str, se
 
 def run_task(bench: Bench, prepared: Prepared, *, settings: EncodeSettings) -> Encoded:
     """The stage's device part: encode and stage one task's latents."""
-    import torch
-
-    # OpenMP's count is a thread's own: an engine's new thread must not fall back to all cores, which changes low bits.
-    if torch.get_num_threads() != settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+    pin(settings.torch_threads)
     return encode.encode_one(
         bench.vae,
         settings.window,
@@ -144,39 +153,6 @@ def run_task(bench: Bench, prepared: Prepared, *, settings: EncodeSettings) -> E
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRow:
-    """What planning needs of a catalog row; see ``encode.CatalogSeries``."""
-
-    series_key: str
-    role: str
-    status: str
-    source_digest: str
-
-
-class Plan:
-    """What a store lacks. ``count`` reads no archive places; ``tasks`` looks them up one by one, as they are taken."""
-
-    def __init__(self, store: LatentStore, private: PrivateStore, encode_key: str, roles: Sequence[LatentRole]) -> None:
-        names = ("series_key", "role", "status", "source_digest")
-        columns = (store.catalog_table(names).column(name).to_pylist() for name in names)
-        self.series = [PlanRow(*row) for row in zip(*columns, strict=True)]
-        self.pairs = store.pairs()
-        self.encode_key, self.roles, self.private = encode_key, roles, private
-        held = store.manifest_table(("encode_key", "key", "role"))
-        held = held.filter(pc.equal(held.column("encode_key"), encode_key))
-        self.have = set(zip(held.column("key").to_pylist(), held.column("role").to_pylist(), strict=True))
-
-    def count(self) -> int:
-        return sum(1 for _ in self._plan(lambda key: SeriesPointer(key, ())))
-
-    def tasks(self) -> Iterator[EncodeTask]:
-        return self._plan(self.private.pointer)
-
-    def _plan(self, pointer: Callable[[str], SeriesPointer]) -> Iterator[EncodeTask]:
-        return encode.plan(self.series, self.pairs, self.have, self.encode_key, pointer, self.roles)
-
-
 def encode_store(
     store_url: str,
     settings: EncodeSettings,
@@ -184,11 +160,14 @@ def encode_store(
     *,
     private_url: str | None = None,
     dry_run: bool = False,
+    refresh: bool = False,
     on_outcome: Callable[[Outcome[EncodeTask, Encoded], int], Any] | None = None,
 ) -> EncodeSummary:
     """Encode what is missing. Safe to kill and run again: at most the series in hand are lost.
 
-    ``on_outcome(outcome, planned)`` is called in the driver after each task.
+    Latents of archives that have changed since are counted; with ``refresh`` they are retired first (a snapshot without
+    them is committed), and so are missing and encoded anew. ``on_outcome(outcome, planned)`` is called in the driver
+    after each task.
 
     Raises:
         InputError: The store is empty, the VAE's weights are unusable, no worker can start, or another driver holds
@@ -196,13 +175,20 @@ def encode_store(
     """
     store = LatentStore.open(store_url)
     private = PrivateStore.open(store_url, private_url)
-    encoding: Encoding = encode.make_encoding(load_encoder("cpu", settings), settings.window, settings.pad_multiple_zyx)
-    plan = Plan(store, private, encoding.encode_key, settings.roles)
-    if not plan.series:
+    encoding: Encoding = encode.make_encoding(
+        load_encoder("cpu", settings), settings.window, settings.pad_multiple_zyx, settings.extra
+    )
+    if store.current_snapshot.rows("catalog") == 0:
         raise InputError(
             "a store without series", expected="a store that ingest filled", remedy="Run ctpipe ingest first."
         )
-    summary = EncodeSummary(encoding.encode_key, plan.count(), already=len(plan.have), snapshot=store.snapshot)
+    summary = EncodeSummary(encoding.encode_key)
+    if refresh and not dry_run:
+        with store.writer() as writer:
+            summary.retired = writer.retire(stale_rows(store, encoding.encode_key, settings.roles))
+    summary.stale = stale_rows(store, encoding.encode_key, settings.roles).num_rows
+    plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles)
+    summary.planned, summary.already, summary.snapshot = len(plan), _held(store, encoding.encode_key), store.snapshot
     if dry_run or not summary.planned:
         return summary
     store.register_encoding(encoding)
@@ -210,7 +196,7 @@ def encode_store(
         prepare=functools.partial(encode.prepare, threads=settings.reader_threads),
         setup=functools.partial(
             set_up,
-            store_url=store_url,
+            store_url=store.url,
             fingerprint=store.secret_fingerprint,
             encode_key=encoding.encode_key,
             settings=settings,
@@ -222,7 +208,7 @@ def encode_store(
     with (
         store.writer() as writer,
         GroupCommit(writer, encoding.encode_key, device, progress.note) as commits,
-        contextlib.closing(stream(plan.tasks(), stage, options)) as outcomes,
+        contextlib.closing(stream(iter(plan), stage, options)) as outcomes,
     ):
         for outcome in outcomes:
             commits.put(outcome)
@@ -235,16 +221,26 @@ def encode_store(
     return summary
 
 
+def _held(store: LatentStore, encode_key: str) -> int:
+    """Latents under an encode key."""
+    return int(store.manifest_table((), lambda rows: pc.equal(rows["encode_key"], encode_key)).num_rows)
+
+
 def _tell(outcome: Outcome[EncodeTask, Encoded], summary: EncodeSummary) -> None:
     """Enter one outcome in the summary and the log; keys only."""
+    name, kind = outcome.item.name, outcome.error_kind or "ok"
     if outcome.value is None:
-        summary.failed[outcome.item.name] = outcome.error or "unknown"
-        log.warning("task %s set aside: %s", outcome.item.name, outcome.error)
-    elif outcome.value.pair is not None and outcome.value.pair.status != "ok":
-        summary.unpaired_by_pixels[outcome.value.pair.pair_key] = outcome.value.pair.reason
+        summary.failed[name] = outcome.error or "unknown"
+        said = f"task {name} set aside: {outcome.error}"
+        note(log, "set_aside", logging.WARNING, said, series_key=name, stage="encode", outcome=kind)
+    else:
+        took, latents = sum(outcome.seconds.values()), len(outcome.value.records)
+        note(log, "encoded", series_key=name, stage="encode", seconds=round(took, 6), outcome=kind, latents=latents)
+        if outcome.value.pair is not None and outcome.value.pair.status != "ok":
+            summary.unpaired_by_pixels[outcome.value.pair.pair_key] = outcome.value.pair.reason
     parts = outcome.value.seconds if outcome.value is not None else {}
-    for name, value in (*outcome.seconds.items(), *parts.items()):
-        summary.seconds[name] = summary.seconds.get(name, 0.0) + value
+    for stage, value in (*outcome.seconds.items(), *parts.items()):
+        summary.seconds[stage] = summary.seconds.get(stage, 0.0) + value
 
 
 def parse_roles(text: str) -> tuple[LatentRole, ...]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from latentcache.errors import CtpipeError, InputError
+from pipeline.log_lines import key_of, note
 
 log = logging.getLogger("ctpipe.engine")
 
@@ -95,7 +96,23 @@ class Stage(Generic[T, P, S, R]):
 
 
 def attempt(item: T, attempts: int, action: Callable[[dict[str, float]], R]) -> Outcome[T, R]:
-    """Run ``action`` up to ``attempts`` times. Errors meant for users end it at once: a retry would not help."""
+    """Run ``action`` up to ``attempts`` times and log what it took. Errors meant for users end it at once."""
+    outcome = _attempt(item, attempts, action)
+    if log.isEnabledFor(logging.INFO):
+        for stage, seconds in outcome.seconds.items():
+            note(
+                log,
+                "stage",
+                series_key=key_of(item),
+                stage=stage,
+                seconds=round(seconds, 6),
+                outcome=outcome.error_kind or "ok",
+                attempts=outcome.attempts,
+            )
+    return outcome
+
+
+def _attempt(item: T, attempts: int, action: Callable[[dict[str, float]], R]) -> Outcome[T, R]:
     for number in itertools.count(1):
         seconds: dict[str, float] = {}
         try:
@@ -113,7 +130,7 @@ def attempt(item: T, attempts: int, action: Callable[[dict[str, float]], R]) -> 
                     type(error).__name__,
                     exc_info=log.isEnabledFor(logging.DEBUG),
                 )
-                reason = f"{type(error).__name__} (unexpected; run with --debug for the traceback)"
+                reason = f"{type(error).__name__} (unexpected; `ctpipe --debug` shows the traceback)"
                 return Outcome(item, error=reason, error_kind=type(error).__name__, seconds=seconds, attempts=number)
     raise AssertionError("unreachable")
 

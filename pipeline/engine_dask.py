@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from latentcache.errors import InputError
 from pipeline.engine import EngineOptions, Outcome, Stage, attempt, chain
+from pipeline.log_lines import active, start
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -39,8 +40,12 @@ def check_nodes(facts: dict[str, dict[str, str]]) -> None:
             )
 
 
-def _carry(item: T, stage: Stage[T, P, S, R], device: str, attempts: int, token: str) -> Outcome[T, R]:
+def _carry(
+    item: T, stage: Stage[T, P, S, R], device: str, attempts: int, token: str, json_lines: bool
+) -> Outcome[T, R]:
     """On a worker: one item from prepare to run; other threads of the worker prepare meanwhile."""
+    if json_lines:
+        start()
     with _making:
         if token not in _states:
             _states.clear()
@@ -84,7 +89,7 @@ def cluster_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
         asked: dict[Future, T] = {}
 
         def submit(item: T) -> Future:
-            future = client.submit(_carry, item, stage, device, options.attempts, token, pure=False)
+            future = client.submit(_carry, item, stage, device, options.attempts, token, active(), pure=False)
             asked[future] = item
             return future
 

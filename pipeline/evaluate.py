@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from latentcache.errors import InputError
 from pipeline import metrics
+from pipeline.consistency import residual_rms
 from pipeline.densitometry import LAA_THRESHOLD_HU, lung_density, lung_mask
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.metrics_noise import noise_texture, slice_inconsistency
+from pipeline.metrics_perceptual import FeaturesOf, perceptual_distance
 from pipeline.metrics_sharpness import sharpness
 from pipeline.null_space import null_space_figures
 from pipeline.slice_profile import SliceOperator
+from pipeline.volumetry import Structure, measurable, volume_errors
 
 FULL_RANGE_HU = (-1024.0, 2048.0)
 """The range of the literature's figures (RPLHR-CT: 3072 HU)."""
@@ -50,16 +53,23 @@ class Case:
         truth: (z, y, x) HU.
         geometry: Lattice of ``truth``.
         thick_z_mm: Positions of the thick slices.
-        operator: A from ``geometry`` to the thick slices; None leaves the null-space figures out.
+        operator: A from ``geometry`` to the thick slices; None leaves out the null space and the misfit.
+        thick: The thick series' HU, (k, y, x); None leaves out the misfit to it.
+        structures: Nodules and vessels of known volume; none where nothing is known, as in patients.
+        features: Feature maps for the perceptual distance; None leaves it out.
     """
 
     truth: NDArray[Any]
     geometry: Geometry | None = None
     thick_z_mm: tuple[float, ...] = ()
     operator: SliceOperator | None = None
+    thick: NDArray[Any] | None = None
+    structures: tuple[Structure, ...] = ()
+    features: FeaturesOf | None = None
     clipped: dict[tuple[float, float], NDArray[np.float32]] = field(default_factory=dict, repr=False)
     lung: list[NDArray[np.bool_]] = field(default_factory=list, repr=False)
     edges: list[float] = field(default_factory=list, repr=False)
+    own: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def within(self, low: float, high: float) -> NDArray[np.float32]:
         """The truth clipped to a range, made once."""
@@ -72,6 +82,31 @@ class Case:
         if not self.lung:
             self.lung.append(lung_mask(self.truth))
         return self.lung[0]
+
+    def misfit_hu(self, volume: NDArray[Any]) -> tuple[float, float]:
+        """RMS(A x - y) in HU of an answer and, measured once, of the truth.
+
+        Raises:
+            InputError: The thick series or its operator is not at hand.
+        """
+        if self.operator is None or self.thick is None or not self.operator.covered.any():
+            raise InputError("no slice operator", expected="thick slices within the thin grid", remedy="None.")
+        if "misfit" not in self.own:
+            self.own["misfit"] = residual_rms(self.truth, self.thick, self.operator)[0]
+        return residual_rms(volume, self.thick, self.operator)[0], self.own["misfit"]
+
+    def volumes(self, hu: NDArray[Any]) -> dict[str, Any]:
+        """Volumetry of the known structures in an answer and, measured once, in the truth.
+
+        Raises:
+            InputError: No structure is known.
+        """
+        if self.geometry is not None and "structures" not in self.own:
+            self.own["structures"] = measurable(self.truth, self.geometry, self.structures)
+            self.own["volumes"] = volume_errors(self.truth, self.geometry, self.own["structures"])
+        if self.geometry is None or not self.own["structures"]:
+            raise InputError("no structure of known volume", expected="a phantom", remedy="None for patients.")
+        return {**volume_errors(hu, self.geometry, self.own["structures"]), "truth": self.own["volumes"]}
 
 
 def common_slices(thick: Geometry, thin: Geometry) -> slice:
@@ -127,7 +162,7 @@ def score_method(volume: NDArray[Any], case: Case, window: Window, *, whole_rang
     if case.geometry is None:
         return out
     missing: dict[str, str] = {}
-    for name, measure in _further(volume, case, window).items():
+    for name, measure in _further(volume, case, window, whole_range).items():
         try:
             out[name] = measure()
         except InputError as error:
@@ -147,7 +182,7 @@ def _basic(clipped: NDArray[np.float32], truth: NDArray[np.float32], width: floa
     }
 
 
-def _further(volume: NDArray[Any], case: Case, window: Window) -> dict[str, Callable[[], Any]]:
+def _further(volume: NDArray[Any], case: Case, window: Window, whole_range: bool) -> dict[str, Callable[[], Any]]:
     """The figures that need geometry, to be called one by one."""
     geometry = case.geometry
     assert geometry is not None
@@ -170,6 +205,15 @@ def _further(volume: NDArray[Any], case: Case, window: Window) -> dict[str, Call
             raise InputError("no slice operator", expected="thick slices within the thin grid", remedy="None.")
         return asdict(null_space_figures(clipped, truth, case.operator))
 
+    def whole() -> NDArray[Any]:
+        if not whole_range:
+            raise InputError("values beyond the window", expected="restored ones", remedy="None: this is a bound.")
+        return volume
+
+    def consistency() -> dict[str, float]:
+        rms, own = case.misfit_hu(whole())
+        return {"rms_hu": rms, "truth_rms_hu": own, "ratio": rms / own if own > 0 else float("nan")}
+
     def edges() -> dict[str, Any]:
         low, high = max(window.lower, -850.0), min(40.0, window.upper)
         if not case.edges:
@@ -185,7 +229,10 @@ def _further(volume: NDArray[Any], case: Case, window: Window) -> dict[str, Call
         "noise": lambda: noise_texture(clipped, truth, (dy, dx)),
         "sharpness_z": edges,
         "null_space": unseen,
+        "consistency": consistency,
         "lung": lung,
+        "volumetry": lambda: case.volumes(whole()),
+        "perceptual": lambda: perceptual_distance(clipped, truth, window, case.features),
     }
 
 

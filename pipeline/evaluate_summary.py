@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluate import CaseScores
+from pipeline.metrics import TISSUE_CLASSES_HU
 from pipeline.statistics_patients import by_patient, interval, paired_difference
 
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -29,6 +30,22 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "detail_explained": ("null_space", "explained"),
     "laa950": ("lung", "laa950"),
     "pd15_hu": ("lung", "pd15_hu"),
+    "consistency_rms_hu": ("consistency", "rms_hu"),
+    "consistency_truth_rms_hu": ("consistency", "truth_rms_hu"),
+    "consistency_ratio": ("consistency", "ratio"),
+    "perceptual_axial": ("perceptual", "axial"),
+    "perceptual_coronal": ("perceptual", "coronal"),
+    **{
+        f"{kind}_{figure}": ("volumetry", kind, figure)
+        for kind in ("nodule", "vessel")
+        for figure in ("count", "missed", "total_error", "mean_absolute_error")
+    },
+    **{f"{kind}_truth_total_error": ("volumetry", "truth", kind, "total_error") for kind in ("nodule", "vessel")},
+    **{
+        f"{tissue}_{figure}": ("bias", tissue, figure)
+        for tissue in TISSUE_CLASSES_HU
+        for figure in ("bias_hu", "mae_hu")
+    },
 }
 """Figures of a case that are averaged, and where they stand in its scores."""
 REFERENCE = "cubic"

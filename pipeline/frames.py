@@ -6,6 +6,7 @@ import struct
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.codecs import NATIVE, PixelError, encapsulated_frame, native_frame
@@ -18,10 +19,16 @@ _DATA_SET_SPARE = 64 << 20
 
 
 class FrameReader:
-    """Decodes frames of one file that is already in memory. Not shared between threads while it is being built."""
+    """Decodes frames of one file that is already in memory. Not shared between threads while it is being built.
 
-    def __init__(self, data: bytes, first: Instance) -> None:
+    Stored values may be a view of ``data``: use them before that is overwritten.
+    """
+
+    def __init__(self, data: bytes | memoryview, first: Instance) -> None:
         header = first.header
+        refused = first.form.refusal()
+        if refused:
+            raise PixelError(refused)
         if header.syntax == DEFLATED:
             spare = first.form.frame_bytes * max(first.frames, 1) + _DATA_SET_SPARE
             data = inflate_data_set(memoryview(data)[header.deflated_from :], spare)
@@ -35,8 +42,8 @@ class FrameReader:
         else:
             self._streams = _fragments_by_frame(data, header, self._pixels, self._frames)
 
-    def stored_values(self, one: Instance) -> NDArray[Any]:
-        """Stored values (rows, columns) of a frame.
+    def stored_values(self, one: Instance, out: NDArray[np.uint16] | None = None) -> NDArray[Any]:
+        """Stored values (rows, columns) of a frame; ``out`` as of `codecs.encapsulated_frame`.
 
         Raises:
             PixelError: Cut short, damaged, or of another size than declared.
@@ -49,11 +56,11 @@ class FrameReader:
             view = memoryview(self._data)[start : start + size]
             return native_frame(view, one.form, little=one.header.little, words_of_bytes=self._pixels.words)
         bounds = self._streams[one.frame]
-        parts = [self._data[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
-        return encapsulated_frame(parts[0] if len(parts) == 1 else b"".join(parts), one.header.syntax, one.form)
+        stream = b"".join([self._data[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)])
+        return encapsulated_frame(stream, one.header.syntax, one.form, out)
 
 
-def _check_native_length(data: bytes, pixels: PixelElement, first: Instance, frames: int) -> None:
+def _check_native_length(data: bytes | memoryview, pixels: PixelElement, first: Instance, frames: int) -> None:
     if pixels.length is None:
         raise PixelError("encapsulated pixel data under an uncompressed transfer syntax")
     expected = first.form.frame_bytes * frames
@@ -65,7 +72,9 @@ def _check_native_length(data: bytes, pixels: PixelElement, first: Instance, fra
         raise PixelError(f"pixel data longer than the image: {pixels.length} of {expected} bytes")
 
 
-def _fragments_by_frame(data: bytes, header: Header, pixels: PixelElement, frames: int) -> list[tuple[int, ...]]:
+def _fragments_by_frame(
+    data: bytes | memoryview, header: Header, pixels: PixelElement, frames: int
+) -> list[tuple[int, ...]]:
     """For every frame the (start, end) offsets of its fragments, flat."""
     if pixels.length is not None:
         raise PixelError("pixel data without encapsulation under a compressed transfer syntax")
@@ -94,7 +103,7 @@ def _fragments_by_frame(data: bytes, header: Header, pixels: PixelElement, frame
     return grouped
 
 
-def _items(data: bytes, position: int) -> list[tuple[int, int]]:
+def _items(data: bytes | memoryview, position: int) -> list[tuple[int, int]]:
     """(start, end) of every item of encapsulated pixel data, always little endian."""
     items: list[tuple[int, int]] = []
     while position + 8 <= len(data):

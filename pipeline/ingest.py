@@ -7,6 +7,8 @@ continued by the next and ends in the same catalog.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,10 +20,12 @@ from pathlib import Path
 from latentcache.errors import StoreError
 from latentcache.store import LatentStore
 from pipeline.discover import DEFAULT_CATEGORIES, FoundArchive, discover
+from pipeline.engine import EngineOptions
 from pipeline.ingest_batch import BatchWriter
-from pipeline.ingest_corrections import apply_overrides, relabel
+from pipeline.ingest_corrections import apply_overrides, pair_lone_thicks, relabel
 from pipeline.ingest_plan import ArchivePlan, found_table, plan_archives
 from pipeline.ingest_scan import ArchiveScan, scan_archive
+from pipeline.ingest_spread import CRASHED, ScanJob, scans_in_order
 from pipeline.ingest_summary import IngestSummary
 from pipeline.ingest_totals import summarise
 from pipeline.overrides import Overrides
@@ -33,9 +37,6 @@ BATCH = 256
 COMPACT_EVERY = 32
 """Batches after which PRIVATE's fragments are merged: each batch looks through all of them."""
 KNOWN = ("archive_key", "size", "mtime_ns", "etag", "digest", "category")
-ScanJob = tuple[FoundArchive, str, bool]
-"""Arguments of `scan_archive`."""
-CRASHED = "the reader crashed on it, so it is left out"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class IngestOptions:
         dry_run: Say what would be read, and stop.
         rescan: Read archives again although nothing about them changed.
         workers: Processes that scan; 1 scans in this one.
+        cluster: Scan on this engine's workers instead.
+        pair_across_fov: Pair thick series that no thin one has the grid of with one whose field of view lies within.
         exclude_folders: Folders not to enter, such as the store's own.
         batch: Archives a commit.
     """
@@ -59,6 +62,8 @@ class IngestOptions:
     dry_run: bool = False
     rescan: bool = False
     workers: int = 1
+    cluster: EngineOptions | None = None
+    pair_across_fov: bool = False
     exclude_folders: tuple[Path, ...] = ()
     batch: int = BATCH
 
@@ -118,7 +123,7 @@ def ingest(
         return IngestSummary(dry_run=True, archives=_counts(plan, left_out))
     with store.writer():
         splits = PatientSplits(store, options.overrides.splits)
-        writer = BatchWriter(store, private, options.overrides, splits)
+        writer = BatchWriter(store, private, options.overrides, splits, options.pair_across_fov)
         done = 0
         for number, batch in enumerate(_batches(found, plan, options), start=1):
             writer.commit(batch)
@@ -127,6 +132,8 @@ def ingest(
             if number % COMPACT_EVERY == 0:
                 private.compact()
         relabel(store, private, {found[i].url: found[i].category for i in plan.relabelled})
+        if options.pair_across_fov:
+            pair_lone_thicks(store, private, splits)
         refused = apply_overrides(store, private, splits, options.overrides, left_out)
     private.compact()
     counts = {**writer.outcomes, "excluded": len(left_out)}
@@ -150,6 +157,11 @@ def _batches(found: Sequence[FoundArchive], plan: ArchivePlan, options: IngestOp
         (found[i], digest, options.verify_pixels) for i, digest in zip(plan.to_scan, plan.known_digest, strict=True)
     ]
     batches = [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
+    if options.cluster is not None:
+        with contextlib.closing(scans_in_order(jobs, options.cluster)) as scans:
+            for batch in batches:
+                yield list(itertools.islice(scans, len(batch)))
+        return
     if options.workers < 2 or len(jobs) < 2:
         for batch in batches:
             yield [scan_archive(*job) for job in batch]
@@ -157,11 +169,11 @@ def _batches(found: Sequence[FoundArchive], plan: ArchivePlan, options: IngestOp
     pool = _pool(min(options.workers, len(jobs)))
     try:
         for batch in batches:
-            scans, lost = _scan_in_pool(pool, batch)
+            scanned, lost = _scan_in_pool(pool, batch)
             if lost:
                 pool.shutdown()
                 pool = _pool(min(options.workers, len(jobs)))
-            yield scans
+            yield scanned
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -26,12 +26,21 @@ ARCHIVE_FLAG = "archive"
 SUPERSEDED_FLAG = "superseded"
 """Flag of a row that no longer stands for anything; nothing is counted or reported for it."""
 SUPERSEDED = "no longer found in its archive"
+NEVER_NS = -1
+"""Modification time of no archive."""
 
 
 class BatchWriter:
     """Writes batches of scans to a store whose lease the caller holds."""
 
-    def __init__(self, store: LatentStore, private: PrivateStore, overrides: Overrides, splits: PatientSplits) -> None:
+    def __init__(
+        self,
+        store: LatentStore,
+        private: PrivateStore,
+        overrides: Overrides,
+        splits: PatientSplits,
+        pair_across_fov: bool = False,
+    ) -> None:
         self._store = store
         self._private = private
         self._keys = private.keys
@@ -39,6 +48,7 @@ class BatchWriter:
         self._patients = PatientKeys(private)
         self._forgotten = private.forgotten()
         self._splits = splits
+        self._across_fov = pair_across_fov
         self.outcomes: Counter[str] = Counter()
 
     def commit(self, scans: Sequence[ArchiveScan]) -> None:
@@ -58,7 +68,7 @@ class BatchWriter:
             rows[record.series_key] = record
             sources.append(private_row(one, record))
         rows.update(self._gone(scans, known, rows))
-        pairs = pair_studies(self._store, self._keys, rows)
+        pairs = pair_studies(self._store, self._keys, rows, self._across_fov)
         pairs = self._splits.apply(rows, pairs)
         whole = self._archive_rows(scans, known)
         self._private.add_sources(sources)
@@ -122,7 +132,7 @@ class BatchWriter:
         self, scans: Sequence[ArchiveScan], known: Mapping[str, ArchiveRow], rows: Mapping[str, SeriesRecord]
     ) -> dict[str, SeriesRecord]:
         """Rows of series that a changed archive no longer holds."""
-        before = {key for scan in scans if not scan.unchanged and scan.found.url in known
+        before = {key for scan in scans if not (scan.unchanged or scan.unreachable) and scan.found.url in known
                   for key in known[scan.found.url].series_keys}  # fmt: skip
         gone = series_where(self._store, "series_key", before - rows.keys())
         return {
@@ -154,6 +164,10 @@ class BatchWriter:
             return replace(row, mtime_ns=found.mtime_ns, etag=found.etag, size=found.size, category=found.category)
         held = {one.series_uid for one in scan.series}
         mine = tuple(source.pointer.series_key for source in sources if source.series_uid in held)
+        if scan.unreachable:
+            # No stamp of any archive: the next run reads it, whatever it looks like then.
+            found = replace(found, mtime_ns=NEVER_NS, etag="")
+            mine = known[found.url].series_keys if found.url in known else ()
         row = ArchiveRow(
             archive_key=self._keys.archive(found.url),
             url=found.url,

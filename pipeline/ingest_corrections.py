@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+import pyarrow.compute as pc
+
 from latentcache.records import PairRecord, SeriesRecord, Split
 from latentcache.store import LatentStore
 from pipeline.catalog_rows import pairs_where, series_where
 from pipeline.ingest_rows import with_reason
 from pipeline.ingest_summary import SetAside
 from pipeline.overrides import EXCLUDED, Overrides
-from pipeline.pairing import override_pair
+from pipeline.pairing import ON_REQUEST, override_pair
 from pipeline.patient_splits import PatientSplits
 from pipeline.private import PrivateStore, one_of
 from pipeline.private_rows import archive_row
@@ -33,6 +35,18 @@ def relabel(store: LatentStore, private: PrivateStore, categories: Mapping[str, 
     pairs = [replace(pair, category=label[pair.thick_key]) for pair in pairs_where(store, "thick_key", label.keys())]
     store.append_catalog(series, pairs)
     private.add_archives([replace(row, category=categories[row.url]) for row in archives])
+
+
+def pair_lone_thicks(store: LatentStore, private: PrivateStore, splits: PatientSplits) -> None:
+    """Pair across fields of view what earlier runs left alone because no thin series has the same grid."""
+    columns = store.catalog_table(("study_key", "role", "status", "reason"))
+    lone = pc.and_(pc.equal(columns["role"], "thick"), pc.equal(columns["status"], "ok"))
+    lone = pc.and_(lone, pc.match_substring(columns["reason"], ON_REQUEST))
+    studies = set(columns["study_key"].filter(lone).to_pylist())
+    rows = {row.series_key: row for row in series_where(store, "study_key", studies)}
+    pairs = pair_studies(store, private.keys, rows, across_fields=True)
+    if pairs:
+        store.append_catalog(list(rows.values()), splits.apply(rows, pairs))
 
 
 def apply_overrides(

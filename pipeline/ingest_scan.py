@@ -12,6 +12,7 @@ from pipeline.archive import open_source
 from pipeline.discover import FoundArchive
 from pipeline.joined_source import JoinedSource
 from pipeline.series import ScannedSeries, pointer_of, scan
+from pipeline.zip_directory import StorageError
 
 NO_DICOM = "it holds no DICOM file"
 
@@ -22,6 +23,7 @@ class ArchiveScan:
 
     ``unchanged`` means that the central directory was found as before, so that nothing was read. ``reason`` is set
     when the archive as a whole is set aside; ``detail`` is for PRIVATE alone. ``problems`` are (member name, reason).
+    ``unreachable`` means that its place did not answer: what is known of it stands, and the next run asks again.
     """
 
     found: FoundArchive
@@ -31,6 +33,7 @@ class ArchiveScan:
     reason: str = ""
     detail: str = field(default="", repr=False)
     unchanged: bool = False
+    unreachable: bool = False
     empty_folder: bool = False
 
     @property
@@ -53,6 +56,8 @@ def scan_archive(found: FoundArchive, known_digest: str = "", verify_pixels: boo
     """
     try:
         return _scan(found, known_digest, verify_pixels)
+    except StorageError as error:
+        return ArchiveScan(found, reason=error.found, detail=str(error), unreachable=True)
     except InputError as error:
         return ArchiveScan(found, reason=error.found, detail=str(error))
     except Exception as error:  # noqa: BLE001  one archive, however odd, must not stop ten thousand others
@@ -99,6 +104,8 @@ def verified(series: ScannedSeries) -> ScannedSeries:
         return series
     try:
         read_series(pointer_of(series))
+    except StorageError:
+        raise
     except InputError as error:
         return replace(series, status="quarantined", reason=error.found)
     return series

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import accumulate
 
 from latentcache.errors import InputError
-from pipeline.archive import Member, Source
+from pipeline.archive import Member, Scratch, Source
 
 
 class JoinedSource:
@@ -46,6 +46,10 @@ class JoinedSource:
     def read(self, index: int, limit: int | None = None) -> bytes:
         which = bisect_right(self._starts, index) - 1
         return self._sources[which].read(index - self._starts[which], limit)
+
+    def read_into(self, index: int, scratch: Scratch) -> memoryview:
+        which = bisect_right(self._starts, index) - 1
+        return self._sources[which].read_into(index - self._starts[which], scratch)
 
     def heads(self, indices: Sequence[int], limit: int) -> Iterator[tuple[int, bytes | InputError]]:
         for which, start in enumerate(self._starts):

@@ -104,20 +104,11 @@ def _huffman_codes(body: bytes) -> dict[int, HuffmanCodes]:
     return found
 
 
-def jpegls_size(stream: bytes) -> tuple[int, int]:
-    """Rows and columns of a JPEG-LS stream (ISO/IEC 14495-1 C.2.2); raises ValueError where there is no SOF55."""
-    position = 2
-    while stream[:2] == b"\xff\xd8" and position + 9 <= len(stream) and stream[position] == 0xFF:
-        marker = stream[position + 1]
-        if marker == 0xF7:
-            rows, columns = struct.unpack_from(">HH", stream, position + 5)
-            return rows, columns
-        position += 1 if marker == 0xFF else 2 + int.from_bytes(stream[position + 2 : position + 4], "big")
-    raise ValueError("no JPEG-LS frame header")
-
-
-def decode_jpeg(stream: bytes, header: JpegHeader) -> tuple[NDArray[Any], bool]:
+def decode_jpeg(stream: bytes, header: JpegHeader, out: NDArray[np.uint16] | None = None) -> tuple[NDArray[Any], bool]:
     """Decode a greyscale JPEG of 8, 12 or (lossless) up to 16 bits.
+
+    Args:
+        out: (rows, columns) to decode into where samples have more than 8 bits; saves asking for fresh memory.
 
     Returns:
         The samples (rows, columns) and whether the stream held all of them.
@@ -132,7 +123,8 @@ def decode_jpeg(stream: bytes, header: JpegHeader) -> tuple[NDArray[Any], bool]:
         # Without an end marker, zeros behind the last byte are padding, unless they stuff a 0xFF.
         body = stream.rstrip(b"\0")
         body += b"\0" if body.endswith(b"\xff") else b""
-    cells: NDArray[Any] = imagecodecs.jpeg8_decode(body + b"\xff\xd9")
+    into = {} if out is None or header.precision <= 8 else {"out": out}
+    cells: NDArray[Any] = imagecodecs.jpeg8_decode(body + b"\xff\xd9", **into)
     if header.lossless and _ends_with_last_samples(header, body, cells):
         return cells, True
     extended: NDArray[Any] = imagecodecs.jpeg8_decode(body + _FILLER + b"\xff\xd9")

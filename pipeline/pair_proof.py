@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentcache.errors import InputError
 from pipeline.consistency import measurement_noise
+from pipeline.field_of_view import onto_field
 from pipeline.profile_fit import fit_profile
 from pipeline.slice_profile import SliceProfile, slice_operator
 from pipeline.volume import Volume
@@ -70,11 +72,13 @@ def prove_pair(thick: Volume, thin: Volume) -> PairProof:
     """Whether ``thin`` averaged over the best-fitting slice profile reproduces ``thick`` within noise.
 
     Args:
-        thick: (z, y, x) HU on the same in-plane grid as ``thin``.
+        thick: (z, y, x) HU; on another in-plane grid than ``thin`` it is resampled onto that by physical position.
         thin: (z, y, x) HU.
     """
-    if thick.hu.shape[1:] != thin.hu.shape[1:]:
-        return _refused("the in-plane matrices differ")
+    try:
+        thick = onto_field(thick, thin.geometry)
+    except InputError as error:
+        return _refused(error.found)
     z_thick, z_thin = np.asarray(thick.geometry.z_mm), np.asarray(thin.geometry.z_mm)
     spacing = thick.geometry.spacing_mm_zyx
     thickness = thick.geometry.thickness_mm or spacing[0]

@@ -1,7 +1,9 @@
 """Pairing thick with thin: physical criteria from headers, scored and kept as evidence; pixels prove it at encode.
 
-A pair is two reconstructions of one acquisition on one in-plane grid that differ in slice spacing. Folder names say
-nothing here. Every candidate is scored, refused ones with the reason, and the whole list stays in the pair's evidence.
+A pair is two reconstructions of one acquisition on one in-plane grid that differ in slice spacing. On request alone, a
+thin series whose field of view lies within the thick one's is taken where none has the same grid; such a pair is
+marked, and the thick series is resampled in plane wherever the two meet. Folder names say nothing here. Every candidate
+is scored, refused ones with the reason, and the whole list stays in the pair's evidence.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from latentcache.records import PairRecord, SeriesRecord
+from pipeline.field_of_view import beyond_mm, grid_difference, grid_offset_pixels
 from pipeline.geometry import Geometry
 from pipeline.kernels import kernel_similarity
 from pipeline.keys import Keys
@@ -33,13 +36,15 @@ MIN_SPACING_RATIO = 1.5
 MIN_OVERLAP_SLICES = 3
 """Thick slices that must lie inside the common extent: fewer prove nothing and train nothing."""
 MAX_ANGLE_DEG = 0.5
-MAX_GRID_OFFSET_PIXELS = 0.25
-MAX_PIXEL_SPACING_ERROR = 1e-3
+ON_REQUEST = "which --pair-across-fov would pair"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One thin series tried for one thick series; ``refused`` is empty when it may be paired. All lengths in mm."""
+    """One thin series tried for one thick series; ``refused`` is empty when it may be paired. All lengths in mm.
+
+    ``across_fields`` says that the in-plane grids differ, so that the thick series must be resampled in plane.
+    """
 
     thin_key: str
     overlap_mm: tuple[float, float]
@@ -48,6 +53,7 @@ class Candidate:
     kernel_similarity: float
     angle_deg: float
     grid_offset_pixels: float
+    across_fields: bool = False
     refused: str = ""
 
     @property
@@ -66,6 +72,7 @@ class Candidate:
             "angle_deg": round(self.angle_deg, 4),
             "grid_offset_pixels": round(self.grid_offset_pixels, 4),
             "score": self.score,
+            "same_grid": not self.across_fields,
         }
         return {**facts, "refused": self.refused} if self.refused else facts
 
@@ -77,8 +84,8 @@ def geometry_of(series: SeriesRecord) -> Geometry:
     return Geometry(series.shape_zyx, rows, series.z_mm, series.thickness_mm)
 
 
-def score_candidate(thick: SeriesRecord, thin: SeriesRecord) -> Candidate:
-    """Compare two series of one study by their headers."""
+def score_candidate(thick: SeriesRecord, thin: SeriesRecord, across_fields: bool = False) -> Candidate:
+    """Compare two series of one study by their headers; other in-plane grids pass only with ``across_fields``."""
     g_thick, g_thin = geometry_of(thick), geometry_of(thin)
     low = max(g_thick.extent_mm[0], g_thin.extent_mm[0])
     high = min(g_thick.extent_mm[1], g_thin.extent_mm[1])
@@ -90,14 +97,23 @@ def score_candidate(thick: SeriesRecord, thin: SeriesRecord) -> Candidate:
         overlap_fraction=max(0.0, high - low) / extent,
         kernel_similarity=kernel_similarity(thick.kernel, thin.kernel),
         angle_deg=_angle_deg(g_thick, g_thin),
-        grid_offset_pixels=_grid_offset_pixels(g_thick, g_thin, (low + high) / 2),
+        grid_offset_pixels=grid_offset_pixels(g_thick, g_thin),
+        across_fields=bool(grid_difference(g_thick, g_thin)),
     )
-    return replace(candidate, refused=_refusal(thick, thin, candidate))
+    in_plane = _in_plane_refusal(g_thick, g_thin, across_fields) if candidate.across_fields else ""
+    return replace(candidate, refused=_refusal(thick, thin, candidate, in_plane))
 
 
-def _refusal(thick: SeriesRecord, thin: SeriesRecord, c: Candidate) -> str:
+def _in_plane_refusal(thick: Geometry, thin: Geometry, across_fields: bool) -> str:
+    """Why two differing in-plane grids cannot be paired, or nothing."""
+    outside = beyond_mm(thin, thick)
+    if outside > 0:
+        return f"{grid_difference(thick, thin)}, and a field of view that reaches {outside:.1f} mm beyond the thick one"
+    return "" if across_fields else f"{grid_difference(thick, thin)}, {ON_REQUEST}"
+
+
+def _refusal(thick: SeriesRecord, thin: SeriesRecord, c: Candidate, in_plane: str) -> str:
     """Why two series cannot be a pair, or nothing."""
-    pixels_thick, pixels_thin = np.array(thick.spacing_mm_zyx[1:]), np.array(thin.spacing_mm_zyx[1:])
     overlapping = c.overlap_mm[1] - c.overlap_mm[0]
     checks = [
         (thick.frame_key != thin.frame_key and bool(thick.frame_key and thin.frame_key), "another frame of reference"),
@@ -107,15 +123,7 @@ def _refusal(thick: SeriesRecord, thin: SeriesRecord, c: Candidate) -> str:
         ),
         (c.angle_deg > MAX_ANGLE_DEG, f"orientation differs by {c.angle_deg:.2f} degrees"),
         (c.spacing_ratio < MIN_SPACING_RATIO, f"spacing ratio {c.spacing_ratio:.2f} is below {MIN_SPACING_RATIO}"),
-        (thick.shape_zyx[1:] != thin.shape_zyx[1:], "another in-plane matrix"),
-        (
-            bool(np.any(np.abs(pixels_thick / pixels_thin - 1) > MAX_PIXEL_SPACING_ERROR)),
-            "another pixel spacing",
-        ),
-        (
-            c.grid_offset_pixels > MAX_GRID_OFFSET_PIXELS,
-            f"in-plane grids are {c.grid_offset_pixels:.2f} pixels apart",
-        ),
+        (bool(in_plane), in_plane),
         (
             overlapping < MIN_OVERLAP_SLICES * thick.spacing_mm_zyx[0],
             f"they share {max(0.0, overlapping):.1f} mm, less than {MIN_OVERLAP_SLICES} thick slices",
@@ -124,10 +132,13 @@ def _refusal(thick: SeriesRecord, thin: SeriesRecord, c: Candidate) -> str:
     return next((reason for failed, reason in checks if failed), "")
 
 
-def choose_pairs(series: Iterable[SeriesRecord], keys: Keys) -> tuple[list[PairRecord], dict[str, str]]:
+def choose_pairs(
+    series: Iterable[SeriesRecord], keys: Keys, across_fields: bool = False
+) -> tuple[list[PairRecord], dict[str, str]]:
     """Pairs among the series of one study, and for every usable series left unpaired the reason.
 
-    Each thick series takes its best thin one; a thin series may serve several thick ones.
+    Each thick series takes its best thin one; a thin series may serve several thick ones. With ``across_fields`` a
+    thin series of another field of view serves where none has the thick one's grid.
     """
     usable = sorted((s for s in series if s.status == "ok"), key=lambda s: s.series_key)
     thicks = [s for s in usable if s.role == "thick"]
@@ -135,7 +146,10 @@ def choose_pairs(series: Iterable[SeriesRecord], keys: Keys) -> tuple[list[PairR
     pairs: list[PairRecord] = []
     unpaired: dict[str, str] = {}
     for thick in thicks:
-        tried = sorted((score_candidate(thick, thin) for thin in thins), key=lambda c: (-c.score, c.thin_key))
+        tried = sorted(
+            (score_candidate(thick, thin, across_fields) for thin in thins),
+            key=lambda c: (c.across_fields, -c.score, c.thin_key),
+        )
         fit = [c for c in tried if not c.refused]
         if fit:
             evidence = {"chosen_by": "score", "candidates": [c.as_dict() for c in tried]}
@@ -150,13 +164,18 @@ def choose_pairs(series: Iterable[SeriesRecord], keys: Keys) -> tuple[list[PairR
 
 
 def override_pair(thick: SeriesRecord, thin: SeriesRecord, keys: Keys) -> PairRecord:
-    """A pair that the user asked for; what the criteria would have said stays in the evidence."""
-    candidate = score_candidate(thick, thin)
+    """A pair that the user asked for; what the criteria would have said stays in the evidence.
+
+    Naming two series of different fields of view is a request to pair across them.
+    """
+    candidate = score_candidate(thick, thin, across_fields=True)
     evidence = {"chosen_by": "user", "candidates": [candidate.as_dict()]}
     return _record(thick, candidate, evidence, keys)
 
 
 def _record(thick: SeriesRecord, chosen: Candidate, evidence: Mapping[str, Any], keys: Keys) -> PairRecord:
+    if chosen.across_fields:
+        evidence = {**evidence, "across_fields": True}
     return PairRecord(
         pair_key=keys.pair(thick.series_key, chosen.thin_key),
         study_key=thick.study_key,
@@ -184,19 +203,3 @@ def _angle_deg(one: Geometry, other: Geometry) -> float:
         cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
         angles.append(float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0)))))
     return max(angles)
-
-
-def _grid_offset_pixels(one: Geometry, other: Geometry, z_mm: float) -> float:
-    """Distance between the first pixels of both grids at one height, in pixels of ``one``.
-
-    Both lattices are followed along their own (under gantry tilt sheared) slice step to ``z_mm``.
-    """
-
-    def corner(g: Geometry) -> Any:
-        step = g.affine[:3, 0]
-        along = float(step @ g.normal)
-        return g.affine[:3, 3] + (z_mm - g.z_mm[0]) / along * step
-
-    gap = corner(other) - corner(one)
-    offsets = [abs(float(gap @ a)) / float(a @ a) for a in (one.affine[:3, 1], one.affine[:3, 2])]
-    return max(offsets)

@@ -23,9 +23,8 @@ VOXELS = 300 * 512 * 512
 class Rates:
     """What one series costs and what the machines give. A series here is a thin one of 300 slices, 512 x 512.
 
-    Measured: decode seconds (deflated JPEG lossless, one core) and commit (infra/bench/engine.py). From the shape:
-    the latent's size (4 x 75 x 128 x 128 float16). The rest are round figures of common hardware, to be replaced by
-    ``measured`` or by hand before money is spent.
+    ``SOURCES`` says of each where it comes from: measured, and where, or assumed. ``measured`` replaces what a store's
+    own encode tells; replace the rest by hand before money is spent.
 
     Attributes:
         source_mb: Compressed bytes read a series.
@@ -48,10 +47,10 @@ class Rates:
     storage_read_mb_s: float = 1000.0
     storage_write_mb_s: float = 1000.0
     network_mb_s: float = 1250.0
-    decode_core_s: float = 1.57
+    decode_core_s: float = 0.68
     encode_gpu_s: float = 3.0
-    encode_core_s: float = 1600.0
-    commit_s: float = 0.002
+    encode_core_s: float = 720.0
+    commit_s: float = 0.0002
     cores_per_gpu: float = 6.0
     gpus_per_node: float = 8.0
 
@@ -59,6 +58,23 @@ class Rates:
         for name, value in asdict(self).items():
             if not value > 0:
                 raise InputError(f"a rate {name} of {value:g}", expected="a number above 0", remedy="Measure it.")
+
+
+SOURCES: Mapping[str, str] = {
+    "source_mb": "assumed: 300 slices of lossless JPEG, about half of 16 bits",
+    "latent_mb": "from the shape: 4 x 75 x 128 x 128 float16",
+    "latents_per_series": "from the shape: thin and thick_on_thin, the thick one's fifth left out",
+    "storage_read_mb_s": "assumed: a parallel file system or object store",
+    "storage_write_mb_s": "assumed: a parallel file system or object store",
+    "network_mb_s": "assumed: 10 Gbit/s a node",
+    "decode_core_s": "measured: infra/bench/ingest.py, lossless JPEG in a deflated zip, one thread of a 2-core x86-64",
+    "encode_gpu_s": "assumed: MAISI weights in bfloat16 on one data-centre GPU",
+    "encode_core_s": "measured: infra/bench/vae.py, MAISI architecture, one thread of a 2-core x86-64",
+    "commit_s": "measured: infra/bench/engine.py, a million rows on a local disk, one driver",
+    "cores_per_gpu": "assumed: as infra/k8s/base gives",
+    "gpus_per_node": "assumed: one node of eight",
+}
+"""Where each shipped rate comes from. A test holds the measured ones against the benches' results."""
 
 
 @dataclass(frozen=True)
@@ -142,44 +158,48 @@ def override(rates: Rates, given: Mapping[str, str]) -> Rates:
     return replace(rates, **values)
 
 
-def measured(timings: pa.Table, manifest: pa.Table, rates: Rates) -> Rates:
-    """Rates from what a store's own encode cost, per thin series of the shipped size.
+def measured(timings: pa.Table, rates: Rates) -> tuple[Rates, tuple[str, ...]]:
+    """Rates from what a store's own encode cost, for more series of the kinds that it holds, and which those are.
 
-    Times are scaled by voxels: reading and the VAE are linear in them. The median attempt counts, so that the first
-    one, which loads libraries, and one that waited for a sick disk do not.
+    An item of a job is a pair or a lone series. Times go with voxels, in reading and in the VAE alike. So the cost of
+    an item is the median over items of seconds a voxel, times the mean of voxels: the median leaves out the first item,
+    which loads libraries, and one that waited for a sick disk; the mean keeps the mix of sizes. On CPUs a core is a
+    worker like those of the measured job, with as many threads.
 
     Args:
         timings: The store's timings table.
-        manifest: Its manifest, columns ``key``, ``shape``, ``valid_zyx``.
 
     Raises:
         InputError: The store holds no encode timings of finished series.
     """
     chosen = timings.filter(pc.and_(pc.equal(timings["stage"], "encode"), pc.equal(timings["outcome"], "ok")))
-    rows = [(row["key"], row["device"], dict(row["values"])) for row in chosen.to_pylist()]
-    voxels = {row["key"]: float(_volume(row["valid_zyx"])) for row in manifest.to_pylist()}
-    per_voxel: dict[str, list[float]] = {"prepare": [], "cpu": [], "cuda": []}
-    for key, device, values in rows:
-        latents = values.get("latents", 0)
-        if latents and key in voxels and {"prepare", "vae"} <= values.keys():
-            per_voxel["prepare"].append(values["prepare"] / voxels[key])
-            per_voxel[device].append(values["vae"] / latents / voxels[key])
-    if not per_voxel["prepare"]:
+    rows = [(row["device"], dict(row["values"])) for row in chosen.to_pylist()]
+    done = [(device, v) for device, v in rows if v.get("voxels", 0) > 0 and {"prepare", "run", "latents"} <= v.keys()]
+    if not done:
         raise InputError(
-            "a store without timings of encoded pairs",
-            expected="at least one pair that `ctpipe encode` finished",
-            remedy="Encode a few series first, or leave --store out.",
+            "a store without timings of encoded series",
+            expected="at least one pair or series that this version of `ctpipe encode` finished",
+            remedy="Encode a few series first, or leave --from out.",
         )
-    found = {"decode_core_s": _median(per_voxel["prepare"]) * VOXELS}
-    if per_voxel["cpu"]:
-        found["encode_core_s"] = _median(per_voxel["cpu"]) * VOXELS
-    if per_voxel["cuda"]:
-        found["encode_gpu_s"] = _median(per_voxel["cuda"]) * VOXELS
-    return replace(rates, **found)
+    found: dict[str, float] = {}
+    latents = _mean([v["latents"] for _, v in done])
+    found["latents_per_series"] = latents
+    found["latent_mb"] = _mean([v["latent_bytes"] / v["latents"] for _, v in done]) / MB
+    found["source_mb"] = rates.source_mb * _mean([v["voxels"] for _, v in done]) / (rates.latents_per_series * VOXELS)
+    found["decode_core_s"] = _item_s([v for _, v in done], "prepare")
+    for kind, name in (("cpu", "encode_core_s"), ("cuda", "encode_gpu_s")):
+        if own := [v for device, v in done if device == kind]:
+            found[name] = _item_s(own, "run") / latents
+    return replace(rates, **found), tuple(found)
 
 
-def _volume(zyx: list[int]) -> int:
-    return zyx[0] * zyx[1] * zyx[2]
+def _item_s(items: list[dict[str, float]], stage: str) -> float:
+    """Seconds of a stage for an item of mean size."""
+    return _median([v[stage] / v["voxels"] for v in items]) * _mean([v["voxels"] for v in items])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _median(values: list[float]) -> float:

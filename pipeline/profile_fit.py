@@ -81,9 +81,9 @@ class Columns:
         return cls(x @ x.T / n, y @ x.T / n, (y**2).mean(axis=1), z_thick, z_thin)
 
     def rms(self, profile: SliceProfile, use: NDArray[np.bool_] | None = None) -> float:
-        """RMS(A x - y) in HU of a profile over covered slices; infinite where no thick slice is covered."""
+        """RMS(A x - y) in HU of a profile over the slices it is judged by; infinite where no thick slice is covered."""
         operator = slice_operator(profile, self.thick_z_mm, self.thin_z_mm)
-        rows = operator.covered if use is None else operator.covered & use
+        rows = operator.judged if use is None else operator.covered & use
         if not rows.any():
             return float("inf")
         a = operator.matrix[rows]
@@ -183,7 +183,7 @@ def _search(columns: Columns, thickness_mm: float, fit_shift: bool) -> tuple[Sli
 def _common_rows(columns: Columns, thickness_mm: float) -> NDArray[np.bool_]:
     """Slices that the widest candidate still covers: judged on its own rows, a narrow one would win by rows lost."""
     widest = SliceProfile("box", 2.0 * thickness_mm)
-    use = slice_operator(widest, columns.thick_z_mm, columns.thin_z_mm).covered
+    use = slice_operator(widest, columns.thick_z_mm, columns.thin_z_mm).judged
     return use if use.any() else np.ones(len(use), dtype=bool)
 
 

@@ -8,7 +8,7 @@ would fit noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,16 +19,38 @@ from pipeline.profile_fit import fit_profile
 from pipeline.slice_profile import SliceProfile, slice_operator
 from pipeline.volume import SeriesPointer, Volume
 
+SUSPECT_RATIO = 1.5
+"""Residual of true thin series under a profile, over that under the fit, from which on the profile is called wrong."""
 MAX_PEERS = 3
 """Pairs that a protocol is fitted on; more change little and each must be read."""
 
 
 @dataclass(frozen=True)
 class ProtocolFit:
-    """Slice profile of a protocol and the residual in HU of true thin series under it."""
+    """Slice profile of a protocol and the residual in HU of true thin series under it; ``stated_rms_hu`` is their
+    residual under the box of the stated slice thickness, ``thickness_mm``."""
 
     profile: SliceProfile
     noise_hu: float
+    thickness_mm: float = 0.0
+    stated_rms_hu: float = 0.0
+
+    def said_of(self, assumed: SliceProfile, true_rms_hu: float) -> str:
+        """Why a profile is in doubt under which true thin series miss the thick ones by ``true_rms_hu``; empty where
+        it explains them as well as the fit does."""
+        if true_rms_hu <= SUSPECT_RATIO * self.noise_hu:
+            return ""
+        return (
+            f"{assumed} is not this protocol's slice profile: true thin series miss the thick ones by "
+            f"{true_rms_hu:.1f} HU under it, by {self.noise_hu:.1f} HU under {self.profile}"
+        )
+
+    @property
+    def stated_is_wrong(self) -> str:
+        """What to say where the stated slice thickness is not the profile; empty where it is."""
+        if not self.stated_rms_hu:
+            return ""
+        return self.said_of(SliceProfile("box", self.thickness_mm), self.stated_rms_hu)
 
 
 def fit_pair(thin: Volume, thick: Volume) -> ProtocolFit:
@@ -36,14 +58,18 @@ def fit_pair(thin: Volume, thick: Volume) -> ProtocolFit:
     thick_z, thin_z = np.asarray(thick.geometry.z_mm), np.asarray(thin.geometry.z_mm)
     thickness = thick.geometry.thickness_mm or thick.geometry.spacing_mm_zyx[0]
     profile, _ = fit_profile(thin.hu, thick.hu, thick_z, thin_z, thickness, fit_shift=True, refine=True)
-    noise, _ = residual_rms(thin.hu, thick.hu, slice_operator(profile, thick_z, thin_z))
-    return ProtocolFit(profile, noise)
+    noise, stated = (
+        residual_rms(thin.hu, thick.hu, slice_operator(one, thick_z, thin_z))[0]
+        for one in (profile, SliceProfile("box", thickness))
+    )
+    return ProtocolFit(profile, noise, thickness, stated)
 
 
 def combined(fits: Sequence[ProtocolFit]) -> ProtocolFit:
-    """One profile for a protocol: that of the fit with the median width, and the median residual."""
+    """One profile for a protocol: that of the fit with the median width, and the median residuals."""
     middle = sorted(fits, key=lambda fit: fit.profile.fwhm_mm)[(len(fits) - 1) // 2]
-    return ProtocolFit(middle.profile, float(np.median([fit.noise_hu for fit in fits])))
+    noise, stated = np.median([(fit.noise_hu, fit.stated_rms_hu) for fit in fits], axis=0).tolist()
+    return replace(middle, noise_hu=noise, stated_rms_hu=stated)
 
 
 class Protocols:
@@ -60,7 +86,8 @@ class Protocols:
         pointer: Callable[[str], SeriesPointer],
         read: Callable[[SeriesPointer], Volume],
     ) -> None:
-        self._pairs = [p for p in pairs if p.status == "ok"]
+        # Resampled in plane, a thick series fits a little worse than its protocol's own slices do.
+        self._pairs = [p for p in pairs if p.status == "ok" and not p.across_fields]
         self._series, self._pointer, self._read = series, pointer, read
         self._fits: dict[str, ProtocolFit | None] = {}
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from latentcache.errors import InputError
 from pipeline.hu import Window
+from pipeline.refiner_input import ThickView
 from pipeline.resample import ZMethod, z_weights
-from pipeline.slice_profile import SliceProfile, slice_operator
+from pipeline.slice_profile import SliceProfile, default_profile, slice_operator
 from pipeline.volume import Volume
 
 GAUSSIAN_WIDTHS = (1.0, 1.34)
@@ -27,6 +28,8 @@ OVERLAPS = (1.0, 1.0, 0.8, 0.6)
 """Slice spacing over thickness of the simulated series."""
 MEASURED_SHARE = 0.5
 """Share of patches whose thick slices are the measured ones."""
+STATED_SHARE = 0.25
+"""Share of patches whose linear estimate believes the stated thickness, whatever the operator was."""
 MIN_INSIDE = 0.2
 """Share of a patch that should lie inside the window; a few draws are made to find one."""
 DRAWS = 4
@@ -81,15 +84,6 @@ def positions(thin_z: NDArray[np.float64], spacing_mm: float, phase: float) -> N
     return np.asarray(low + spacing_mm * (phase + np.arange(count)), dtype=np.float64)
 
 
-def simulated_base(
-    thin: NDArray[Any], thin_z: NDArray[np.float64], operator: Operator, method: ZMethod = "cubic"
-) -> NDArray[np.float32]:
-    """Thin columns (z, y, x) through A and interpolated back, kept within each column's measured range: (z, y, x)."""
-    profile, thick_z = operator
-    thick = slice_operator(profile, thick_z, thin_z).apply(thin)
-    return _interpolated(thick, thick_z, thin_z, method)
-
-
 def _interpolated(
     thick: NDArray[Any], thick_z: NDArray[np.float64], thin_z: NDArray[np.float64], method: ZMethod
 ) -> NDArray[np.float32]:
@@ -138,7 +132,7 @@ class RefinerPatches:
         return -(-len(self.keys) // self.held) * self.steps_per_group
 
     def batch(self, epoch: int, index: int) -> dict[str, Any]:
-        """``inputs`` (B, 2, D, H, W) and ``target`` (B, 1, D, H, W) float32 in unit scale; ``study_key``: B strings."""
+        """``inputs`` (B, 3, D, H, W) and ``target`` (B, 1, D, H, W) float32 in unit scale; ``study_key``: B strings."""
         order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.keys))
         first = index // self.steps_per_group * self.held
         group = [self.keys[i] for i in order[first : first + self.held]]
@@ -166,8 +160,12 @@ class RefinerPatches:
     def _patch(self, case: RefinerCase, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         measured = bool(rng.random() < MEASURED_SHARE)
         thin_z, thickness = np.asarray(case.thin.geometry.z_mm), case.thick.geometry.thickness_mm
-        operator = None if measured else draw_operator(rng, thin_z, thickness or case.thick.geometry.spacing_mm_zyx[0])
-        return cut_patch(case, self._box(case, rng), operator, self.window, flips=rng.integers(0, 2, 3).tolist())
+        thickness = thickness or case.thick.geometry.spacing_mm_zyx[0]
+        operator = None if measured else draw_operator(rng, thin_z, thickness)
+        # A fitted profile is the true one, a stated thickness need not be: the network meets both.
+        told = SliceProfile("box", thickness) if rng.random() < STATED_SHARE else None
+        flips = rng.integers(0, 2, 3).tolist()
+        return cut_patch(case, self._box(case, rng), operator, self.window, flips=flips, told=told)
 
     def _box(self, case: RefinerCase, rng: np.random.Generator) -> tuple[slice, ...]:
         """A patch's place; air alone and bone alone teach nothing, so a few draws look for something in the window."""
@@ -188,23 +186,28 @@ def cut_patch(
     operator: Operator | None,
     window: Window,
     flips: Sequence[int] = (0, 0, 0),
+    told: SliceProfile | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Inputs (2, D, H, W) and target (1, D, H, W) of one place, in unit scale.
+    """Inputs (3, D, H, W) and target (1, D, H, W) of one place, in unit scale.
 
     Args:
         operator: Simulates the thick slices from the thin ones; None takes the measured ones.
         flips: 1 for every axis to be mirrored.
+        told: The slice profile that composition believes in; by default the operator's own, else the stated box.
     """
     depth, plane = box[0], box[1:]
     columns = case.thin.hu[(slice(None), *plane)]
     thin_z = np.asarray(case.thin.geometry.z_mm)
+    stated = default_profile(case.thick.geometry.thickness_mm, case.thick.geometry.spacing_mm_zyx[0])
     if operator is None:
-        thick_z = np.asarray(case.thick.geometry.z_mm)
-        base = _interpolated(case.thick.hu[(slice(None), *plane)], thick_z, thin_z, "cubic")[depth]
+        profile, thick_z = stated, np.asarray(case.thick.geometry.z_mm)
+        thick = case.thick.hu[(slice(None), *plane)]
     else:
-        base = simulated_base(columns, thin_z, operator)[depth]
+        profile, thick_z = operator
+        thick = slice_operator(profile, thick_z, thin_z).apply(columns)
+    base = _interpolated(thick, thick_z, thin_z, "cubic")[depth]
     composed = base if case.detail is None else base + case.detail[box].astype(np.float32)
-    inputs = np.stack([window.to_unit(base), window.to_unit(composed)])
+    inputs = ThickView.of(thick_z, thin_z, told or profile).inputs(thick, depth, window.to_unit(composed), window)
     target = window.to_unit(columns[depth])[None]
     axes = tuple(i + 1 for i, flip in enumerate(flips) if flip)
     return np.ascontiguousarray(np.flip(inputs, axes)), np.ascontiguousarray(np.flip(target, axes))

@@ -18,6 +18,7 @@ from pipeline.compose import ComposeSettings, interpolated, restore
 from pipeline.decode import Decoder, decoded_hu
 from pipeline.decode_store import only_encoding, window_of
 from pipeline.evaluate import common_slices
+from pipeline.field_of_view import onto_field
 from pipeline.geometry import Geometry
 from pipeline.private import PrivateStore
 from pipeline.refiner_data import RefinerCase, cut_patch, held_out_operator
@@ -63,8 +64,8 @@ class RefinerSource:
     def case(self, key: str) -> RefinerCase:
         """Read one pair: thin slices inside the thick extent, thick slices, detail."""
         pair = self._pairs[key]
-        thick = read_series(self.people.pointer(pair.thick_key))
         thin = read_series(self.people.pointer(pair.thin_key))
+        thick = onto_field(read_series(self.people.pointer(pair.thick_key)), thin.geometry)
         inside = common_slices(thick.geometry, thin.geometry)
         target = thin.geometry.with_z(np.asarray(thin.geometry.z_mm)[inside])
         detail = None if self.model is None else self._detail(self.model, key, thick, target, inside)
@@ -97,8 +98,8 @@ class RefinerSource:
 def held_out_figures(source: RefinerSource, keys: Sequence[str], network: nn.Module, step: int) -> dict[str, float]:
     """PSNR in the window over the middles of held-out pairs under the held-out operator.
 
-    ``interpolated`` and ``composed`` are the network's inputs, ``refined`` its output; ``val_loss`` is the squared
-    error in unit scale.
+    ``back_projected`` (the linear estimate) and ``composed`` are the network's inputs, ``refined`` its output;
+    ``val_loss`` is the squared error in unit scale.
     """
     device = next(network.parameters()).device
     errors = []
@@ -114,8 +115,8 @@ def held_out_figures(source: RefinerSource, keys: Sequence[str], network: nn.Mod
         given: Any = torch.from_numpy(inputs)[None].to(device)
         refined = network(given)[0, 0].clamp(-1, 1).cpu().numpy()
         errors.append([float(np.square(image - target[0]).mean()) for image in (inputs[0], inputs[1], refined)])
-    base, composed, after = np.mean(errors, axis=0).tolist()
-    said = {"interpolated": base, "composed": composed, "refined": after}
+    linear, composed, after = np.mean(errors, axis=0).tolist()
+    said = {"back_projected": linear, "composed": composed, "refined": after}
     return {
         "val_loss": after,
         **{f"{name}_psnr_db": float(10 * np.log10(4 / max(value, 1e-12))) for name, value in said.items()},

@@ -9,9 +9,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pipeline.atomic_file import write_text
 from pipeline.hu import Window
 from pipeline.report_charts import bar_chart, curves_chart, dot_chart, line_chart
-from pipeline.report_tables import case_table, category_table, definition_list, detail_table, notes, summary_table
+from pipeline.report_tables import (
+    agreement_table,
+    case_table,
+    category_table,
+    definition_list,
+    detail_table,
+    lung_table,
+    notes,
+    summary_table,
+    tissue_table,
+    volume_table,
+)
 from pipeline.report_views import CODE_KNOTS, CODE_KNOTS_HU, SPREAD_STEP_HU, CaseView, encode_view, label, ordered
 
 PAGE_BYTES = 15_000_000
@@ -38,6 +50,7 @@ def write_report(
         "SUMMARY_TABLE": summary_table(document),
         "CATEGORY_TABLE": category_table(document),
         "DETAIL_TABLE": detail_table(document),
+        "MEASURES": _measures(document),
         "CASE_TABLE": case_table(document),
         "NOTES": notes(document),
         "CHARTS": "\n".join(f"<figure>{chart}</figure>" for chart in _charts(document, training)),
@@ -56,14 +69,22 @@ def write_report(
     write_page(path, page, fields)
 
 
+def _measures(document: Mapping[str, Any]) -> str:
+    """What a radiologist or physicist measures, each with its heading; what was not measured has none."""
+    parts = (
+        ("Agreement with the measured slices", agreement_table(document)),
+        ("HU by tissue", tissue_table(document)),
+        ("Lung density", lung_table(document)),
+        ("Nodules and vessels", volume_table(document)),
+    )
+    return "\n".join(f"<h2>{title}</h2>\n{text}" for title, text in parts if text)
+
+
 def write_page(path: Path, page: str, fields: Mapping[str, str]) -> None:
     """Fill the template's ``{{NAME}}`` fields and write the file, whole or not at all."""
     for name, value in fields.items():
         page = page.replace("{{" + name + "}}", value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)
+    write_text(path, page)
 
 
 def _fitting(views: Sequence[CaseView], room: int) -> list[dict[str, Any]]:
@@ -84,7 +105,7 @@ def _charts(document: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) 
     methods = {name: document["methods"][name] for name in ordered(document["methods"])}
     phase = document.get("phase", {})
     means = [(label(name), row["psnr_db"]) for name, row in methods.items() if row.get("psnr_db") is not None]
-    charts = [bar_chart("PSNR in the window (dB), mean over patients", means)] if means else []
+    charts = [bar_chart("PSNR in the window, mean over patients", means, "PSNR (dB)")] if means else []
     spread = [
         (
             label(name),
@@ -94,7 +115,8 @@ def _charts(document: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) 
         if name in COMPARED
     ]
     if len(document["by_case"]) > 1:
-        charts.append(dot_chart("PSNR in the window (dB), one dot a pair", [row for row in spread if row[1]]))
+        rows = [row for row in spread if row[1]]
+        charts.append(dot_chart("PSNR in the window, one dot a pair, a bar at the median", rows, "PSNR (dB)"))
     phases = [
         (label(name), [(row["phase"], row["rmse_hu"]) for row in rows])
         for name, rows in ((name, phase.get(name, ())) for name in methods)
@@ -102,16 +124,21 @@ def _charts(document: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) 
     ]
     if phases:
         charts.append(
-            curves_chart("Error (HU) from a thick position (0) to half way between two (0.5)", phases, "phase")
+            curves_chart(
+                "Error by place between thick slices",
+                phases,
+                "distance to the nearest thick slice, in thick spacings",
+                "RMS error (HU)",
+            )
         )
-    for name, field in (
-        ("Training loss", "loss"),
-        ("Validation loss", "val_loss"),
-        ("Validation PSNR in the window (dB)", "val_psnr_db"),
+    for name, field, unit in (
+        ("Training loss", "loss", "loss"),
+        ("Validation loss", "val_loss", "loss"),
+        ("Validation PSNR in the window", "psnr", "PSNR (dB)"),
     ):
-        rows = [(float(r["step"]), float(r[field])) for r in training if r.get(field) is not None and "step" in r]
-        if len(rows) > 1:
-            charts.append(line_chart(name, rows))
+        points = [(float(r["step"]), float(r[field])) for r in training if r.get(field) is not None and "step" in r]
+        if len(points) > 1:
+            charts.append(line_chart(name, points, unit))
     return charts
 
 

@@ -7,13 +7,16 @@ import io
 import re
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK, ACCENT, QUIET = "#1f2933", "#0b6e99", "#9aa5b1"
+MOST_POINTS = 400
+"""Points of a training curve: as many as a screen shows, so that a long run does not fill the page."""
 
 
-def bar_chart(title: str, rows: Sequence[tuple[str, float]]) -> str:
+def bar_chart(title: str, rows: Sequence[tuple[str, float]], x_label: str) -> str:
     """Horizontal bars with their values; the axis starts below the smallest so that differences show, and says so."""
     figure = Figure(figsize=(7, 0.45 * max(1, len(rows)) + 1.1), layout="constrained")
     axes = figure.add_subplot()
@@ -25,23 +28,30 @@ def bar_chart(title: str, rows: Sequence[tuple[str, float]]) -> str:
     if values:
         low, high = min(values), max(values)
         axes.set_xlim(low - 0.15 * max(high - low, 1), high + 0.12 * max(high - low, 1))
-        axes.set_xlabel("axis does not start at 0", fontsize=8, color=INK)
+        axes.set_xlabel(f"{x_label}; the axis does not start at 0", color=INK)
     for i, value in enumerate(values):
         axes.text(value, i, f" {value:.2f}", va="center", fontsize=9, color=INK)
     return _svg(figure, title)
 
 
-def line_chart(title: str, points: Sequence[tuple[float, float]]) -> str:
-    """One curve against the training step."""
+def line_chart(title: str, points: Sequence[tuple[float, float]], y_label: str) -> str:
+    """One curve against the training step; long ones as the medians of ``MOST_POINTS`` stretches, and so named."""
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axes = figure.add_subplot()
+    if len(points) > MOST_POINTS:
+        stretches = np.array_split(np.array(points, dtype=np.float64), MOST_POINTS)
+        points = [(float(s[:, 0].mean()), float(np.median(s[:, 1]))) for s in stretches]
+        title += f", medians of {MOST_POINTS} stretches"
     axes.plot([p[0] for p in points], [p[1] for p in points], color=ACCENT, linewidth=1.2)
-    axes.set_xlabel("step")
+    axes.set_xlabel("training step")
+    axes.set_ylabel(y_label)
     axes.grid(alpha=0.25)
     return _svg(figure, title)
 
 
-def curves_chart(title: str, curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str) -> str:
+def curves_chart(
+    title: str, curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str
+) -> str:
     """Named curves on common axes; told apart by mark and line style, not by colour alone."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -53,20 +63,22 @@ def curves_chart(title: str, curves: Sequence[tuple[str, Sequence[tuple[float, f
             linestyle=styles[i % 4], marker=marks[i % 7], markersize=4,
         )  # fmt: skip
     axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure, title)
 
 
-def dot_chart(title: str, rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+def dot_chart(title: str, rows: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
     """The distribution of each row: a dot a value and a bar at the median."""
     figure = Figure(figsize=(7, 0.45 * max(1, len(rows)) + 1.1), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, values) in enumerate(rows):
         colour = ACCENT if "model" in name else INK
         axes.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=5)
-        axes.plot([sorted(values)[len(values) // 2]], [i], "|", color=colour, markersize=18)
+        axes.plot([float(np.median(values))], [i], "|", color=colour, markersize=18)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_xlabel(x_label)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.25)
     return _svg(figure, title)
@@ -81,6 +93,8 @@ def histogram(title: str, values: Sequence[float], x_label: str, bins: int = 20)
     span = (low, high) if high - low > 1e-6 * max(abs(low), abs(high), 1) else (low - 0.5, high + 0.5)
     axes.hist(values, bins=bins, range=span, color=QUIET, edgecolor="white")
     axes.set_xlabel(x_label)
+    axes.set_ylabel("number")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     return _svg(figure, title)
 
 

@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.metrics import TISSUE_CLASSES_HU
 from pipeline.report_views import label, ordered
 
 DETAIL_COLUMNS: tuple[tuple[str, str, int], ...] = (
@@ -20,7 +21,22 @@ DETAIL_COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("jitter_hu", "Slice-to-slice jitter (HU)", 2),
     ("invented_energy", "Detail added (truth = 1)", 2),
     ("detail_explained", "Detail right (truth = 1)", 2),
+    ("perceptual_axial", "Perceptual distance, axial", 3),
+    ("perceptual_coronal", "Perceptual distance, coronal", 3),
+)
+LUNG_COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("laa950", "LAA-950 (share of lung)", 3),
+    ("pd15_hu", "Perc15 (HU)", 0),
+)
+AGREEMENT_COLUMNS: tuple[tuple[str, str, int], ...] = (
+    ("consistency_rms_hu", "RMS(Ax-y) (HU)", 2),
+    ("consistency_truth_rms_hu", "the true thin series' own (HU)", 2),
+    ("consistency_ratio", "Ratio (truth = 1)", 2),
+)
+VOLUME_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("total_error", "error of the summed volume"),
+    ("mean_absolute_error", "mean absolute error"),
+    ("missed", "missed, mean a patient"),
 )
 
 
@@ -53,6 +69,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> s
     )
 
 
+SPLIT_NAMES = {
+    "test": "the test split, which no choice during training saw",
+    "val": "the validation split, which training looked at to choose a checkpoint",
+    "train": "the training split, which the model has learnt from",
+}
+
+
+def split_name(document: Mapping[str, Any]) -> str:
+    """What the evaluated split is, in words; the reader must know whether the model could have seen it."""
+    split = str(document.get("split", "unknown"))
+    return SPLIT_NAMES.get(split, f"the split {split!r}")
+
+
+def count_of(number: int, noun: str) -> str:
+    """``1 patient``, ``3 patients``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def summary_table(document: Mapping[str, Any]) -> str:
     """Every method: means and the paired difference from cubic."""
     against = document.get("against_cubic", {})
@@ -62,25 +96,82 @@ def summary_table(document: Mapping[str, Any]) -> str:
         gain = with_interval(against.get(name))
         rows.append([label(name), number(row["psnr_db"], 2), gain, number(row["ssim"], 4), number(row["mae_hu"], 2)])
     head = ["Method", "PSNR (dB)", "against cubic (dB)", "SSIM", "MAE (HU)"]
-    patients = document.get("patients", document["cases"])
+    patients = count_of(document.get("patients", document["cases"]), "patient")
     caption = (
-        f"Mean over {patients} held-out patients, inside the window; in brackets the 95% bootstrap interval "
+        f"Mean over {patients} of {split_name(document)}; inside the window; in brackets the 95% bootstrap interval "
         "of the paired difference over patients"
     )
     return table(head, rows, caption)
 
 
-def detail_table(document: Mapping[str, Any]) -> str:
-    """The further figures; columns that no method has are left out."""
+def _figures_table(document: Mapping[str, Any], wanted: Sequence[tuple[str, str, int]], caption: str) -> str:
+    """One row a method; columns and rows in which nothing was measured are left out, and so is an empty table."""
     methods = document["methods"]
-    rows_of = [(name, methods[name]) for name in ordered(methods)]
-    columns = [c for c in DETAIL_COLUMNS if any(row.get(c[0]) is not None for row in methods.values())]
-    rows = [[label(n), *(number(row.get(key), digits) for key, _, digits in columns)] for n, row in rows_of]
+    columns = [c for c in wanted if any(row.get(c[0]) is not None for row in methods.values())]
+    named = [name for name in ordered(methods) if any(methods[name].get(c[0]) is not None for c in columns)]
+    rows = [[label(name), *(number(methods[name].get(key), digits) for key, _, digits in columns)] for name in named]
+    return table(["Method", *(title for _, title, _ in columns)], rows, caption) if rows else ""
+
+
+def detail_table(document: Mapping[str, Any]) -> str:
+    """Similarity, sharpness, noise and invention."""
     caption = (
         "Detail is what the thick series cannot determine: added says how much there is of it, right how much of the "
         "truth's it explains (below 0 it does harm)"
     )
-    return table(["Method", *(title for _, title, _ in columns)], rows, caption)
+    return _figures_table(document, DETAIL_COLUMNS, caption)
+
+
+def agreement_table(document: Mapping[str, Any]) -> str:
+    """How well the output, averaged to thick slices, reproduces the measured ones."""
+    caption = (
+        "Agreement with the measured thick slices y: the output x averaged over the slice profile A. The true thin "
+        "series does not agree perfectly either, because both carry noise"
+    )
+    return _figures_table(document, AGREEMENT_COLUMNS, caption)
+
+
+def tissue_table(document: Mapping[str, Any]) -> str:
+    """Signed and absolute error by tissue of the truth."""
+    columns = [
+        (f"{tissue}_{figure}", f"{tissue.replace('_', ' ')}, {said}", 1)
+        for tissue in TISSUE_CLASSES_HU
+        for figure, said in (("bias_hu", "bias"), ("mae_hu", "mean absolute"))
+    ]
+    low, high = document["window_hu"]
+    caption = f"Error in HU by tissue of the true series, both clipped to {low:g} to {high:g} HU"
+    return _figures_table(document, columns, caption)
+
+
+def lung_table(document: Mapping[str, Any]) -> str:
+    """Lung densitometry, where the window holds lung."""
+    return _figures_table(document, LUNG_COLUMNS, "Lung density in the true series' lung mask")
+
+
+def volume_table(document: Mapping[str, Any]) -> str:
+    """Volumetry of nodules and vessels whose volume is known; empty for patients."""
+    methods = document["methods"]
+    head: list[str] = []
+    cells: dict[str, list[str]] = {}
+    said: list[str] = []
+    for kind in ("nodule", "vessel"):
+        rows = {name: row for name, row in methods.items() if row.get(f"{kind}_count") is not None}
+        if not rows:
+            continue
+        first = next(iter(rows.values()))
+        own = first.get(f"{kind}_truth_total_error")
+        said.append(f"{kind}s in the true thin series measure {own:+.0%}" if own is not None else "")
+        head += [f"{kind.capitalize()}s: {title}" for _, title in VOLUME_COLUMNS]
+        for name in ordered(rows):
+            total, absolute, missed = (rows[name][f"{kind}_{figure}"] for figure, _ in VOLUME_COLUMNS)
+            of = rows[name][f"{kind}_count"]
+            cells.setdefault(name, []).extend([f"{total:+.0%}", f"{absolute:.0%}", f"{missed:.1f} of {of:.1f}"])
+    if not cells:
+        return ""
+    caption = "Volumes at the half level against those that the phantom was built with; " + ", ".join(
+        filter(None, said)
+    )
+    return table(["Method", *head], [[label(name), *row] for name, row in cells.items()], caption)
 
 
 def category_table(document: Mapping[str, Any]) -> str:

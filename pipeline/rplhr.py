@@ -9,7 +9,7 @@ that equals the truth is said to be identical, not averaged as 40 dB.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pipeline import metrics
 from pipeline.baselines import BASELINES, apply, weights
 from pipeline.evaluate import CaseScores
 from pipeline.evaluate_files import finished_case, keep_case
+from pipeline.evaluate_lattice import SPACING_TOLERANCE
 from pipeline.geometry import Geometry
 from pipeline.slice_profile import SliceProfile
 from pipeline.volume import Volume
@@ -142,18 +143,21 @@ def protocol_scores(prediction: NDArray[Any], truth: NDArray[np.float32]) -> dic
     }
 
 
-def evaluate_case(case: RplhrCase, generate: Generate | None = None) -> CaseScores:
-    """Every baseline, and the model where there is one, on a case; what cannot be scored is said."""
+def evaluate_case(case: RplhrCase, networks: Mapping[str, Generate] | None = None) -> CaseScores:
+    """Every baseline and every network given by name on a case; what cannot be scored is said."""
     scores: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     try:
         stored, pixel = read_nifti(case.thick)
-        truth, _ = read_nifti(case.truth)
+        truth, thin_pixel = read_nifti(case.truth)
         thick, thin = lattices(len(stored), len(truth), truth.shape[1], truth.shape[2], pixel)
         if stored.shape[1:] != truth.shape[1:]:
             raise InputError(
                 f"slices of {stored.shape[1:]} and {truth.shape[1:]}", expected="equal", remedy="Use a published pair."
             )
+        if not np.allclose(pixel, thin_pixel, rtol=SPACING_TOLERANCE, atol=0):
+            said = [" x ".join(f"{v:.4f}" for v in p) for p in (pixel, thin_pixel)]
+            raise InputError(f"pixels of {said[0]} and {said[1]} mm", expected="equal", remedy="Use a published pair.")
     except InputError as error:
         return CaseScores(case.key, "RPLHR-CT", 0, {}, {"case": str(error)}, {}, case.key)
     hu = to_hu(stored)
@@ -163,8 +167,8 @@ def evaluate_case(case: RplhrCase, generate: Generate | None = None) -> CaseScor
         for method in BASELINES:
             matrix = weights(method, np.array(thick.z_mm), np.array(thin.z_mm), profile)
             yield method, lambda m=matrix: apply(m, hu)  # type: ignore[misc]
-        if generate is not None:
-            yield "model", lambda: generate(Volume(hu, thick), thin)
+        for name, generate in (networks or {}).items():
+            yield name, lambda g=generate: g(Volume(hu, thick), thin)  # type: ignore[misc]
 
     for name, make in outputs():
         try:
@@ -175,7 +179,12 @@ def evaluate_case(case: RplhrCase, generate: Generate | None = None) -> CaseScor
 
 
 def evaluate_dataset(
-    folder: Path, split: str, out: Path, identity: str, generate: Generate | None = None, limit: int | None = None
+    folder: Path,
+    split: str,
+    out: Path,
+    identity: str,
+    networks: Mapping[str, Generate] | None = None,
+    limit: int | None = None,
 ) -> Iterator[tuple[CaseScores, int]]:
     """Cases in order with their total number; a case that ``out`` holds under the same identity is not done again."""
     cases = find_cases(folder, split)[:limit]
@@ -184,6 +193,6 @@ def evaluate_dataset(
         path = out / "cases" / f"{case.key}.json"
         done = finished_case(path, identity)
         if done is None:
-            done = evaluate_case(case, generate)
+            done = evaluate_case(case, networks)
             keep_case(path, identity, done)
         yield done, len(cases)

@@ -18,9 +18,10 @@ from pipeline.geometry import Geometry
 from pipeline.instance import MULTIFRAME_CLASSES, Instance, instance_of
 from pipeline.stack import Stack
 from pipeline.volume import SeriesPointer, SourceHeader
+from pipeline.zip_directory import StorageError
 
 _MODALITIES = frozenset({"CT", "MR", "PT", "NM", "US", "CR", "DX", "XA", "MG", "SR", "PR", "KO", "SEG"})
-HEAD_BYTES = 8192
+HEAD_BYTES = 4096
 _HEAD_GROWTH = 16
 _MAX_HEAD_BYTES = 64 << 20
 
@@ -78,6 +79,9 @@ def scan(source: Source, *, keep_instances: bool = False) -> ScanResult:
     Args:
         source: An open archive or folder.
         keep_instances: Keep parsed headers on each series, for `volume_reader.read_scanned`.
+
+    Raises:
+        StorageError: The place of the source fails to answer.
     """
     problems: list[tuple[int, str]] = []
     ignored: list[tuple[int, str]] = []
@@ -130,6 +134,8 @@ def read_instances(
                 ignored.append((index, error.found))
             except NeedMoreError:
                 longer.append(index)
+            except StorageError:
+                raise
             except InputError as error:
                 problems.append((index, error.found))
         pending, limit = longer, limit * _HEAD_GROWTH
@@ -168,6 +174,8 @@ def _same_pixels(source: Source, one: Instance, other: Instance) -> bool:
 
     try:
         a, b = read_slice(source, one), read_slice(source, other)
+    except StorageError:
+        raise
     except InputError:
         return False
     return a.shape == b.shape and bool((a == b).all())

@@ -20,6 +20,9 @@ from latentcache.errors import InputError
 _FWHM_TO_SIGMA = 1.0 / (2.0 * np.sqrt(2.0 * np.log(2.0)))
 MIN_COVERAGE = 0.75
 """Share of a profile's weight that must fall on the thin grid for a thick slice to be a usable measurement."""
+WHOLE_COVERAGE = 0.95
+"""Share from which on a thick slice counts as wholly covered: what lies beyond the grid is then below the noise. A
+profile wider than the spacing reaches beyond the ends: on a real pair a slice that misses 9% left 13 HU, others 3."""
 
 ProfileKind = Literal["box", "gaussian", "measured"]
 
@@ -93,8 +96,8 @@ class SliceProfile:
         return replace(self, shift_mm=shift_mm)
 
     def __str__(self) -> str:
-        blur = f" blurred by {self.blur_mm:g} mm" if self.blur_mm else ""
-        shift = f" off centre by {self.shift_mm:+g} mm" if self.shift_mm else ""
+        blur = f" blurred by {self.blur_mm:.3g} mm" if self.blur_mm >= 0.005 else ""
+        shift = f" off centre by {self.shift_mm:+.3g} mm" if abs(self.shift_mm) >= 0.005 else ""
         return f"{self.kind} {self.fwhm_mm:.3g} mm{blur}{shift}"
 
 
@@ -104,12 +107,23 @@ class SliceOperator:
 
     Attributes:
         matrix: (n_thick, n_thin) float64, rows summing to 1.
-        covered: (n_thick,) bool; False where the thin grid does not reach, so that the row is no measurement of it.
+        coverage: (n_thick,) share of each profile that lies on the thin grid.
     """
 
     matrix: NDArray[np.float64]
-    covered: NDArray[np.bool_]
+    coverage: NDArray[np.float64]
     profile: SliceProfile
+
+    @property
+    def covered(self) -> NDArray[np.bool_]:
+        """(n_thick,); False where the thin grid does not reach, so that the row is no measurement of it."""
+        return self.coverage >= MIN_COVERAGE
+
+    @property
+    def judged(self) -> NDArray[np.bool_]:
+        """(n_thick,): slices by which agreement is judged, the wholly covered ones; the covered where none is."""
+        whole = self.coverage >= WHOLE_COVERAGE
+        return whole if whole.any() else self.covered
 
     def apply(self, thin: NDArray[Any]) -> NDArray[np.float32]:
         """Average (z, y, x) thin slices to thick ones; float32."""
@@ -138,11 +152,10 @@ def slice_operator(profile: SliceProfile, thick_z_mm: NDArray[Any], thin_z_mm: N
     thick = np.asarray(thick_z_mm, dtype=np.float64)
     weights = np.diff(profile.cumulative(cell_edges(thin_z_mm)[None, :] - thick[:, None]), axis=1)
     total = weights.sum(axis=1)
-    covered = total >= MIN_COVERAGE
     nearest = np.abs(np.asarray(thin_z_mm, dtype=np.float64)[None, :] - thick[:, None]).argmin(axis=1)
     weights[total < 1e-6] = 0.0
     weights[total < 1e-6, nearest[total < 1e-6]] = 1.0
-    return SliceOperator(weights / weights.sum(axis=1, keepdims=True), covered, profile)
+    return SliceOperator(weights / weights.sum(axis=1, keepdims=True), total, profile)
 
 
 def default_profile(thickness_mm: float, spacing_mm: float) -> SliceProfile:

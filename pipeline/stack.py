@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +44,17 @@ class Stack:
 
 
 def normal_of(orientation: Sequence[float]) -> NDArray[np.float64]:
-    """Unit slice normal: row direction x column direction (PS3.3 C.7.6.2.1.1)."""
+    """Unit slice normal: row direction x column direction (PS3.3 C.7.6.2.1.1). Not writeable."""
+    return _normal(tuple(orientation))
+
+
+@lru_cache(maxsize=256)
+def _normal(orientation: tuple[float, ...]) -> NDArray[np.float64]:
+    """Remembered: every slice of a series asks with the same six numbers."""
     normal = np.cross(orientation[:3], orientation[3:])
-    return np.asarray(normal / np.linalg.norm(normal), dtype=np.float64)
+    normal = np.asarray(normal / np.linalg.norm(normal), dtype=np.float64)
+    normal.flags.writeable = False
+    return normal
 
 
 def heights(instances: Sequence[Instance]) -> NDArray[np.float64]:

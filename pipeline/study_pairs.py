@@ -16,10 +16,13 @@ from pipeline.pairing import choose_pairs
 BETTER_MATCH = "another pairing took its place"
 
 
-def pair_studies(store: LatentStore, keys: Keys, rows: dict[str, SeriesRecord]) -> list[PairRecord]:
+def pair_studies(
+    store: LatentStore, keys: Keys, rows: dict[str, SeriesRecord], across_fields: bool = False
+) -> list[PairRecord]:
     """Pair rows to write for the studies of ``rows``, together with what the catalog holds of these studies.
 
-    Adds to ``rows``, or replaces in it, every usable series that stays alone, with the reason.
+    Adds to ``rows``, or replaces in it, every usable series that stays alone, with the reason. A study once paired
+    across fields of view stays so when it is read again, whether or not that is asked for again.
     """
     touched = {row.study_key for row in rows.values()}
     standing = {row.series_key: row for row in series_where(store, "study_key", touched)}
@@ -29,8 +32,10 @@ def pair_studies(store: LatentStore, keys: Keys, rows: dict[str, SeriesRecord]) 
     old = {pair.pair_key: pair for pair in pairs_where(store, "study_key", touched)}
     out: list[PairRecord] = []
     for study in studies.values():
-        chosen, alone = choose_pairs(study.values(), keys)
-        out += _merged(chosen, [p for p in old.values() if p.thick_key in study], study, standing)
+        here = [pair for pair in old.values() if pair.thick_key in study]
+        across = across_fields or any(pair.across_fields and pair.status == "ok" for pair in here)
+        chosen, alone = choose_pairs(study.values(), keys, across)
+        out += _merged(chosen, here, study, standing)
         for key, row in study.items():
             reason = f"not paired: {alone[key]}" if key in alone else ""
             if row.status == "ok" and row.role != "other" and row.reason != reason:

@@ -22,8 +22,10 @@ from pipeline.vae_stream import Field, Stored, Stream, as_image
 from pipeline.vae_weights import TINY, VaeWeights, load_weights
 
 PAD_MULTIPLE_ZYX = (4, 32, 32)
-SLAB_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-"""One slab of one activation. On a CPU small enough that the allocator reuses the memory instead of mapping it anew."""
+SLAB_BYTES = {"cpu": 1, "cuda": 256 << 20}
+"""One slab of one activation. On a CPU one slice at a time, whatever memory is free: the convolution library chooses
+the order of its sums by a slab's depth, so any other plan would show in the bytes of a latent. A slice of a clinical
+series is more than the caches hold anyway."""
 
 
 def load_vae(
@@ -128,21 +130,7 @@ class Vae:
             NonFiniteError: The latents hold NaN or infinity.
             InputError: ``valid_zyx`` does not lie within what the latents cover.
         """
-        latent = torch.as_tensor(latent).to(device=self.device, dtype=torch.float32)
-        covered = tuple(self.compression * n for n in latent.shape[1:])
-        if latent.ndim != 4 or len(latent) != self.latent_channels:
-            raise InputError(
-                f"latents of shape {tuple(latent.shape)}",
-                expected=f"({self.latent_channels}, d, h, w)",
-                remedy="Drop the log-variance and any batch axis before decoding.",
-            )
-        if any(not 0 < valid <= length for valid, length in zip(valid_zyx, covered, strict=True)):
-            raise InputError(
-                f"valid_zyx {valid_zyx} for latents that cover {covered} voxels",
-                expected="lengths of at least 1 within what the latents cover",
-                remedy="Take valid_zyx from the latent's manifest row.",
-            )
-        _refuse_non_finite(latent, "latents to decode")
+        latent = self._checked_latent(latent, valid_zyx).to(self.device)
         depth, height, width = valid_zyx
         _, d, h, w = latent.shape
         with torch.inference_mode():
@@ -205,11 +193,30 @@ class Vae:
         dz, dy, dx = (n // self.compression for n in window_zyx)
         depth, height, width = valid_zyx
         with torch.inference_mode():
-            latent = torch.as_tensor(latent, dtype=torch.float32)
+            checked = self._checked_latent(latent, valid_zyx)
             image = sliding(
-                lambda z: self.decode_slab(z).cpu()[:, 0:1], latent, (dz, dy, dx), overlap, self.compression
+                lambda z: self.decode_slab(z).cpu()[:, 0:1], checked, (dz, dy, dx), overlap, self.compression
             )
         return image[0, :depth, :height, :width].clamp(-1, 1)
+
+    def _checked_latent(self, latent: Tensor, valid_zyx: tuple[int, int, int]) -> Tensor:
+        """In float32; see `decode` for what is refused."""
+        latent = torch.as_tensor(latent, dtype=torch.float32)
+        covered = tuple(self.compression * n for n in latent.shape[1:])
+        if latent.ndim != 4 or len(latent) != self.latent_channels:
+            raise InputError(
+                f"latents of shape {tuple(latent.shape)}",
+                expected=f"({self.latent_channels}, d, h, w)",
+                remedy="Drop the log-variance and any batch axis before decoding.",
+            )
+        if any(not 0 < valid <= length for valid, length in zip(valid_zyx, covered, strict=True)):
+            raise InputError(
+                f"valid_zyx {valid_zyx} for latents that cover {covered} voxels",
+                expected="lengths of at least 1 within what the latents cover",
+                remedy="Take valid_zyx from the latent's manifest row.",
+            )
+        _refuse_non_finite(latent, "latents to decode")
+        return latent
 
     def plan_encode(self, padded_zyx: tuple[int, int, int]) -> Plan:
         """Predicted memory of encoding a volume of this padded shape; raises `InputError` if no plan fits."""

@@ -28,7 +28,10 @@ class ChannelMoments:
             return
         channels = slab_DHWC.shape[-1]
         columns = _row_width(slab_DHWC)
-        for part_DHWC in [slab_DHWC] if slab_DHWC.is_contiguous() else list(slab_DHWC.unsqueeze(1)):
+        # Slice by slice on a CPU, so that the slab plan, which depends on free memory, does not show in the result. On
+        # a GPU, where every part costs a transfer, in slabs.
+        whole = slab_DHWC.is_cuda and slab_DHWC.is_contiguous()
+        for part_DHWC in [slab_DHWC] if whole else list(slab_DHWC.unsqueeze(1)):
             rows = part_DHWC.view(-1, columns)
             mean, variance = _column_moments(rows)
             mean, variance = (t.double().cpu().view(-1, channels) for t in (mean, variance))

@@ -23,6 +23,11 @@ from pipeline.vae_norm import Affine, ChannelMoments
 
 def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int]) -> Tensor:
     """Convolve a slab; returns (n, H, W, C) dense. ``layer.weight`` is kept in channels-last order."""
+    if (
+        x_DHWC.is_meta
+    ):  # a rehearsal: there conv3d answers in another layout, and a copy that no device makes would count
+        sizes = zip(x_DHWC.shape[:3], padding, layer.kernel_size, layer.stride, strict=True)
+        return x_DHWC.new_empty([*((n + 2 * p - k) // s + 1 for n, p, k, s in sizes), layer.out_channels])
     x = as_image(x_DHWC)
     if x.device.type == "cpu" and torch._C._has_mkldnn:
         # What conv3d calls for large inputs; for small ones (one channel, a thin slab) it would choose a path that is
@@ -225,43 +230,31 @@ class Down(Stream):
 
 
 class Doubled(Stream):
-    """Every axis doubled by interpolation; along depth, two output slices need their slice and its two neighbours."""
+    """Every axis doubled by interpolation: coarse slices in plane, one at a time, then along depth, where a fine slice
+    is three quarters its own coarse slice and one quarter the neighbour on its side (trilinear, half-pixel centres)."""
 
     def __init__(self, source: Stream, mode: str) -> None:
         d, h, w, c = source.shape
         super().__init__((2 * d, 2 * h, 2 * w, c), source.dtype, source.device)
         self.source = source
         self.mode = mode
-        self.ready = self.empty(0)
-        self.kept: Tensor | None = None
+        self.planes: dict[int, Tensor] = {}
 
     def _produce(self, out_DHWC: Tensor) -> None:
-        done = 0
-        while done < len(out_DHWC):
-            if len(self.ready) == 0:
-                self._refill(max(1, (len(out_DHWC) - done) // 2))
-            n = min(len(self.ready), len(out_DHWC) - done)
-            out_DHWC[done : done + n].copy_(self.ready[:n])
-            self.ready = self.ready[n:]
-            done += n
+        for fine, out_HWC in enumerate(out_DHWC, start=self.position):
+            own = fine // 2
+            if self.mode == "nearest":
+                out_HWC.copy_(self._plane(own))
+                continue
+            side = min(max(own + (1 if fine % 2 else -1), 0), self.source.depth - 1)
+            torch.lerp(self._plane(own), self._plane(side), 0.25, out=out_HWC)
 
-    def _refill(self, n: int) -> None:
-        """Interpolate the next n coarse slices: the fine slices 2a .. 2b of coarse slices a .. b."""
-        source = self.source
-        first = self.kept is None
-        if first:
-            self.kept = source.take(min(2, source.depth) if self.mode == "trilinear" else 0).clone()
-        assert self.kept is not None
-        if self.mode == "nearest":
-            coarse, skip, count = source.take(min(n, source.depth - source.position)), 0, 0
-            count = 2 * len(coarse)
-        else:
-            # kept: the slice before the next one (but at the start) and the next one itself.
-            fresh = source.take(min(n, source.depth - source.position))
-            coarse = torch.cat([self.kept, fresh])
-            skip = 0 if first else 2
-            last = source.position == source.depth
-            count = 2 * len(coarse) - skip - (0 if last else 2)
-            self.kept = coarse[-2:].clone()
-        fine = F.interpolate(as_image(coarse), scale_factor=2.0, mode=self.mode)
-        self.ready = as_slab(fine)[skip : skip + count]
+    def _plane(self, coarse: int) -> Tensor:
+        """A coarse slice, doubled in plane: the last one taken, the one before it, or the next."""
+        if coarse not in self.planes:
+            self.planes = {i: plane for i, plane in self.planes.items() if i == coarse - 1}
+            image = self.source.take(1).permute(0, 3, 1, 2)
+            mode = "nearest" if self.mode == "nearest" else "bilinear"
+            doubled = F.interpolate(image, scale_factor=2.0, mode=mode)
+            self.planes[coarse] = doubled[0].permute(1, 2, 0)
+        return self.planes[coarse]

@@ -15,9 +15,11 @@ from latentcache.store import LatentStore
 from pipeline import metrics
 from pipeline.encode import Encoder
 from pipeline.evaluate import common_slices
+from pipeline.field_of_view import onto_field
 from pipeline.hu import Window
 from pipeline.private import PrivateStore
 from pipeline.resample import resample_z
+from pipeline.vae_tiling import as_encoded
 from pipeline.volume_reader import read_series
 
 
@@ -25,7 +27,7 @@ from pipeline.volume_reader import read_series
 class HeldOutPair:
     """A pair's truth in HU, clipped to the window, on the thin slices that the thick series covers, and its bounds.
 
-    ``bounds`` has psnr and ssim of linear interpolation and of the VAE ceiling (the true thin series, encoded and
+    ``bounds`` has PSNR and SSIM of linear interpolation and of the VAE ceiling (the true thin series, encoded and
     decoded): what the model must beat and what it cannot pass.
     """
 
@@ -58,7 +60,7 @@ class HeldOutImages:
     ) -> None:
         encoding = store.encoding(encode_key)
         check_same_vae(vae, encoding.vae_sha256)
-        self.vae = vae
+        self.vae: Encoder = as_encoded(vae, encoding.extra)
         self.window = Window(encoding.window_center, encoding.window_width)
         encoded = {record.key for record in store.records(encode_key, "thin")}
         pairs = [p for p in store.pairs() if p.split == split and p.status == "ok" and p.thin_key in encoded]
@@ -78,7 +80,8 @@ class HeldOutImages:
 
     def _read(self, store: LatentStore, private: PrivateStore, encode_key: str, pair: PairRecord) -> HeldOutPair:
         pointers = private.pointers([pair.thin_key, pair.thick_key])
-        thin, thick = read_series(pointers[pair.thin_key]), read_series(pointers[pair.thick_key])
+        thin = read_series(pointers[pair.thin_key])
+        thick = onto_field(read_series(pointers[pair.thick_key]), thin.geometry)
         inside = common_slices(thick.geometry, thin.geometry)
         truth = self._clip(thin.hu[inside])
         z_inside = np.array(thin.geometry.z_mm)[inside]
@@ -99,8 +102,8 @@ class HeldOutImages:
 
     def _scores(self, suffix: str, held: HeldOutPair, hu: NDArray[np.float32]) -> dict[str, float]:
         return {
-            f"psnr{suffix}": metrics.psnr(hu, held.truth, data_range=self.window.width),
-            f"ssim{suffix}": metrics.ssim(hu, held.truth, data_range=self.window.width),
+            f"val_psnr_db{suffix}": metrics.psnr(hu, held.truth, data_range=self.window.width),
+            f"val_ssim{suffix}": metrics.ssim(hu, held.truth, data_range=self.window.width),
         }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache.errors import InputError
-from pipeline.archive import Source, open_source
+from pipeline.archive import Scratch, Source, open_source
 from pipeline.assembly import order
 from pipeline.frames import FrameReader
 from pipeline.instance import Instance
@@ -104,25 +104,41 @@ def _fill(stack: Stack, slices: list[Slice], threads: int) -> Volume:
     for slot, (source, one) in enumerate(slices):
         files.setdefault((id(source), one.member), []).append(slot)
 
-    def decode_file(slots: list[int], pool: ThreadPoolExecutor | None = None) -> frozenset[str]:
+    def decode_file(slots: list[int], scratch: Scratch, pool: ThreadPoolExecutor | None = None) -> frozenset[str]:
         source, first = slices[slots[0]]
-        reader = FrameReader(source.read(first.member), first)
+        reader = FrameReader(source.read_into(first.member, scratch), first)
+
+        cells = scratch.cells(first.form.rows, first.form.columns) if len(slots) == 1 else None
 
         def decode(slot: int) -> frozenset[str]:
             one = slices[slot][1]
-            return rescale_into(reader.stored_values(one), one, hu[slot])
+            return rescale_into(reader.stored_values(one, cells), one, hu[slot])
 
         return frozenset().union(*(pool.map if pool else map)(decode, slots))
 
-    facts: frozenset[str] = frozenset()
+    todo = iter(files.values())
+
+    def decode_on() -> frozenset[str]:
+        """Take files while there are any: a task for each would cost more than its share of the parsing."""
+        facts: frozenset[str] = frozenset()
+        scratch = Scratch()
+        try:
+            for slots in todo:
+                facts |= decode_file(slots, scratch)
+        except BaseException:
+            for _ in todo:  # nothing is left for the other threads to begin
+                pass
+            raise
+        return facts
+
     if threads <= 1:
-        facts = facts.union(*map(decode_file, files.values()))
+        facts = decode_on()
     else:
         with ThreadPoolExecutor(threads) as pool:
             if len(files) < threads:
-                facts = facts.union(*(decode_file(slots, pool) for slots in files.values()))
+                facts = frozenset().union(*(decode_file(slots, Scratch(), pool) for slots in todo))
             else:
-                facts = facts.union(*pool.map(decode_file, files.values()))
+                facts = frozenset().union(*(part.result() for part in [pool.submit(decode_on) for _ in range(threads)]))
     flags = tuple(dict.fromkeys([*stack.flags, *sorted(facts)]))
     return Volume(hu, geometry, source_header(stack.instances), flags)
 

@@ -54,6 +54,16 @@ class ArchiveError(InputError):
         return (ArchiveError, (self.found, self.remedy))
 
 
+class StorageError(InputError):
+    """The place of an archive fails to answer: nothing is known against the archive, and the next run asks again."""
+
+    def __init__(self, found: str, remedy: str = "Run the command again.") -> None:
+        super().__init__(found, expected="storage that answers", remedy=remedy)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (StorageError, (self.found, self.remedy))
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one archive may ask for before it is called a bomb.

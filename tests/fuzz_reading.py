@@ -1,6 +1,10 @@
 """Fuzz the readers with atheris: zip bytes, DICOM bytes and compressed frames.
 
-    python tests/fuzz_reading.py [--seconds 60] [--target zip|dicom|frame|all] [--corpus FOLDER]
+    python tests/fuzz_reading.py [--seconds 60] [--target zip|dicom|frame|all] [--corpus FOLDER] [--seed N]
+        [--record FILE]
+
+A run of any length can be put together from short ones: give them one corpus, seeds of their own, and one record, which
+sums up seconds, executions and findings as JSON.
 
 Whatever the bytes, reading ends with volumes or an InputError: no other exception, no memory beyond 2 GiB, no input
 that takes longer than 20 s, and no file opened for writing or outside of the archive (an audit hook watches).
@@ -10,11 +14,16 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
+import platform
+import re
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +136,53 @@ def watch_files() -> None:
     sys.addaudithook(audit)
 
 
+def run_apart(target: str, options: argparse.Namespace) -> bool:
+    """Fuzz one target in a process of its own and add to the record; returns whether it found nothing."""
+    command = [sys.executable, __file__, "--target", target, "--seconds", str(options.seconds // len(TARGETS))]
+    command += ["--seed", str(options.seed)]
+    if options.corpus:
+        command += ["--corpus", str(options.corpus)]
+    started = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    print(done.stdout if done.returncode else "".join(done.stdout.splitlines(keepends=True)[-8:]), flush=True)
+    executed = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stdout)
+    if options.record:
+        add_to_record(
+            options.record,
+            target,
+            seconds=time.perf_counter() - started,
+            executions=int(executed.group(1)) if executed else 0,
+            findings=int(done.returncode != 0),
+        )
+    return done.returncode == 0
+
+
+def add_to_record(path: Path, target: str, **figures: float) -> None:
+    """Sum up a run's figures, by target and over all."""
+    record: dict[str, Any] = {"bench": "fuzz-reading", "runs": 0, "all": {}}
+    if path.exists():
+        record = json.loads(path.read_text())
+    for name in ("all", target):
+        sums = record.setdefault(name, {})
+        for figure, value in figures.items():
+            sums[figure] = round(sums.get(figure, 0) + value, 1)
+    record["runs"] += 1
+    record["device"] = platform.machine()
+    record["versions"] = {name: version(name) for name in ("atheris", "imagecodecs", "pydicom", "isal")}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60, help="for all targets together")
     parser.add_argument("--target", choices=[*TARGETS, "all"], default="all")
     parser.add_argument("--corpus", type=Path, help="folder to keep and reuse inputs that reach new code")
+    parser.add_argument("--seed", type=int, default=0, help="of the mutations; 0 takes one from the clock")
+    parser.add_argument("--record", type=Path, help="JSON file to add seconds, executions and findings to")
     options = parser.parse_args()
     if options.target == "all":
-        for target in TARGETS:
-            command = [sys.executable, __file__, "--target", target, "--seconds", str(options.seconds // len(TARGETS))]
-            if options.corpus:
-                command += ["--corpus", str(options.corpus)]
-            subprocess.run(command, check=True)
-        return
+        clean = [run_apart(target, options) for target in TARGETS]
+        sys.exit(0 if all(clean) else 1)
     with tempfile.TemporaryDirectory() as scratch:
         corpus = (options.corpus or Path(scratch)) / options.target
         corpus.mkdir(parents=True, exist_ok=True)
@@ -149,6 +192,7 @@ def main() -> None:
             sys.argv[0],
             str(corpus),
             f"-max_total_time={options.seconds}",
+            f"-seed={options.seed}",
             "-rss_limit_mb=2048",
             "-timeout=20",
             "-max_len=65536",

@@ -54,7 +54,7 @@ def stage(store: LatentStore, key: str) -> LatentRecord:
 def write_until_killed(root: str, ledger: str, seed: int) -> None:
     """Commit latents one after the other, and note each in the ledger once commit has returned."""
     chance = random.Random(seed)
-    store = LatentStore._open_at(LocalLocation(Path(root), QuickDisk()))
+    store = LatentStore.open(LocalLocation(Path(root), QuickDisk()))
     with store.writer() as writer, open(ledger, "a", buffering=1) as note:
         while True:
             keys = [f"{chance.getrandbits(24):016x}" for _ in range(chance.randint(1, 3))]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from pipeline.consistency import gain, measurement_noise, project, residual_rms
+from pipeline.consistency import measurement_noise, project, residual_rms
 from pipeline.slice_profile import SliceOperator, SliceProfile, slice_operator
 
 THIN_Z = np.arange(60.0)
@@ -38,7 +38,7 @@ def test_the_residual_comes_down_to_the_noise_and_the_truth_comes_nearer(noise: 
     figures = project(guess, thick, operator, THIN_Z, noise_hu=noise)
     after, _ = residual_rms(guess, thick, operator)
     assert figures.rms_before > 1.2 * noise
-    assert after == pytest.approx(noise, rel=0.02)
+    assert after == pytest.approx(noise, rel=0.1)
     assert figures.rms_after == pytest.approx(after, rel=1e-3)
     assert float(np.sqrt(np.mean((guess - truth) ** 2))) < 0.9 * error_before
 
@@ -72,14 +72,60 @@ def test_slices_without_coverage_neither_act_nor_count() -> None:
     assert np.isnan(b.per_slice_after[-1])
 
 
-@given(damping=st.floats(1e-4, 10.0))
-@settings(max_examples=20, deadline=None)
-def test_no_gain_ever_increases_the_residual(damping: float) -> None:
-    operator = slice_operator(SliceProfile("gaussian", 6.0), THICK_Z, THIN_Z)
-    left = np.eye(12) - operator.matrix @ gain(operator, THIN_Z, damping)
-    # On covered slices A S A^T (A S A^T + lambda)^-1 has its eigenvalues in (0, 1).
-    kept = left[np.ix_(operator.covered, operator.covered)]
-    assert np.abs(np.linalg.eigvals(kept)).max() <= 1.0 + 1e-9
+@given(noise=st.floats(0.5, 40.0), width=st.floats(4.0, 8.0), floor=st.sampled_from([-np.inf, -300.0]))
+@settings(max_examples=15, deadline=None)
+def test_the_residual_never_grows_and_nothing_falls_below_the_floor(noise: float, width: float, floor: float) -> None:
+    truth = np.maximum(anatomy()[:, :12, :12], floor)
+    operator = slice_operator(SliceProfile("gaussian", width), THICK_Z, THIN_Z)
+    guess = np.maximum(gaussian_filter(truth, (2.5, 0, 0)), floor)
+    figures = project(guess, operator.apply(truth), operator, THIN_Z, noise_hu=noise, floor_hu=floor)
+    assert figures.rms_after <= figures.rms_before + 1e-3
+    assert figures.rms_after <= max(1.15 * noise, 0.1 * figures.rms_before)
+    assert guess.min() >= floor
+
+
+def test_a_bone_is_met_as_closely_as_the_rest() -> None:
+    truth = np.zeros((60, 4, 4), np.float32)
+    truth[30:38, 1:3, 1:3] = 1000.0
+    operator = slice_operator(SliceProfile("box", 5.0), THICK_Z, THIN_Z)
+    thick = operator.apply(truth) + np.random.default_rng(0).normal(0, 5, (12, 4, 4)).astype(np.float32)
+    guess = np.zeros_like(truth)
+    figures = project(guess, thick, operator, THIN_Z, noise_hu=5.0)
+    assert figures.rms_after == pytest.approx(5.0, rel=0.1)
+    bone = np.abs(operator.apply(guess) - thick)[:, 1:3, 1:3]
+    assert bone.max() < 25, "a quadratic penalty leaves a share of 1000 HU"
+
+
+def test_the_floor_and_the_measurement_hold_together() -> None:
+    """Clipping at the floor afterwards undoes the agreement; asked for together, both hold."""
+    truth = np.full((60, 4, 4), -1000.0, np.float32)
+    truth[24:40] = 50.0
+    operator = slice_operator(SliceProfile("gaussian", 4.4), THICK_Z, THIN_Z)
+    thick = operator.apply(truth)
+    guess = gaussian_filter(truth, (3.0, 0, 0))
+    clipped, together = guess.copy(), guess.copy()
+    project(clipped, thick, operator, THIN_Z, noise_hu=2.0)
+    np.maximum(clipped, -1000.0, out=clipped)
+    figures = project(together, thick, operator, THIN_Z, noise_hu=2.0, floor_hu=-1000.0)
+    assert clipped.min() == together.min() == -1000.0
+    assert residual_rms(clipped, thick, operator)[0] > 2 * figures.rms_after
+    assert figures.rms_after == pytest.approx(2.0, rel=0.2)
+    assert np.mean((together - truth) ** 2) < np.mean((clipped - truth) ** 2)
+
+
+def test_an_end_slice_that_reaches_beyond_the_grid_is_not_judged_by() -> None:
+    truth, _, _ = scene(1.0)
+    wide = slice_operator(SliceProfile("gaussian", 6.7), THICK_Z, THIN_Z)
+    assert wide.covered.all()
+    assert wide.judged.tolist() == [False, *[True] * 10, False]
+    thick = wide.apply(truth)
+    thick[0] += 300
+    overall, per_slice = residual_rms(truth, thick, wide)
+    assert overall < 0.01
+    assert per_slice[0] == pytest.approx(300, rel=1e-3)
+    guess = truth.copy()
+    project(guess, thick, wide, THIN_Z, noise_hu=0.001)
+    assert np.abs(guess - truth).max() < 150, "it acts, but less than a slice that is wholly covered"
 
 
 def test_noise_is_measured_on_anatomy_too() -> None:

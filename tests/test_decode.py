@@ -21,6 +21,7 @@ from pipeline.compose import ComposeSettings
 from pipeline.decode import DecodeSettings, DecodeTask
 from pipeline.derived import WriteSettings
 from pipeline.dicom_provenance import read_provenance
+from pipeline.encode_plan import EncodePlan
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.ingest import IngestOptions, ingest, open_stores
@@ -45,7 +46,7 @@ class World:
         self.private = PrivateStore.open(self.url)
         encoding = encode.make_encoding(self.codec, WINDOW)
         self.encode_key = self.store.register_encoding(encoding)
-        tasks = encode.plan(self.store.series(), self.store.pairs(), set(), self.encode_key, self.private.pointer)
+        tasks = EncodePlan(self.store, self.encode_key, self.private.pointer)
         with self.store.writer() as writer:
             for task in list(tasks):
                 done = encode.encode_one(self.codec, WINDOW, self.store, encode.prepare(task, threads=1))

@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from numpy.typing import NDArray
 from test_dicom_write import geometry, pixels, write
 
 from latentcache.errors import InputError
 from pipeline.dicom_cstore import CStore
 from pipeline.dicom_send import PacsUnavailable, left_list, send_folder, series_files
 from pipeline.dicom_stow import StowRs
+from pipeline.dicom_write import WrittenSeries
+from pipeline.geometry import Geometry
 
 
 @pytest.fixture
@@ -157,8 +160,10 @@ WEB_PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 
 
 class Orthanc:
-    def __init__(self, folder: Path) -> None:
-        self.http, self.dicom = free_port(), free_port()
+    """A real PACS; one made again in the same folder on the same ports is the same one, restarted."""
+
+    def __init__(self, folder: Path, ports: tuple[int, int] | None = None) -> None:
+        self.http, self.dicom = ports or (free_port(), free_port())
         settings = {
             "Name": "test",
             "StorageDirectory": str(folder / "db"),
@@ -184,6 +189,10 @@ class Orthanc:
                 time.sleep(0.1)
         raise AssertionError("Orthanc does not answer")
 
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=20)
+
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}") as answer:
             raw = answer.read()
@@ -208,8 +217,7 @@ def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
         pytest.skip("needs the Debian packages orthanc and orthanc-dicomweb")
     server = Orthanc(tmp_path_factory.mktemp("orthanc"))
     yield server
-    server.process.terminate()
-    server.process.wait(timeout=20)
+    server.stop()
 
 
 @pytest.mark.parametrize("way", ["c-store", "stow-rs"])
@@ -225,3 +233,59 @@ def test_orthanc_takes_the_series_and_gives_the_same_pixels_back(
         summary = send_folder(tmp_path / "series", StowRs(f"http://127.0.0.1:{orthanc.http}/dicom-web"))
     assert (summary.sent, summary.left, summary.reason) == (7, [], "")
     np.testing.assert_array_equal(orthanc.pixels(written.series_uid), hu)
+
+
+def full_size(out: Path, syntax: str) -> tuple[WrittenSeries, NDArray[np.int16]]:
+    """140 slices of 512 x 512 with noise of 12 HU on a few tissues: 70 MiB uncompressed."""
+    rng = np.random.default_rng(0)
+    levels = rng.choice([-1000, -850, -100, 40, 300], size=(140, 8, 8)).repeat(64, 1).repeat(64, 2)
+    noise = rng.normal(0, 12, (4, 512, 512))
+    hu = np.stack([np.rint(level + np.roll(noise[i % 4], i)) for i, level in enumerate(levels)]).astype(np.int16)
+    affine = ((0.0, 0.0, 0.7, -179.2), (0.0, 0.7, 0.0, -179.2), (1.0, 0.0, 0.0, 694.21), (0.0, 0.0, 0.0, 1.0))
+    at = Geometry(hu.shape, affine, tuple(694.21 + np.arange(140.0)), 5.0)
+    return write(out, hu, at, transfer_syntax=syntax), hu
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "syntax"), [("c-store", "explicit"), ("stow-rs", "jpegls")])
+def test_orthanc_takes_a_series_of_full_size(orthanc: Orthanc, tmp_path: Path, way: str, syntax: str) -> None:
+    written, hu = full_size(tmp_path / "series", syntax)
+    stow = StowRs(f"http://127.0.0.1:{orthanc.http}/dicom-web")
+    destination = CStore("127.0.0.1", orthanc.dicom, "ORTHANC") if way == "c-store" else stow
+    summary = send_folder(tmp_path / "series", destination)
+    assert (summary.sent, summary.left, summary.reason) == (140, [], "")
+    np.testing.assert_array_equal(orthanc.pixels(written.series_uid), hu)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["c-store", "stow-rs"])
+def test_a_pacs_that_dies_half_way_gets_the_rest_when_it_is_back(tmp_path: Path, way: str) -> None:
+    if ORTHANC is None or not WEB_PLUGIN.exists():
+        pytest.skip("needs the Debian packages orthanc and orthanc-dicomweb")
+    written, hu = full_size(tmp_path / "series", "explicit")
+    (tmp_path / "pacs").mkdir()
+    server = Orthanc(tmp_path / "pacs")
+    ports = server.http, server.dicom
+    stow = StowRs(f"http://127.0.0.1:{server.http}/dicom-web")
+    destination = CStore("127.0.0.1", server.dicom, "ORTHANC", timeout_s=10) if way == "c-store" else stow
+    taken = 0
+
+    def count(number: int) -> None:
+        nonlocal taken
+        taken += number
+        if taken >= 40:
+            server.process.kill()
+
+    try:
+        first = send_folder(tmp_path / "series", destination, attempts=2, backoff_s=0.1, progress=count)
+        assert 40 <= first.sent < 140
+        assert first.reason
+        assert json.loads(left_list(tmp_path / "series").read_text())["left"] == first.left
+        server.process.wait(timeout=20)
+        server = Orthanc(tmp_path / "pacs", ports)
+        second = send_folder(tmp_path / "series", destination)
+        assert (second.already, second.sent, second.left) == (first.sent, 140 - first.sent, [])
+        assert not left_list(tmp_path / "series").exists()
+        np.testing.assert_array_equal(server.pixels(written.series_uid), hu)
+    finally:
+        server.stop()

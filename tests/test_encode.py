@@ -1,4 +1,4 @@
-"""The encode stage: what is planned, where latents lie, and what the pixel proof does."""
+"""The encode stage: where latents lie, and what the pixel proof does."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentcache.records import LatentRecord, PairRecord, SeriesRecord
+from latentcache.records import LatentRecord, PairRecord
 from pipeline import encode
 from pipeline.encode import EncodeTask, Prepared, Wanted
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
-from pipeline.volume import SeriesPointer, Volume
+from pipeline.volume import Volume
 
 
 def volume(n: int, spacing: float, first: float, value: Any) -> Volume:
@@ -55,51 +55,9 @@ class Shelf:
         )
 
 
-def series(key: str, role: str, **changes: Any) -> SeriesRecord:
-    row = SeriesRecord(
-        series_key=key, study_key="s", patient_key="p", category="APE", role=role, status="ok", reason="",  # type: ignore[arg-type]
-        n_slices=5, shape_zyx=(5, 8, 8), spacing_mm_zyx=(1.0, 1.0, 1.0), thickness_mm=1.0, affine_lps=(0.0,) * 16,
-        z_mm=(0.0,), frame_key="f", acquisition_key="a", kernel="B", modality="CT", transfer_syntax="1.2",
-        source_digest=f"digest-{key}",
-    )  # fmt: skip
-    return replace(row, **changes)
-
-
 def pair(**changes: Any) -> PairRecord:
     row = PairRecord("pp", "s", "p", "APE", "K", "N", (0.0, 20.0), "train", json.dumps({"score": 1}))
     return replace(row, **changes)
-
-
-def pointer(key: str) -> SeriesPointer:
-    return SeriesPointer(key, ())
-
-
-CATALOG = [series("N", "thin"), series("K", "thick"), series("L", "thin"), series("X", "other")]
-
-
-def test_plan_reads_a_pair_once_and_a_lone_series_alone() -> None:
-    tasks = list(encode.plan(CATALOG, [pair()], set(), "e" * 16, pointer))
-    assert [(t.name, [(w.key, w.role) for w in t.wanted]) for t in tasks] == [
-        ("pp", [("pp", "thick_on_thin"), ("N", "thin"), ("K", "thick")]),
-        ("L", [("L", "thin")]),
-    ]
-    assert tasks[0].pair is not None
-
-
-def test_plan_resumes_latent_by_latent() -> None:
-    have = {("pp", "thick_on_thin"), ("N", "thin"), ("L", "thin")}
-    (task,) = encode.plan(CATALOG, [pair()], have, "e" * 16, pointer)
-    assert [(w.key, w.role) for w in task.wanted] == [("K", "thick")]
-    assert list(encode.plan(CATALOG, [pair()], have | {("K", "thick")}, "e" * 16, pointer)) == []
-
-
-def test_plan_asks_for_the_pixel_proof_once_and_leaves_quarantined_out() -> None:
-    proved = pair(evidence=json.dumps({"pixel_proof": {}}))
-    assert next(iter(encode.plan(CATALOG, [proved], set(), "e" * 16, pointer))).pair is None
-    names = [t.name for t in encode.plan(CATALOG, [pair(status="quarantined")], set(), "e" * 16, pointer)]
-    assert names == ["N", "K", "L"]
-    broken = [replace(s, status="quarantined") for s in CATALOG]
-    assert list(encode.plan(broken, [pair()], set(), "e" * 16, pointer)) == []
 
 
 def prepared(roles: list[tuple[str, str]], proof: PairRecord | None = None) -> Prepared:

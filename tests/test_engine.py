@@ -95,6 +95,20 @@ def test_a_retry_can_succeed() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_series_that_memory_does_not_hold_is_set_aside_and_said(backend: str) -> None:
+    def giant(item: int) -> int:
+        if item == 2:
+            raise MemoryError
+        return item
+
+    stage = Stage(prepare=giant, setup=Device, run=lambda device, value: device.square(value)[1])
+    outcomes = {o.item: o for o in stream(range(5), stage, EngineOptions(name=backend))}
+    assert {item for item, outcome in outcomes.items() if outcome.ok} == {0, 1, 3, 4}
+    assert "out of memory" in str(outcomes[2].error)
+    assert outcomes[2].attempts == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_state_that_cannot_be_made_stops_the_run_at_once(backend: str) -> None:
     def no_weights(device: str) -> Device:
         raise InputError("no weights", expected="weights", remedy="Give --vae.")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
+import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from latentcache.errors import InputError
+from pipeline import log_lines
 from pipeline.engine import EngineOptions, Stage, stream
 from pipeline.engine_dask import check_nodes, node_facts
 
@@ -106,6 +111,46 @@ def test_ray_sets_a_hanging_item_aside(ray_session: None) -> None:
     outcomes = {o.item: o for o in stream([1, 11, 2], stage, EngineOptions(name="ray", timeout_s=15.0))}
     assert sorted(outcomes) == [1, 2, 11]
     assert (outcomes[11].error_kind, outcomes[2].value) == ("Timeout", 4)
+
+
+@dataclass(frozen=True)
+class Keyed:
+    name: str
+
+
+def as_it_is(item: Keyed) -> Keyed:
+    return item
+
+
+def name_of(state: str, item: Keyed) -> str:
+    return item.name
+
+
+def worker_lines() -> list[dict[str, Any]]:
+    """What Ray's workers of this session have logged as JSON."""
+    import ray
+
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    text = "".join(path.read_text() for path in logs.glob("worker-*.err"))
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{"time"')]
+
+
+def test_rays_workers_log_json_when_the_driver_does(ray_session: None) -> None:
+    root, ours = logging.getLogger(), logging.getLogger(log_lines.OURS)
+    handlers, level = root.handlers[:], ours.level
+    items = [Keyed(f"{n:016x}") for n in range(4)]
+    try:
+        log_lines.start()
+        list(stream(items, Stage(as_it_is, setup, name_of), EngineOptions(name="ray")))
+    finally:
+        root.handlers[:] = handlers
+        ours.setLevel(level)
+    wanted = {(item.name, stage) for item in items for stage in ("prepare", "run")}
+    until = time.monotonic() + 30
+    while {(line["series_key"], line["stage"]) for line in worker_lines() if line["event"] == "stage"} != wanted:
+        assert time.monotonic() < until, worker_lines()
+        time.sleep(0.2)
+    assert all({"level", "node", "seconds", "outcome"} <= line.keys() for line in worker_lines())
 
 
 def test_ray_says_why_a_worker_cannot_start(ray_session: None) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import json
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 from typer.testing import CliRunner
 
@@ -18,10 +22,13 @@ from cli.main import app
 from latentcache.errors import InputError
 from latentcache.schema import timings_table
 from latentcache.store import LatentStore
+from pipeline.decode_store import set_up as set_up_decoder
 from pipeline.encode_commit import INTERVAL_S, GroupCommit, Progress, read_progress
-from pipeline.encode_store import EncodeSettings, Plan, load_encoder, set_up
+from pipeline.encode_plan import EncodePlan
+from pipeline.encode_store import EncodeSettings, load_encoder, set_up
 from pipeline.engine import Outcome
 from pipeline.private import PrivateStore
+from pipeline.seen_folder import mark
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -51,12 +58,12 @@ def manifest(store: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["key"], row["role"]))
 
 
-def encode_with_each(ingested: Path, folder: Path) -> dict[str, Path]:
+def encode_with_each(ingested: Path, folder: Path, round_trip: str = "0.3") -> dict[str, Path]:
     stores = {name: folder / name for name in ENGINES}
     for name, store in stores.items():
         shutil.copytree(ingested, store)
         spread = () if name == "inline" else ("--workers", "2")
-        done = ctpipe("encode", store, "--engine", name, *spread, "--threads", "1", "--round-trip", "0.3")
+        done = ctpipe("encode", store, "--engine", name, *spread, "--threads", "1", "--round-trip", round_trip)
         assert done["failed"] == {}
         assert done["committed"] == len(manifest(store))
     return stores
@@ -107,6 +114,112 @@ def test_engines_give_equal_bytes_and_equal_manifests(ingested: Path, ray_sessio
             assert {"prepare", "run", "vae", "store", "window", "proof", "attempts"} <= dict(row["values"]).keys()
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_decode_writes_equal_files_on_every_engine(ingested: Path, ray_session: None, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(ingested, store)
+    ctpipe("encode", store, "--engine", "inline", "--threads", "1", "--roles", "thin")
+    written = {}
+    for name in ENGINES:
+        spread = () if name == "inline" else ("--workers", "2")
+        out = tmp_path / name
+        done = ctpipe("decode", store, out, "--engine", name, *spread, "--threads", "1", "--consistency")
+        assert (len(done["written"]), done["failed"]) == (4, {})
+        written[name] = files(out)
+    assert len(written["inline"]) == 4 * 44
+    assert written["dask"] == written["inline"]
+    assert written["ray"] == written["inline"]
+
+
+def test_ingest_gives_equal_catalogs_on_every_engine(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CTPIPE_SECRET", "ab" * 32)
+    ctpipe("phantom", tmp_path / "data", "--patients", "3", "--size", "32", "--thin-slices", "44")
+    (tmp_path / "data" / "broken.zip").write_bytes(b"PK\x03\x04 cut off")
+    found = {}
+    for name in ("inline", "ray"):
+        ctpipe("ingest", tmp_path / "data", tmp_path / name, "--engine", name, code=3)
+        store = LatentStore.open(tmp_path / name)
+        found[name] = [sorted(map(repr, rows)) for rows in (store.series(), store.pairs())]
+    assert [len(rows) for rows in found["inline"]] == [7, 3]
+    assert found["ray"] == found["inline"]
+
+
+def test_evaluate_gives_equal_scores_on_every_engine(ray_session: None, tmp_path: Path) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    ctpipe("phantom", tmp_path / "data", "--patients", "4", "--size", "32", "--thin-slices", "44")
+    ctpipe("ingest", tmp_path / "data", store)
+    ctpipe("encode", store, "--engine", "inline", "--threads", "1")
+    small = ("width=8", "multipliers=[1,2]", "attention_levels=[1]", "groups=4", "heads=2", "time_embedding=16")
+    sets = [word for key in (*(f"model.{one}" for one in small), "images_every=0") for word in ("--set", key)]
+    ctpipe("train", store, run, "--preset", "tiny", "--max-steps", "1", *sets)
+    scored = {}
+    for name in ENGINES:
+        mine = tmp_path / f"run-{name}"
+        shutil.copytree(run, mine)
+        spread = ("--engine", name, *(() if name == "inline" else ("--workers", "2")))
+        done = ctpipe("evaluate", store, mine, "--split", "train", "--steps", "1", "--threads", "1", *spread)
+        cases = files(mine / "evaluation" / "train" / "cases")
+        assert len(cases) == done["cases"] >= 2
+        assert done["failures"] == {}
+        scored[name] = cases
+    assert scored["dask"] == scored["inline"]
+    assert scored["ray"] == scored["inline"]
+
+
+def test_a_decoding_worker_that_sees_another_folder_says_so(tmp_path: Path) -> None:
+    with mark(tmp_path / "out") as seen:
+        assert set_up_decoder("cpu", seen=seen, threads=1, load=lambda device: device) == "cpu"  # type: ignore[arg-type,return-value,comparison-overlap]
+    assert not (tmp_path / "out").exists(), "nothing was written, so nothing is left"
+    with pytest.raises(InputError, match="does not see the output folder"):
+        set_up_decoder("cpu", seen=seen, threads=1, load=lambda device: device)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--ray-address", "auto"), "without Ray"),
+        (("--engine", "ray", "--dask-scheduler", "tcp://h:1"), "without dask"),
+    ],
+)
+def test_an_address_is_for_its_engine(ingested: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    for command in (("encode", ingested), ("decode", ingested, tmp_path / "out")):
+        with pytest.raises(InputError, match=said):
+            ctpipe(*command, *words)
+
+
+def slab(archive: Path, out: Path, mm: float) -> Path:
+    """A zip with those images of a zip that lie within ``mm`` of the middle of its extent along z, as they are."""
+    with zipfile.ZipFile(archive) as whole, zipfile.ZipFile(out, "w") as part:
+        files = {info.filename: whole.read(info) for info in whole.infolist() if not info.is_dir()}
+        z = {}
+        for name, data in files.items():
+            with contextlib.suppress(pydicom.errors.InvalidDicomError):
+                header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+                z[name] = float(header.ImagePositionPatient[2])
+        middle = (min(z.values()) + max(z.values())) / 2
+        for name in (name for name, at in z.items() if abs(at - middle) <= mm):
+            part.writestr(name, files[name])
+    return out
+
+
+@pytest.mark.real
+def test_engines_agree_on_a_slab_of_the_genuine_pair(real_data: Path, ray_session: None, tmp_path: Path) -> None:
+    """The genuine pair's own bytes, 24 mm of them, so that it takes minutes off the whole; the whole is below."""
+    (archive,) = (real_data / "ape-layout").rglob("*.zip")
+    (tmp_path / "data").mkdir()
+    slab(archive, tmp_path / "data" / "slab.zip", 12.0)
+    ctpipe("ingest", tmp_path / "data", tmp_path / "store")
+    (pair,) = LatentStore.open(tmp_path / "store").pairs()
+    assert pair.status == "ok"
+    assert_equal_stores(encode_with_each(tmp_path / "store", tmp_path, round_trip="0"), latents=3)
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_engines_agree_on_the_genuine_pair(real_data: Path, ray_session: None, tmp_path: Path) -> None:
@@ -142,10 +255,10 @@ def test_planning_looks_up_archives_only_as_tasks_are_taken(ingested: Path, monk
     private = PrivateStore.open(str(ingested))
     look_up = private.pointer
     monkeypatch.setattr(private, "pointer", lambda key: (asked.append(key), look_up(key))[1])
-    plan = Plan(LatentStore.open(ingested), private, "0" * 16, ("thin", "thick", "thick_on_thin"))
-    assert plan.count() == 4
+    plan = EncodePlan(LatentStore.open(ingested), "0" * 16, private.pointer, ("thin", "thick", "thick_on_thin"))
+    assert len(plan) == 4
     assert asked == []
-    next(plan.tasks())
+    next(iter(plan))
     assert len(asked) == 2
 
 

@@ -36,7 +36,7 @@ def case(pair: tuple[Volume, Volume]) -> Case:
     geometry = thin.geometry.with_z(np.array(thin.geometry.z_mm)[inside])
     profile = default_profile(thick.geometry.thickness_mm, thick.geometry.spacing_mm_zyx[0])
     operator = slice_operator(profile, np.array(thick.geometry.z_mm), np.array(geometry.z_mm))
-    return Case(thin.hu[inside], geometry, thick.geometry.z_mm, operator)
+    return Case(thin.hu[inside], geometry, thick.geometry.z_mm, operator, thick.hu)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,11 @@ def test_the_truth_scores_perfect(case: Case) -> None:
     assert found["null_space"]["explained"] == pytest.approx(1)
     assert found["null_space"]["measured_rmse_hu"] == 0
     assert found["lung"]["volume_ml"] > 0
-    assert found["not_measured"].keys() == {"noise"}, "at 3.6 mm pixels no tile of 16 is even"
+    assert found["consistency"]["ratio"] == 1
+    assert found["consistency"]["rms_hu"] > 0, "both series carry noise, so even the truth does not agree exactly"
+    # At 3.6 mm pixels no tile of 16 is even; no structure is known and no network was handed in.
+    assert found["not_measured"].keys() == {"noise", "volumetry", "perceptual"}
+    assert "--vgg19" in found["not_measured"]["perceptual"]
 
 
 def test_interpolation_is_blurred_and_invents_less(linear: np.ndarray, case: Case) -> None:
@@ -76,6 +80,18 @@ def test_interpolation_is_blurred_and_invents_less(linear: np.ndarray, case: Cas
     assert blurred["sharpness_z"]["width_mm"] > 1.2 * truth["sharpness_z"]["width_mm"]
     assert blurred["slice_to_slice"]["roughness_ratio"] < 0.8
     assert blurred["null_space"]["energy_ratio"] < 0.9
+
+
+def test_a_volume_that_disagrees_with_the_thick_slices_has_a_ratio_above_one(linear: np.ndarray, case: Case) -> None:
+    assert case.operator is not None
+    assert case.thick is not None
+    raised = score_method(case.truth + 30, case, WIDE)["consistency"]
+    rows = case.operator.matrix[case.operator.covered]
+    residual = np.einsum("kz,zyx->kyx", rows, case.truth + 30.0) - case.thick[case.operator.covered]
+    assert raised["rms_hu"] == pytest.approx(np.sqrt(np.mean(residual**2)), rel=1e-5), "float32 columns"
+    assert raised["ratio"] == pytest.approx(raised["rms_hu"] / raised["truth_rms_hu"])
+    bound = score_method(linear, case, WIDE, whole_range=False)["not_measured"]
+    assert "beyond the window" in bound["consistency"], "a latent clipped to its window cannot be judged outside it"
 
 
 def test_a_shift_of_two_slices_costs_about_three_db(linear: np.ndarray, case: Case) -> None:

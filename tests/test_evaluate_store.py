@@ -24,6 +24,7 @@ from pipeline.hu import Window
 from pipeline.ingest import ingest
 from pipeline.phantom import write_dataset
 from pipeline.private import PrivateStore
+from pipeline.refiner import Refiner, RefinerCard, RefinerConfig, save_refiner
 from pipeline.resample import resample_z
 from pipeline.volume_reader import read_series
 
@@ -85,12 +86,12 @@ class World:
         assert record is not None
         return self.store.read(record)
 
-    def run(self, folder: Path, latent: Any = None, **changes: Any) -> list[Any]:
+    def run(self, folder: Path, latent: Any = None, first: int | None = None, **changes: Any) -> list[Any]:
         settings = EvaluationSettings(WINDOW, self.encode_key, ComposeSettings(), views=1, identity="one")
         generated = latent or self.truth_latent
         return list(
             evaluate_pairs(
-                self.store, self.private, self.vae, self.pairs, generated, replace(settings, **changes), folder  # type: ignore[arg-type]
+                self.store, self.private, self.vae, self.pairs[:first], generated, replace(settings, **changes), folder  # type: ignore[arg-type]
             )
         )  # fmt: skip
 
@@ -167,6 +168,64 @@ def test_nan_and_missing_latents_are_said_by_case(world: World, tmp_path: Path) 
     assert set(document["failures"]) == {bad, missing}
 
 
+def test_latents_of_other_slices_or_spacing_are_said_by_case(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first,) = world.run(tmp_path / "a", lambda pair: world.truth_latent(pair)[:, 1:], first=1)
+    assert "a generated latent of shape (4, 10, 16, 16)" in first.failures["model"]
+    assert "vae_ceiling" in first.scores
+    find = world.store.find
+
+    def stretched(key: str, role: Any, encode_key: str | None = None) -> Any:
+        record = find(key, role, encode_key)
+        return replace(record, dz_mm=2 * record.dz_mm) if record is not None and role == "thin" else record
+
+    monkeypatch.setattr(world.store, "find", stretched)
+    monkeypatch.setattr(world, "truth_latent", lambda pair: world.store.read(find(pair.thin_key, "thin")))
+    (wide,) = world.run(tmp_path / "b", first=1)
+    assert "2.000 mm apart" in wide.failures["vae_ceiling"]
+    assert "model" in wide.scores
+
+
+def test_a_thick_series_of_another_pixel_spacing_is_resampled_and_said(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = world.pairs[0]
+    thick_pointer = world.private.pointer(pair.thick_key)
+
+    def wider(pointer: Any) -> Any:
+        volume = read_series(pointer)
+        if pointer != thick_pointer:
+            return volume
+        affine = volume.geometry.affine.copy()
+        affine[:3, 1:3] *= 1.25
+        affine[:2, 3] *= 1.25  # centred on the origin, as the phantom is
+        lattice = replace(volume.geometry, affine_lps=tuple(tuple(row) for row in affine.tolist()))
+        return replace(volume, geometry=lattice)
+
+    monkeypatch.setattr(evaluate_store, "read_series", wider)
+    (case,) = world.run(tmp_path / "e", first=1)
+    assert "resampled in-plane" in case.notes[0]
+    assert "another pixel spacing" in case.notes[0]
+
+
+def test_a_regression_network_stands_in_the_same_table(world: World, tmp_path: Path) -> None:
+    """Untrained it changes nothing: the figure is that of cubic interpolation made consistent."""
+    card = RefinerCard(RefinerConfig(2, 1), (40.0, 400.0), (1.0, 1.0), "none", {})
+    file = save_refiner(Refiner(card.config), card, tmp_path / "refiner.safetensors")
+    (case,) = world.run(tmp_path / "e", first=1, regression=file)
+    assert case.scores["regression"]["psnr_db"] == pytest.approx(case.scores["cubic"]["psnr_db"], abs=0.7)
+    assert case.scores["regression"]["consistency"]["ratio"] < case.scores["cubic"]["consistency"]["ratio"] + 1e-6
+
+
+def test_known_structures_of_phantoms_are_measured(done: tuple[Path, dict[str, Any]]) -> None:
+    methods = done[1]["methods"]
+    assert methods["nearest"]["vessel_count"] >= 1
+    assert methods["nearest"]["vessel_missed"] <= methods["nearest"]["vessel_count"]
+    assert abs(methods["nearest"]["vessel_truth_total_error"]) < 0.25
+    assert methods["vae_ceiling"].get("vessel_count") is None, "beyond its window a latent means nothing"
+
+
 def test_no_pair_is_an_error(world: World, tmp_path: Path) -> None:
     settings = EvaluationSettings(WINDOW, world.encode_key)
     with pytest.raises(InputError, match="no pair"):
@@ -182,7 +241,7 @@ def test_the_viewers_volumes_are_kept(done: tuple[Path, dict[str, Any]]) -> None
 
 def test_the_run_report_has_what_was_measured(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     page = write_run_report(done[0], "test", tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "held-out pairs" in page
+    assert "On 3 pairs of 3 patients of the test split, which no choice during training saw" in page
     assert "Cubic with back-projection" in page
     with pytest.raises(InputError, match="no evaluation"):
         write_run_report(done[0], "val", tmp_path / "r.html")

@@ -264,6 +264,41 @@ def test_the_runbook_names_what_exists() -> None:
     text = (INFRA / "RUNBOOK.md").read_text()
     for path in re.findall(r"`(infra/[\w./-]+)`", text):
         assert (INFRA.parent / path).exists(), path
+
+
+RUNBOOK = (INFRA / "RUNBOOK.md").read_text()
+LINES = re.findall(r"^(?: {4}| {7})(ctpipe .+)$", RUNBOOK, re.MULTILINE)
+MENTIONED = re.findall(r"`(ctpipe [a-z][^`]*)`", RUNBOOK)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_runbooks_commands_are_accepted_as_they_stand(line: str) -> None:
+    """Parsed by the command line itself: a command, option or argument that is not there is a usage error."""
+    words = shlex.split(line)[1:]
     group: Any = typer.main.get_command(app)
-    for name in re.findall(r"^\s*ctpipe ([a-z-]+)", text, re.MULTILINE):
-        assert name in group.commands, name
+    with group.make_context("ctpipe", list(words)) as whole:
+        name, command, rest = group.resolve_command(whole, [*whole._protected_args, *whole.args])
+        with command.make_context(name, rest, parent=whole):
+            pass
+
+
+@pytest.mark.parametrize("words", MENTIONED)
+def test_what_the_runbook_mentions_exists(words: str) -> None:
+    _, name, *rest = shlex.split(words)
+    group: Any = typer.main.get_command(app)
+    options = {option for parameter in group.commands[name].params for option in parameter.opts} | {"--help"}
+    assert {word for word in rest if word.startswith("-")} <= options
+
+
+def test_the_runbook_shows_every_step() -> None:
+    assert {line.split()[1] for line in LINES} >= {
+        "ingest",
+        "encode",
+        "train",
+        "decode",
+        "status",
+        "verify",
+        "gc",
+        "plan",
+    }
+    assert MENTIONED

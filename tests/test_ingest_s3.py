@@ -24,7 +24,7 @@ def test_ingest_from_s3_to_s3(server: S3Server, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CTPIPE_SECRET", raising=False)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.delenv("AWS_ALLOW_HTTP", raising=False)
     ballast = np.random.default_rng(0).bytes(1 << 20)
     write_zip(server.root / "data" / "APE" / "a.zip", study("PAT1", 3), extra=[("video.mp4", ballast)])
     (server.root / "data" / "APE" / "b.zip").write_bytes(b"no zip")

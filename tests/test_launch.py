@@ -3,12 +3,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytest
 import torch
 
-from diffusion.launch import check_gpus, is_worker, torchrun_command
+from diffusion.launch import check_gpus, is_worker, own_error, torchrun_command
 from diffusion.loop_interface import TrainSummary
 from diffusion.made_up import make_store
 from latentcache.errors import InputError
@@ -27,6 +27,22 @@ def test_a_worker_knows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_worker()
 
 
+def test_a_workers_error_is_found_in_what_ray_wraps_it_in() -> None:
+    own = InputError("a", expected="b", remedy="c")
+
+    class WrappedError(Exception):
+        _base_exc = own
+
+    class FailedError(Exception):
+        worker_failures: ClassVar[dict[int, Exception]] = {0: OSError("another rank broke off"), 1: WrappedError()}
+
+    assert own_error(FailedError()) is own
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError("around it") from own
+    assert own_error(caught.value) is own
+    assert own_error(RuntimeError("not ours")) is None
+
+
 @pytest.mark.slow
 def test_torchrun_starts_the_program_once_a_process(tmp_path: Path) -> None:
     program = (
@@ -36,24 +52,12 @@ def test_torchrun_starts_the_program_once_a_process(tmp_path: Path) -> None:
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"0": "2", "1": "2"}
 
 
-def run_on_ray(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a Ray worker runs: the same call as everywhere."""
-    from dataclasses import asdict
-
-    from diffusion.config import load_config
-    from diffusion.train import train
-    from latentcache.store import LatentStore
-
-    torch.set_num_threads(1)
-    config, _ = load_config("tiny", None, settings["overrides"])
-    return asdict(train(LatentStore.open(settings["store"]), settings["run"], config))
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_ray_train_gives_the_losses_of_one_process(tmp_path: Path) -> None:
+def test_ray_train_gives_the_losses_of_one_process_and_a_workers_error_as_it_was(tmp_path: Path) -> None:
     import ray
 
+    from cli.train import run_training
     from diffusion.config import load_config
     from diffusion.journal import read_log
     from diffusion.launch import train_on_ray
@@ -63,10 +67,14 @@ def test_ray_train_gives_the_losses_of_one_process(tmp_path: Path) -> None:
                  "samples_per_step=4", "batch_size=2", "every_epochs=0", "readers=0"]  # fmt: skip
     store = make_store(tmp_path / "s", side=8)
     alone: TrainSummary = train(store, tmp_path / "one", load_config("tiny", None, overrides)[0])
-    settings = {"store": str(tmp_path / "s"), "run": str(tmp_path / "two"), "overrides": overrides,
-                "ray_storage": str(tmp_path / "ray")}  # fmt: skip
+    settings = {
+        "store": str(tmp_path / "s"), "run": str(tmp_path / "two"), "preset": "tiny", "config": None, "resume": False,
+        "overrides": overrides, "vae": None, "private": None, "gpus": 0, "progress": False,
+    }  # fmt: skip
     try:
-        figures = train_on_ray(run_on_ray, settings, 2, use_gpu=False)
+        figures = train_on_ray(run_training, settings, 2, use_gpu=False)
+        with pytest.raises(InputError, match="--resume"):
+            train_on_ray(run_training, settings, 2, use_gpu=False)
     finally:
         ray.shutdown()
     assert (figures["steps"], figures["stopped_by"]) == (4, "max-steps")

@@ -8,13 +8,13 @@ import pytest
 from hospital import thick, thin, write_zip
 
 from latentcache.records import Encoding
-from pipeline import encode
+from pipeline.encode_plan import EncodePlan
 from pipeline.ingest import IngestOptions, ingest, open_stores
 from pipeline.missing import missing_latents
 
 
-def test_it_tells_what_the_encode_plan_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Arrow plan against the plan of `encode`, row for row, as latents are committed one after the other."""
+def test_it_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against sets of Python objects and `EncodePlan`, as latents are committed one after the other."""
     monkeypatch.delenv("CTPIPE_SECRET", raising=False)
     ids = {"study": "1.2.8", "patient": "P8", "frame": "1.9.8"}
     write_zip(
@@ -27,9 +27,14 @@ def test_it_tells_what_the_encode_plan_tells(tmp_path: Path, monkeypatch: pytest
     encoding = Encoding(vae_sha256="0" * 64, vae_architecture={}, window_center=40.0, window_width=400.0)
     key = store.register_encoding(encoding)
 
-    def by_encode() -> set[tuple[str, str]]:
-        have = {(r.key, r.role) for r in store.records(key)}
-        tasks = encode.plan(store.series(), store.pairs(), have, key, private.pointer)
+    def by_hand() -> set[tuple[str, str]]:
+        wanted = {(s.series_key, s.role) for s in store.series() if s.status == "ok" and s.role != "other"}
+        wanted |= {(p.pair_key, "thick_on_thin") for p in store.pairs() if p.status == "ok"}
+        return wanted - {(r.key, r.role) for r in store.records(key)}
+
+    def by_plan() -> set[tuple[str, str]]:
+        tasks = list(EncodePlan(store, key, private.pointer))
+        assert len(tasks) == len(EncodePlan(store, key, private.pointer))
         return {(want.key, want.role) for task in tasks for want in task.wanted}
 
     def by_arrow() -> set[tuple[str, str]]:
@@ -42,7 +47,7 @@ def test_it_tells_what_the_encode_plan_tells(tmp_path: Path, monkeypatch: pytest
     left = by_arrow()
     assert len(left) == 6
     for series, role in sorted(left):
-        assert by_arrow() == by_encode()
+        assert by_arrow() == by_plan() == by_hand()
         record = store.stage(
             np.zeros((4, 1, 4, 4), np.float16),
             encode_key=key,
@@ -56,7 +61,7 @@ def test_it_tells_what_the_encode_plan_tells(tmp_path: Path, monkeypatch: pytest
         with store.writer() as writer:
             writer.commit([record])
     assert not by_arrow()
-    assert not by_encode()
+    assert not by_plan()
     assert missing_latents(store, "f" * 16).num_rows == 3
     assert missing_latents(store, "f" * 16, roles=("thick",)).num_rows == 3
 

@@ -82,10 +82,22 @@ def test_too_little_in_common_proves_nothing(patients: list[PhantomPatient]) -> 
     assert "fewer than 3" in proof.reason
 
 
-def test_another_matrix_is_refused(patients: list[PhantomPatient]) -> None:
-    thin = patients[0].thin
-    half = Volume(thin.hu[:, :32], replace(thin.geometry, shape_zyx=(80, 32, 64)))
-    assert prove_pair(patients[0].thick, half).reason == "the in-plane matrices differ"
+def test_a_thin_series_of_part_of_the_field_is_proved_by_position(patients: list[PhantomPatient]) -> None:
+    thin, thick = patients[0].thin, patients[0].thick
+    lower = np.asarray(thin.geometry.affine) @ np.diag([1.0, 1.0, 1.0, 1.0])
+    lower[:3, 3] += 20 * lower[:3, 1]
+    part = replace(thin.geometry, shape_zyx=(80, 40, 64), affine_lps=tuple(map(tuple, lower.tolist())))
+    assert prove_pair(thick, Volume(thin.hu[:, 20:60], part)).ok
+    misplaced = Volume(thin.hu[:, 14:54], part)
+    assert "does not average to the thick one" in prove_pair(thick, misplaced).reason
+
+
+def test_a_thin_field_beyond_the_thick_one_is_refused(patients: list[PhantomPatient]) -> None:
+    thin, thick = patients[0].thin, patients[0].thick
+    half = Volume(thick.hu[:, :32], replace(thick.geometry, shape_zyx=(len(thick.hu), 32, 64)))
+    proof = prove_pair(half, thin)
+    assert not proof.ok
+    assert "beyond the measured one" in proof.reason
 
 
 @pytest.mark.real

@@ -55,6 +55,17 @@ THICK = row("thick", 5.0, 54, z0=2.0)
 THIN = row("thin", 1.0, 306)
 
 
+def zoomed(series: SeriesRecord, factor: float, shift_mm: float = 0.0) -> SeriesRecord:
+    """The series on pixels ``factor`` times as large, about the same centre, moved along x."""
+    affine = np.array(series.affine_lps).reshape(4, 4)
+    middle = affine @ np.array([0.0, 255.5, 255.5, 1.0])
+    affine[:3, 1:3] *= factor
+    affine[:3, 3] += (middle - affine @ np.array([0.0, 255.5, 255.5, 1.0]))[:3] + np.array([shift_mm, 0.0, 0.0])
+    pixel = 0.5 * factor
+    spacing = (series.spacing_mm_zyx[0], pixel, pixel)
+    return replace(series, affine_lps=tuple(affine.ravel().tolist()), spacing_mm_zyx=spacing)
+
+
 def refusal(thin: SeriesRecord, thick: SeriesRecord = THICK) -> str:
     return score_candidate(thick, thin).refused
 
@@ -75,12 +86,12 @@ def test_a_plain_pair_is_accepted_with_its_evidence() -> None:
     [
         ({"frame_key": "g"}, "another frame of reference"),
         ({"acquisition_key": "b"}, "another acquisition"),
-        ({"shape_zyx": (306, 256, 256)}, "another in-plane matrix"),
-        ({"spacing_mm_zyx": (1.0, 0.6, 0.6)}, "another pixel spacing"),
+        ({"shape_zyx": (306, 512, 600)}, "another in-plane matrix"),
+        ({"affine_lps": zoomed(THIN, 1.2).affine_lps}, "another pixel spacing"),
     ],
 )
 def test_another_scan_or_grid_is_refused(change: dict[str, Any], reason: str) -> None:
-    assert refusal(replace(THIN, **change)) == reason
+    assert refusal(replace(THIN, **change)).startswith(reason)
 
 
 @pytest.mark.parametrize("change", [{"frame_key": ""}, {"acquisition_key": ""}])
@@ -92,6 +103,34 @@ def test_a_shifted_field_of_view_is_refused() -> None:
     moved = list(THIN.affine_lps)
     moved[3] += 0.4
     assert "0.80 pixels apart" in refusal(replace(THIN, affine_lps=tuple(moved)))
+
+
+def test_a_smaller_field_is_paired_on_request_alone_and_marked() -> None:
+    small = zoomed(THIN, 0.6)
+    pairs, alone = choose_pairs([THICK, small], KEYS)
+    assert not pairs
+    assert alone == {"thick": "no thin series fits: another pixel spacing, which --pair-across-fov would pair"}
+    (pair,), alone = choose_pairs([THICK, small], KEYS, across_fields=True)
+    assert not alone
+    assert pair.across_fields
+    assert json.loads(pair.evidence)["candidates"][0]["same_grid"] is False
+    (plain,), _ = choose_pairs([THICK, THIN], KEYS, across_fields=True)
+    assert not plain.across_fields
+
+
+def test_a_series_of_the_same_grid_goes_before_any_other_field() -> None:
+    small = replace(zoomed(THIN, 0.6), series_key="small")
+    sharp = replace(THIN, series_key="sharp", kernel="B70f")
+    (pair,), _ = choose_pairs([THICK, small, sharp], KEYS, across_fields=True)
+    assert pair.thin_key == "sharp"
+    assert not pair.across_fields
+
+
+@pytest.mark.parametrize(("factor", "shift_mm", "beyond"), [(1.2, 0.0, 25.3), (0.6, 60.35, 9.0)])
+def test_a_field_beyond_the_thick_one_is_never_paired(factor: float, shift_mm: float, beyond: float) -> None:
+    wide = zoomed(THIN, factor, shift_mm)
+    said = f"a field of view that reaches {beyond:.1f} mm beyond the thick one"
+    assert [said in score_candidate(THICK, wide, across).refused for across in (False, True)] == [True, True]
 
 
 def test_a_thin_series_beside_the_thick_one_is_refused() -> None:
@@ -152,6 +191,11 @@ def test_why_a_series_stays_alone_is_told() -> None:
     _, alone = choose_pairs([THICK, replace(THIN, frame_key="g")], KEYS)
     assert alone == {"thick": "no thin series fits: another frame of reference"}
     assert choose_pairs([THIN], KEYS)[1] == {"thin": "no thick series in the study"}
+
+
+def test_the_users_pair_may_cross_fields() -> None:
+    assert override_pair(THICK, zoomed(THIN, 0.6), KEYS).across_fields
+    assert not override_pair(THICK, THIN, KEYS).across_fields
 
 
 def test_the_users_pair_keeps_what_the_criteria_say() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from latentcache.errors import InputError
 from latentcache.schema import timings_table
-from pipeline.plan_cost import VOXELS, Rates, cost, measured, override
+from pipeline.plan_cost import SOURCES, VOXELS, Rates, cost, measured, override
 
 NAMES = [field.name for field in fields(Rates)]
 
@@ -49,21 +49,59 @@ def test_a_faster_resource_never_makes_a_job_slower(name: str, factor: float, gp
     assert cost(1e4, gpus, better, cores).hours <= cost(1e4, gpus, rates, cores).hours * (1 + 1e-12)
 
 
+def item(device: str, voxels: float, prepare: float, run: float, outcome: str = "ok") -> dict[str, object]:
+    sizes = {"voxels": voxels, "latents": 2, "latent_bytes": voxels / 8}
+    return {
+        "key": "a",
+        "stage": "encode",
+        "outcome": outcome,
+        "device": device,
+        "prepare": prepare,
+        "run": run,
+        **sizes,
+    }
+
+
 def test_rates_come_from_a_stores_own_timings() -> None:
-    voxels = VOXELS // 100
-    rows = [
-        {"key": "a", "stage": "encode", "outcome": "ok", "device": "cuda", "prepare": p, "vae": v, "latents": 2}
-        for p, v in ((0.01, 0.08), (0.02, 0.06), (0.5, 9.0))
-    ]
-    rows.append({"key": "b", "stage": "encode", "outcome": "Timeout", "device": "cuda", "prepare": 99.0, "vae": 99.0})
-    manifest = pa.table({"key": ["a"], "valid_zyx": [[3, 512, 512]]})
-    found = measured(timings_table(rows), manifest, Rates())
-    assert voxels == 3 * 512 * 512
-    assert found.decode_core_s == pytest.approx(2.0)
-    assert found.encode_gpu_s == pytest.approx(4.0)
+    """Seconds a voxel by the median, so that the slow third one does not count; voxels by the mean, which it does."""
+    items = [item("cuda", 1e6, 0.1, 0.8), item("cuda", 2e6, 0.2, 1.6), item("cuda", 3e6, 50.0, 900.0)]
+    failed = item("cuda", 1e6, 99.0, 99.0, "Timeout")
+    found, told = measured(timings_table([*items, failed]), Rates())
+    assert found.decode_core_s == pytest.approx(1e-7 * 2e6)
+    assert found.encode_gpu_s * found.latents_per_series == pytest.approx(8e-7 * 2e6)
+    assert (found.latents_per_series, found.latent_mb) == (2.0, pytest.approx(2e6 / 8 / 2 / 1e6))
     assert found.encode_core_s == Rates().encode_core_s
+    assert "encode_gpu_s" in told
+    assert "encode_core_s" not in told
+
+
+def test_a_store_predicts_more_of_its_own_kind() -> None:
+    """The items of a job of which one worker took a minute take two workers a minute for twice as many."""
+    items = [item("cpu", voxels, voxels * 1e-6, voxels * 5e-6) for voxels in (2e6, 3e6, 5e6)]
+    found, _ = measured(timings_table(items), Rates())
+    assert cost(3, 0, found, cores=1).hours * 3600 == pytest.approx(60.0)
+    assert cost(6, 0, found, cores=2).hours * 3600 == pytest.approx(60.0)
+
+
+def test_a_store_without_timings_is_refused() -> None:
     with pytest.raises(InputError, match="without timings"):
-        measured(timings_table([]), manifest, Rates())
+        measured(timings_table([item("cpu", 0, 1.0, 1.0)]), Rates())
+
+
+def test_shipped_rates_say_where_they_come_from_and_are_what_was_measured(repo_root: Path) -> None:
+    assert set(SOURCES) == set(NAMES)
+    assert all(text.startswith(("measured: ", "assumed: ", "from the shape: ")) for text in SOURCES.values())
+    results = repo_root / "infra" / "bench" / "results"
+    ingest = json.loads((results / "ingest-x86_64-2cpu.json").read_text())
+    decode = ingest["seconds"]["jpll/ctpipe, one thread"] / ingest["slices"] * 300
+    assert Rates().decode_core_s == pytest.approx(decode, rel=0.25)
+    engine = json.loads((results / "engine-cpu.json").read_text())
+    assert Rates().commit_s == pytest.approx(1 / engine["million_per_s"], rel=0.5)
+    (largest,) = [r for r in json.loads((results / "vae-cpu.json").read_text())["slope_rows"] if r["depth"] == 64]
+    assert largest["threads"] == 1
+    depth, rows, columns = map(int, largest["shape"].split("x"))
+    encode = largest["seconds"] / (depth * rows * columns) * VOXELS
+    assert Rates().encode_core_s == pytest.approx(encode, rel=0.25)
 
 
 @pytest.mark.parametrize("given_rates", [{"warp": "9"}, {"commit_s": "fast"}, {"commit_s": "0"}, {"commit_s": "nan"}])
@@ -85,4 +123,4 @@ def test_the_command_prints_what_binds() -> None:
     done = CliRunner().invoke(app, ["plan", "--series", "1e6", "--gpus", "8", "--json"])
     found = json.loads(done.stdout)
     assert found["hours"] > 0
-    assert set(found["rates"]) == set(NAMES)
+    assert set(found["rates"]) == set(found["sources"]) == set(NAMES)

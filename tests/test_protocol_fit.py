@@ -30,11 +30,13 @@ def psnr(hu: NDArray[Any], truth: NDArray[Any]) -> float:
     return float(10 * np.log10(WINDOW.width**2 / np.mean((a - b) ** 2)))
 
 
-def stripes(volume: Volume, parity: int) -> Volume:
-    """Every other band of 32 rows, in half the columns to spare time: data apart, but of the same noise."""
-    rows = np.flatnonzero(np.arange(volume.hu.shape[1]) // 32 % 2 == parity)
-    hu = np.ascontiguousarray(volume.hu[:, rows][:, :, ::2])
-    return replace(volume, hu=hu, geometry=replace(volume.geometry, shape_zyx=hu.shape))
+def half(volume: Volume, upper: bool) -> Volume:
+    """The lower or upper half of the slices, on every other row and column to spare time."""
+    n = len(volume.hu) // 2
+    slices = slice(n, None) if upper else slice(0, n)
+    hu = np.ascontiguousarray(volume.hu[slices, ::2, ::2])
+    at = volume.geometry.with_z(np.asarray(volume.geometry.z_mm)[slices])
+    return replace(volume, hu=hu, geometry=replace(at, shape_zyx=hu.shape))
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,12 @@ def pair(real_data: Path) -> tuple[Volume, Volume]:
 
 
 @pytest.mark.real
-def test_agreement_is_that_of_the_true_thin_series_and_the_image_gains(pair: tuple[Volume, Volume]) -> None:
-    fit = fit_pair(*(stripes(v, 0) for v in pair))
-    thin, thick = (stripes(v, 1) for v in pair)
+@pytest.mark.parametrize("upper", [False, True])
+def test_agreement_is_that_of_the_true_thin_series_and_the_image_gains(
+    pair: tuple[Volume, Volume], upper: bool
+) -> None:
+    fit = fit_pair(*(half(v, not upper) for v in pair))
+    thin, thick = (half(v, upper) for v in pair)
     operator = slice_operator(fit.profile, np.asarray(thick.geometry.z_mm), np.asarray(thin.geometry.z_mm))
     true_rms, _ = residual_rms(thin.hu, thick.hu, operator)
     guess = interpolated(thick, thin.geometry, "cubic")
@@ -57,13 +62,14 @@ def test_agreement_is_that_of_the_true_thin_series_and_the_image_gains(pair: tup
     with_it, figures = compose(guess, WINDOW, thick, thin.geometry, settings)
     assert 0.8 < figures["rms_after_hu"] / true_rms < 1.1
     assert figures["rms_before_hu"] > 5 * true_rms
+    assert figures["warning"] == ""
     assert psnr(with_it, thin.hu) > psnr(without, thin.hu) + 1.0
 
 
 @pytest.mark.real
 def test_a_wrong_operator_is_said_on_genuine_slices(pair: tuple[Volume, Volume]) -> None:
-    thin, thick = (stripes(v, 1) for v in pair)
-    fit = fit_pair(*(stripes(v, 0) for v in pair))
+    thin, thick = (half(v, True) for v in pair)
+    fit = fit_pair(*(half(v, False) for v in pair))
     z = np.asarray(thick.geometry.z_mm), np.asarray(thin.geometry.z_mm)
     for profile, verdict in (
         (fit.profile, "agrees"),
@@ -72,6 +78,20 @@ def test_a_wrong_operator_is_said_on_genuine_slices(pair: tuple[Volume, Volume])
         (SliceProfile("box", 9.0), "narrower-or-smoothed"),
     ):
         assert check_operator(thin.hu, thick.hu, *z, profile, 3.0).verdict == verdict, str(profile)
+        wrong, _ = residual_rms(thin.hu, thick.hu, slice_operator(profile, *z))
+        assert bool(fit.said_of(profile, wrong)) == (verdict != "agrees")
+    assert "box 5 mm is not this protocol's slice profile" in fit.stated_is_wrong
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("change", "said"), [("shift", "the slice positions"), ("wide", "are left where")])
+def test_a_wrong_operator_is_said_without_a_pair(pair: tuple[Volume, Volume], change: str, said: str) -> None:
+    thin, thick = (half(v, True) for v in pair)
+    fit = fit_pair(*(half(v, False) for v in pair))
+    assumed = fit.profile.shifted(2.0) if change == "shift" else SliceProfile("box", 10.0)
+    guess = interpolated(thick, thin.geometry, "cubic")
+    _, figures = compose(guess, WINDOW, thick, thin.geometry, ComposeSettings(profile=assumed, noise_hu=fit.noise_hu))
+    assert said in figures["warning"]
 
 
 def test_a_phantoms_own_profile_is_recovered() -> None:
@@ -85,5 +105,8 @@ def test_a_phantoms_own_profile_is_recovered() -> None:
 
 
 def test_protocols_combine_by_medians() -> None:
-    fits = [ProtocolFit(SliceProfile("box", w), n) for w, n in ((5.0, 4.0), (9.0, 30.0), (5.2, 5.0))]
-    assert combined(fits) == ProtocolFit(SliceProfile("box", 5.2), 5.0)
+    rows = ((5.0, 4.0, 6.0), (9.0, 30.0, 40.0), (5.2, 5.0, 5.5))
+    fits = [ProtocolFit(SliceProfile("box", w), n, 5.0, stated) for w, n, stated in rows]
+    assert combined(fits) == ProtocolFit(SliceProfile("box", 5.2), 5.0, 5.0, 6.0)
+    assert combined(fits).stated_is_wrong == ""
+    assert "true thin series miss" in replace(combined(fits), stated_rms_hu=9.0).stated_is_wrong

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from numpy.typing import NDArray
+
+from cli.interpolate import read_thick
+from pipeline.geometry import Geometry
 
 pytestmark = pytest.mark.real
 
@@ -113,36 +119,74 @@ def test_interpolate_covers_the_extent_of_a_thick_study(study: Study, tmp_path: 
             if name.startswith("1/"):
                 part.writestr(name, whole.read(name))
     ctpipe("interpolate", thick, tmp_path / "out", "--checkpoint", study.run, "--spacing-mm", "1.0")
-    written = slices(tmp_path / "out")
-    with zipfile.ZipFile(thick) as part:
-        sources = [pydicom.dcmread(part.open(name)) for name in part.namelist()]
-    z = sorted(float(d.ImagePositionPatient[2]) for d in sources)
-    assert len(written) == 140
-    assert float(written[0].ImagePositionPatient[2]) == pytest.approx(z[0] - 2.0, abs=0.02)
-    assert float(written[-1].ImagePositionPatient[2]) == pytest.approx(z[-1] + 2.0, abs=0.02)
-    assert_valid(tmp_path / "out", len(written), tmp_path)
+    at = read_thick(str(thick), 1.0)[1].geometry
+    expected = at.thin_grid(1.0)
+    assert expected.z_mm[0] == pytest.approx(at.z_mm[0] - 2.0)
+    assert expected.z_mm[-1] == pytest.approx(at.z_mm[-1] + 2.0)
+    (folder,) = (p for p in (tmp_path / "out").iterdir() if p.name != "private")
+    assert_valid(folder, expected, tmp_path)
 
 
-def assert_valid(folder: Path, n_slices: int, scratch: Path) -> None:
-    """dciodvfy finds no error in any file, and dcm2niix makes one volume of the right shape and positions."""
+def errors_in(path: Path) -> list[str]:
+    tool = Path(sys.executable).with_name("dciodvfy")
+    said = subprocess.run([tool, path], capture_output=True, text=True, check=False)
+    return [line for line in (said.stdout + said.stderr).splitlines() if line.startswith("Error")]
+
+
+def assert_valid(folder: Path, at: Geometry, scratch: Path) -> None:
+    """dciodvfy finds no error in any file; pydicom, highdicom, SimpleITK and dcm2niix see the same lattice."""
+    files = sorted(folder.glob("*.dcm"))
+    assert len(files) == at.shape_zyx[0] == 140
+    with ThreadPoolExecutor(2) as pool:
+        assert [line for found in pool.map(errors_in, files) for line in found] == []
+    expected = np.array([at.slice_position(i) for i in range(len(files))])
+    for tool in (by_pydicom, by_highdicom, by_simpleitk, by_dcm2niix):
+        positions, pixel, step = tool(folder, scratch)
+        np.testing.assert_allclose(positions, expected, atol=1e-4, err_msg=tool.__name__)
+        np.testing.assert_allclose(pixel, at.spacing_mm_zyx[1:], atol=1e-4, err_msg=tool.__name__)
+        assert step == pytest.approx(at.spacing_mm_zyx[0], abs=1e-4), tool.__name__
+
+
+Lattice = tuple[NDArray[np.float64], NDArray[np.float64], float]
+"""Centre of the first pixel of every slice (LPS, ascending), row and column spacing, slice spacing; mm."""
+
+
+def by_pydicom(folder: Path, _: Path) -> Lattice:
+    found = slices(folder)
+    positions = np.array([d.ImagePositionPatient for d in found], dtype=np.float64)
+    return positions, np.array(found[0].PixelSpacing, dtype=np.float64), float(found[0].SpacingBetweenSlices)
+
+
+def by_highdicom(folder: Path, _: Path) -> Lattice:
+    import highdicom
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        volume = highdicom.get_volume_from_series(slices(folder))
+    affine = np.asarray(volume.affine)
+    positions = np.array([affine[:3, 3] + k * affine[:3, 0] for k in range(volume.spatial_shape[0])])
+    return positions[np.argsort(positions[:, 2])], np.asarray(volume.spacing[1:]), float(volume.spacing[0])
+
+
+def by_simpleitk(folder: Path, _: Path) -> Lattice:
+    import SimpleITK
+
+    image = SimpleITK.ReadImage(SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    points = [image.TransformIndexToPhysicalPoint((0, 0, k)) for k in range(image.GetSize()[2])]
+    dx, dy, dz = image.GetSpacing()
+    return np.array(points), np.array([dy, dx]), float(dz)
+
+
+def by_dcm2niix(folder: Path, scratch: Path) -> Lattice:
     import nibabel
 
-    files = sorted(folder.rglob("*.dcm"))
-    bin_folder = Path(sys.executable).parent
-    for path in files[:: max(1, len(files) // 8)]:
-        said = subprocess.run([bin_folder / "dciodvfy", path], capture_output=True, text=True, check=False)
-        errors = [line for line in (said.stdout + said.stderr).splitlines() if line.startswith("Error")]
-        assert not errors, errors
     nifti = scratch / "nifti"
     nifti.mkdir()
-    subprocess.run([bin_folder / "dcm2niix", "-o", nifti, "-f", "v", files[0].parent], check=True, capture_output=True)
-    (image_path,) = nifti.glob("*.nii*")
-    image: Any = nibabel.load(image_path)
-    assert image.shape == (512, 512, n_slices)
-    first = slices(folder)[0]
-    # NIfTI is RAS and dcm2niix flips rows: the corner of the last row of the lowest slice.
-    affine = image.affine
-    corner = affine @ np.array([0, image.shape[1] - 1, 0, 1])
-    np.testing.assert_allclose(
-        [-corner[0], -corner[1], corner[2]], [float(v) for v in first.ImagePositionPatient], atol=1e-3
-    )
+    tool = Path(sys.executable).with_name("dcm2niix")
+    subprocess.run([tool, "-o", nifti, "-f", "v", folder], check=True, capture_output=True)
+    (path,) = nifti.glob("*.nii*")
+    image: Any = nibabel.load(path)
+    # NIfTI is RAS and dcm2niix flips rows: the first pixel of a slice is the last row's.
+    corners = [(image.affine @ [0, image.shape[1] - 1, k, 1])[:3] * [-1, -1, 1] for k in range(image.shape[2])]
+    dx, dy, dz = image.header.get_zooms()[:3]
+    return np.array(corners), np.array([dy, dx], dtype=np.float64), float(dz)

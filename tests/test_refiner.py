@@ -21,16 +21,21 @@ from pipeline.refiner import (
     RefinerCard,
     RefinerConfig,
     RefinerFile,
+    folded,
     refine,
     save_refiner,
     settle,
     tiles,
+    unfolded,
     with_halo,
 )
+from pipeline.refiner_input import ThickView
+from pipeline.slice_profile import SliceProfile, slice_operator
 from pipeline.volume import Volume
 
 WINDOW = Window(40, 400)
 CONFIG = RefinerConfig(width=4, blocks=1)
+PROFILE = SliceProfile("box", 5.0)
 
 
 def network(seed: int = 0) -> Refiner:
@@ -45,31 +50,42 @@ def saved(made: Refiner, folder: Path, detail: str = "none") -> RefinerFile:
     return save_refiner(made, RefinerCard(CONFIG, (40.0, 400.0), (0.9, 1.1), detail), folder / "refiner.safetensors")
 
 
-def volumes(shape: tuple[int, int, int] = (11, 13, 17)) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def scene(shape: tuple[int, int, int] = (20, 13, 17)) -> tuple[Volume, Geometry, NDArray[np.float32]]:
+    """Thick slices, the thin lattice, and composed HU on it; an odd matrix, so that the last fold is half empty."""
+    affine = ((0.0, 0.0, 0.7, 0.0), (0.0, 0.7, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+    target = Geometry(shape, affine, tuple(np.arange(float(shape[0]))), 1.0)
+    at = target.with_z(2.0 + 5.0 * np.arange(shape[0] // 5), thickness_mm=5.0)
     rng = np.random.default_rng(0)
-    base, composed = rng.uniform(-900, 600, (2, *shape)).astype(np.float32)
-    return base, composed
+    thick = Volume(rng.integers(-900, 600, at.shape_zyx).astype(np.int16), at)
+    return thick, target, rng.uniform(-900, 600, shape).astype(np.float32)
+
+
+def refined(file: RefinerFile, composed: NDArray[np.float32], **options: tuple[int, int, int]) -> float:
+    thick, target, _ = scene()
+    return refine(file, composed, thick, target, PROFILE, WINDOW, "residual", **options)
 
 
 def test_untrained_it_changes_nothing(tmp_path: Path) -> None:
-    base, composed = volumes()
+    _, _, composed = scene()
     before = composed.copy()
-    assert refine(saved(Refiner(CONFIG), tmp_path), base, composed, WINDOW, 1.0, "residual") < 1e-4
+    assert refined(saved(Refiner(CONFIG), tmp_path), composed) < 1e-4
     np.testing.assert_allclose(composed, before, atol=1e-4)
 
 
-def test_tiles_give_the_numbers_of_one_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tile", [(4, 6, 8), (7, 5, 3), (64, 4, 64)])
+def test_tiles_give_the_numbers_of_one_pass(tmp_path: Path, tile: tuple[int, int, int]) -> None:
     file = saved(network(), tmp_path)
-    base, composed = volumes()
+    thick, target, composed = scene()
     whole, tiled = composed.copy(), composed.copy()
-    change = refine(file, base, whole, WINDOW, 1.0, "residual", tile_zyx=(64, 64, 64))
-    refine(file, base, tiled, WINDOW, 1.0, "residual", tile_zyx=(4, 5, 6))
+    change = refined(file, whole, tile_zyx=(64, 64, 64))
+    refined(file, tiled, tile_zyx=tile)
     np.testing.assert_allclose(tiled, whole, atol=2e-3)
     assert change == pytest.approx(float(np.sqrt(np.mean((whole - composed) ** 2))), rel=1e-3)
     assert change > 1
-    unit = np.stack([WINDOW.to_unit(base), WINDOW.to_unit(composed)])[None]
+    view = ThickView.of(np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm), PROFILE)
+    given = view.inputs(thick.hu, slice(None), WINDOW.to_unit(composed), WINDOW)[None]
     with torch.no_grad():
-        direct = network()(torch.from_numpy(unit))[0, 0].clamp(-1, 1).numpy()
+        direct = network()(torch.from_numpy(given))[0, 0].clamp(-1, 1).numpy()
     inside = (composed > WINDOW.lower) & (composed < WINDOW.upper)
     np.testing.assert_allclose(WINDOW.to_unit(whole)[inside], direct[inside], atol=1e-5)
 
@@ -79,12 +95,30 @@ def test_what_the_window_hides_is_left_alone(tmp_path: Path) -> None:
     torch.nn.init.zeros_(made.leave.weight)
     assert made.leave.bias is not None
     torch.nn.init.constant_(made.leave.bias, -0.5)
-    base, composed = volumes()
+    _, _, composed = scene()
     before = composed.copy()
-    refine(saved(made, tmp_path), base, composed, WINDOW, 1.0, "residual")
+    refined(saved(made, tmp_path), composed)
     np.testing.assert_array_equal(composed[before <= WINDOW.lower], before[before <= WINDOW.lower])
     inside = (before > 0) & (before < 200)
     np.testing.assert_allclose(composed[inside], before[inside] - 100, atol=0.01)
+
+
+@given(height=st.integers(1, 9), width=st.integers(1, 9), fold=st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_folds_come_apart_as_they_were_put_together(height: int, width: int, fold: int) -> None:
+    x = torch.arange(2 * 3 * height * fold * width * fold, dtype=torch.float32)
+    x = x.reshape(1, 2, 3, height * fold, width * fold)
+    cells = folded(x, fold)
+    assert cells.shape == (1, 2 * fold**2, 3, height, width)
+    assert torch.equal(unfolded(cells, fold), x)
+
+
+def test_the_phase_says_where_a_thick_slice_lies() -> None:
+    view = ThickView.of(np.array([2.0, 7.0, 12.0]), np.arange(15.0), PROFILE)
+    np.testing.assert_allclose(view.phase[:8], [0.4, 0.2, 0.0, 0.2, 0.4, 0.4, 0.2, 0.0], atol=1e-6)
+    operator = slice_operator(PROFILE, np.array([2.0, 7.0, 12.0]), np.arange(15.0))
+    thick = np.random.default_rng(0).normal(size=(3, 4))
+    assert np.abs(operator.matrix @ view.weights @ thick - thick).max() < 0.1, "the linear estimate agrees with y"
 
 
 @given(composed=st.floats(-1024, 3000), start=st.floats(-160, 230))
@@ -106,7 +140,7 @@ def test_tiles_cover_every_voxel_once(shape: tuple[int, ...], tile: tuple[int, .
     index = np.arange(seen.size).reshape(shape)
     for box in tiles(shape, tile):
         seen[box] += 1
-        wide, inner = with_halo(box, shape, halo)
+        wide, inner = with_halo(box, shape, (halo, 0, halo))
         np.testing.assert_array_equal(index[wide][inner], index[box])
     assert (seen == 1).all()
 
@@ -143,14 +177,15 @@ def test_compose_refines_before_it_projects(tmp_path: Path) -> None:
 
 def test_where_it_does_not_belong_it_is_refused(tmp_path: Path) -> None:
     file = saved(network(), tmp_path, detail="residual")
-    base, composed = volumes()
-    for window, spacing, detail, said in (
-        (Window(0, 2000), 1.0, "residual", "for the window 40:400"),
-        (WINDOW, 2.5, "residual", "2.5 mm apart"),
-        (WINDOW, 1.0, "absolute", "detail absolute"),
+    thick, target, composed = scene()
+    coarse = target.with_z(2.5 * np.arange(20))
+    for window, at, detail, said in (
+        (Window(0, 2000), target, "residual", "for the window 40:400"),
+        (WINDOW, coarse, "residual", "2.5 mm apart"),
+        (WINDOW, target, "absolute", "detail absolute"),
     ):
         with pytest.raises(InputError, match=said):
-            refine(file, base, composed, window, spacing, detail)
+            refine(file, composed, thick, at, PROFILE, window, detail)
     (tmp_path / "other.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match="holds no refiner"):
         RefinerFile.of(tmp_path / "other.safetensors").load()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentcache.errors import InputError
+from pipeline.baselines import apply, weights
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.refiner_data import (
@@ -18,7 +19,6 @@ from pipeline.refiner_data import (
     draw_operator,
     held_out_operator,
     positions,
-    simulated_base,
 )
 from pipeline.resample import resample_z
 from pipeline.slice_profile import SliceProfile, slice_operator
@@ -57,7 +57,7 @@ def test_a_batch_is_the_same_whenever_it_is_asked_for() -> None:
         ours, theirs = first.batch(*one), again.batch(*one)
         np.testing.assert_array_equal(ours["inputs"], theirs["inputs"])
         assert ours["study_key"] == theirs["study_key"]
-        assert ours["inputs"].shape == (3, 2, 8, 12, 12)
+        assert ours["inputs"].shape == (3, 3, 8, 12, 12)
         assert ours["target"].shape == (3, 1, 8, 12, 12)
     assert not np.array_equal(first.batch(0, 2)["inputs"], other.batch(0, 2)["inputs"])
 
@@ -90,25 +90,41 @@ def test_the_held_out_operator_is_no_other() -> None:
     np.testing.assert_allclose(np.diff(thick_z), 5.0)
 
 
-def test_measured_slices_are_interpolated_as_composition_does() -> None:
+def test_measured_slices_are_seen_as_composition_sees_them() -> None:
     one = case(detail=True)
     box = (slice(10, 18), slice(2, 12), slice(3, 13))
     inputs, target = cut_patch(one, box, None, WINDOW)
-    base = resample_z(one.thick.hu, np.asarray(one.thick.geometry.z_mm), THIN_Z, "cubic")
+    thick_z = np.asarray(one.thick.geometry.z_mm)
+    base = resample_z(one.thick.hu, thick_z, THIN_Z, "cubic")
     base = np.clip(base, one.thick.hu.min(axis=0), one.thick.hu.max(axis=0))
-    np.testing.assert_allclose(inputs[0], WINDOW.to_unit(base)[box], atol=1e-5)
+    linear = apply(weights("cubic_back_projection", thick_z, THIN_Z, SliceProfile("box", 5.0)), one.thick.hu)
+    np.testing.assert_allclose(inputs[0], WINDOW.to_unit(linear)[box], atol=1e-5)
     np.testing.assert_allclose(inputs[1], WINDOW.to_unit(base + 8)[box], atol=1e-3)
+    np.testing.assert_allclose(inputs[2][:, 0, 0], [0.4, 0.2, 0.0, 0.2, 0.4, 0.4, 0.2, 0.0], atol=1e-6)
+    assert np.ptp(inputs[2], axis=(1, 2)).max() == 0
     np.testing.assert_array_equal(target[0], WINDOW.to_unit(one.thin.hu)[box])
 
 
 def test_a_simulation_with_the_true_operator_gives_the_measured_slices() -> None:
     one = case()
     box = (slice(0, 40), slice(0, 24), slice(0, 24))
+    thick_z = np.asarray(one.thick.geometry.z_mm)
     measured, _ = cut_patch(one, box, None, WINDOW)
-    simulated, _ = cut_patch(one, box, (SliceProfile("box", 5.0), np.asarray(one.thick.geometry.z_mm)), WINDOW)
-    np.testing.assert_allclose(measured, simulated, atol=2 / 400 * 1.5)
-    wider = simulated_base(one.thin.hu, THIN_Z, (SliceProfile("gaussian", 6.7), np.asarray(one.thick.geometry.z_mm)))
-    assert WINDOW.to_unit(wider).std() < 0.95 * simulated[0].std()
+    simulated, _ = cut_patch(one, box, (SliceProfile("box", 5.0), thick_z), WINDOW)
+    np.testing.assert_allclose(measured, simulated, atol=2 / 400 * 3)
+    wider, _ = cut_patch(one, box, (SliceProfile("gaussian", 6.7), thick_z), WINDOW)
+    assert wider[1].std() < 0.95 * simulated[1].std()
+
+
+def test_what_composition_believes_changes_the_linear_estimate_alone() -> None:
+    one = case()
+    box = (slice(0, 40), slice(0, 24), slice(0, 24))
+    operator = (SliceProfile("gaussian", 6.7), np.asarray(one.thick.geometry.z_mm))
+    fitted, target = cut_patch(one, box, operator, WINDOW)
+    stated, same = cut_patch(one, box, operator, WINDOW, told=SliceProfile("box", 5.0))
+    np.testing.assert_array_equal(fitted[1:], stated[1:])
+    np.testing.assert_array_equal(target, same)
+    assert fitted[0].std() > 1.02 * stated[0].std(), "a wider profile is undone further"
 
 
 def test_flips_turn_inputs_and_target_alike() -> None:
@@ -122,7 +138,7 @@ def test_flips_turn_inputs_and_target_alike() -> None:
 
 def test_small_volumes_give_smaller_patches() -> None:
     small = RefinerPatches(["a"], lambda key: case(key, side=9), WINDOW, PatchSettings((16, 12, 12), batch=2))
-    assert small.batch(0, 0)["inputs"].shape == (2, 2, 16, 9, 9)
+    assert small.batch(0, 0)["inputs"].shape == (2, 3, 16, 9, 9)
 
 
 def test_no_pair_is_said() -> None:

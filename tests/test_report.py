@@ -37,6 +37,12 @@ def document() -> dict[str, Any]:
         scores: dict[str, dict[str, Any]] = {
             name: {
                 "psnr_db": value, "identical": False, "ssim": 0.9, "mae_hu": 4.0, "ms_ssim": {"value": 0.97},
+                "bias": {"lung": {"bias_hu": -3.2, "mae_hu": 9.0}, "bone": {"bias_hu": 1.5, "mae_hu": 30.0}},
+                "consistency": {"rms_hu": 7.0, "truth_rms_hu": 5.0, "ratio": 1.4},
+                "volumetry": {
+                    "nodule": {"count": 2.0, "missed": 1.0, "total_error": -0.3, "mean_absolute_error": 0.4},
+                    "truth": {"nodule": {"count": 2.0, "missed": 0.0, "total_error": -0.05}},
+                },
                 "phase": [{"phase": 0.0, "rmse_hu": 5.0, "slices": 8}, {"phase": 0.4, "rmse_hu": 9.0, "slices": 16}],
             }
             for name, value in figures.items()
@@ -47,6 +53,8 @@ def document() -> dict[str, Any]:
     bad = CaseScores("bb02", "non-APE", 0, {}, {"case": "7 <non-finite> voxels"}, {}, "bb02", ())
     return {
         **summarise([*cases, bad]),
+        "split": "test",
+        "test_evaluations": 2,
         "window_hu": [-160.0, 240.0],
         "by_case": [asdict(c) for c in [*cases, bad]],
     }
@@ -191,6 +199,31 @@ def test_the_first_paragraph_is_honest_about_losses() -> None:
     assert "do not use this model" in lead_paragraph(good)
     good["methods"]["model"]["psnr_db"] = None
     assert "could not be compared" in lead_paragraph(good)
+
+
+def test_the_first_paragraph_says_what_split_it_speaks_of() -> None:
+    found = document()
+    text = lead_paragraph(found)
+    assert "4 pairs of 4 patients of the test split" in text
+    assert "evaluated 2 times" in text
+    found["split"] = "train"
+    assert "The model has seen these patients" in lead_paragraph(found)
+    found["split"] = "val"
+    assert "a little too good" in lead_paragraph(found)
+    assert "held-out" not in lead_paragraph(found)
+    found["methods"]["regression"] = {**found["methods"]["model"], "psnr_db": 35.0}
+    assert "less than a small network trained for as long" in lead_paragraph(found)
+    assert "the small network is better" in lead_paragraph(found)
+
+
+def test_what_physicists_and_radiologists_measure_has_its_tables(page_file: Path) -> None:
+    text = page_file.read_text(encoding="utf-8")
+    assert "lung, bias" in text
+    assert "fat, bias" not in text, "nothing was measured there"
+    assert "RMS(Ax-y) (HU)" in text
+    assert "nodules in the true thin series measure -5%" in text
+    assert "1.0 of 2.0" in text
+    assert "Lung density" not in text
 
 
 def test_a_page_stays_under_15_mb_at_full_size(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_model_is_scored_beside_the_baselines(dataset: Path) -> None:
     def generate(thick: Volume, thin: object) -> np.ndarray:
         return to_hu(made()[1]) + 31.0
 
-    scores = evaluate_case(find_cases(dataset, "test")[0], generate).scores
+    scores = evaluate_case(find_cases(dataset, "test")[0], {"model": generate}).scores
     assert set(scores) == {"nearest", "linear", "cubic", "lanczos", "cubic_back_projection", "model"}
     assert scores["model"]["psnr_db"] == pytest.approx(20 * math.log10(3072 / 31), abs=0.1)
 

@@ -20,7 +20,6 @@ from diffusion.pairs import whole_latents_inside
 from diffusion.stream import Batch, PairStream, valid_mask
 from diffusion.unet import build_unet
 from latentcache.errors import CorruptLatentError, InputError
-from latentcache.records import LatentRecord
 from latentcache.store import LatentStore
 
 WINDOWS = DataConfig(window=4, windows_per_volume=3, batch_size=2, readers=0)
@@ -70,7 +69,7 @@ def test_window_equals_the_same_place_of_the_whole(store: LatentStore) -> None:
     stream = PairStream(store, WINDOWS, samples_per_step=2)
     for batch in batches(stream, 4):
         for i, pair_key in enumerate(batch["pair_key"]):
-            planned = next(p for p in stream.pairs if p.pair.pair_key == pair_key)
+            planned = next(p for p in stream.pairs if p.pair_key == pair_key)
             whole = np.asarray(store.read(planned.thin), np.float32)
             start = round((float(batch["z_mm"][i, 0]) - planned.thin.z0_mm) / planned.thin.dz_mm)
             whitened = (whole - stream.mean[:, None, None, None]) / stream.std[:, None, None, None]
@@ -81,7 +80,7 @@ def test_latent_alignment_goes_by_position_and_reads_only_what_it_needs(store: L
     stream = PairStream(store, replace(WINDOWS, alignment="latent"), samples_per_step=2)
     for batch in batches(stream, 3):
         for i, pair_key in enumerate(batch["pair_key"]):
-            record = next(p for p in stream.pairs if p.pair.pair_key == pair_key).condition
+            record = next(p for p in stream.pairs if p.pair_key == pair_key).condition
             whole = (np.asarray(store.read(record), np.float32) - stream.mean[:, None, None, None]) / stream.std[
                 :, None, None, None
             ]
@@ -103,8 +102,8 @@ def test_only_latents_wholly_inside_the_overlap_are_used(tmp_path: Path) -> None
 
 @given(st.floats(-50, 50), st.floats(0.5, 20), st.floats(-100, 100), st.floats(0, 200), st.integers(1, 30))
 def test_latents_inside_by_definition(z0: float, dz: float, low: float, length: float, n: int) -> None:
-    record = LatentRecord("", "", "thin", (4, n, 1, 1), "", "", z0, dz, (4 * n, 4, 4), (), "", (), (), None, "")
-    first, count = whole_latents_inside(record, (low, low + length))
+    one = (np.array([v]) for v in (z0, dz, n, (low, low + length)))
+    first, count = (int(found[0]) for found in whole_latents_inside(*one))
     slack = 2e-3
     for j in range(n):
         begin, end = z0 + (j - 0.5) * dz, z0 + (j + 0.5) * dz

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,13 @@ from diffusion.config import TrainConfig, load_config
 from diffusion.journal import read_log
 from diffusion.made_up import key_of, make_store
 from diffusion.model import Interpolator
+from diffusion.run_card import RunCard
 from diffusion.train import train
 from latentcache.errors import InputError, NonFiniteError
+from latentcache.forget import forget_patient
+from latentcache.gc import collect
+from latentcache.manifest import snapshot_numbers
+from latentcache.pins import pinned_snapshots, unpin
 from latentcache.store import LatentStore
 
 SMALL = [
@@ -283,6 +289,21 @@ def test_a_non_finite_loss_stops_the_run_and_names_step_and_study(
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values() if v.is_floating_point())
 
 
+def test_a_latent_that_is_not_finite_names_the_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s", splits=("train",), side=8)
+    real = store.read
+
+    def with_nan(*arguments: Any, **options: Any) -> Any:
+        latent = np.array(real(*arguments, **options))
+        latent[0, 0, 0, 0] = np.nan
+        return latent
+
+    config = small("validation.every_epochs=0", "objective.settings={residual_std: 0.5}")
+    monkeypatch.setattr(store, "read", with_nan)
+    with pytest.raises(NonFiniteError, match=rf"thin latent of series {key_of(3, 0)}.*ctpipe verify"):
+        train(store, tmp_path / "run", config)
+
+
 def test_a_non_finite_gradient_names_the_tensor(store: LatentStore) -> None:
     trainer = loop_of(store, small())
     name, parameter = next(iter(trainer.module.named_parameters()))
@@ -318,6 +339,12 @@ def test_a_run_directory_is_never_trained_over(store: LatentStore, undisturbed: 
         train(store, undisturbed, small())
 
 
+def test_bfloat16_on_a_cpu_is_refused_before_the_first_step(store: LatentStore, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"precision = bf16 on a CPU.*precision=auto"):
+        train(store, tmp_path / "run", small("optimiser.precision=bf16"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_validation_split_is_said_with_the_remedy(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", splits=("train", "train"), side=8)
     with pytest.raises(InputError, match=r"val split.*validation\.every_epochs=0"):
@@ -329,17 +356,33 @@ def test_an_empty_validation_split_is_said_with_the_remedy(tmp_path: Path) -> No
 def test_early_stopping_waits_for_its_patience(store: LatentStore, tmp_path: Path) -> None:
     figures = iter([1.0, 0.5, 0.6, 0.7, 0.8])
     config = small(
-        "validation.every_epochs=1", "validation.patience=2", "validation.metric=psnr", "validation.mode=min"
+        "validation.every_epochs=1", "validation.patience=2", "validation.metric=mae_hu", "validation.mode=min"
     )
-    summary = train(store, tmp_path / "run", config, validate=lambda model, step: {"psnr": next(figures)})
+    summary = train(store, tmp_path / "run", config, validate=lambda model, step: {"mae_hu": next(figures)})
     assert (summary.stopped_by, summary.steps, summary.best_metric) == ("early-stopping", 12, 0.5)
     best = json.loads((tmp_path / "run" / "checkpoints" / "best" / "state.json").read_text())
     assert best["step"] == 6
 
 
 def test_a_metric_that_validation_does_not_give_is_an_error(store: LatentStore, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"validation\.metric = psnr.*val_loss"):
-        train(store, tmp_path / "run", small("validation.metric=psnr", "validation.every_epochs=1"))
+    with pytest.raises(InputError, match=r"validation\.metric = val_psnr_db.*val_loss"):
+        train(store, tmp_path / "run", small("validation.metric=val_psnr_db", "validation.every_epochs=1"))
+
+
+def test_pairs_across_fields_of_view_are_left_out_of_latent_alignment_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_store(tmp_path / "s", side=8)
+    across = replace(store.pairs()[0], evidence=json.dumps({"across_fields": True}))
+    store.append_catalog([], [across])
+    config = small("data.alignment=latent", "max_steps=1", "validation.every_epochs=0")
+    train(LatentStore.open(tmp_path / "s"), tmp_path / "run", config)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["extra"]["train_pairs"] == 2
+    assert caplog.text.count("2 pairs are used and left out are 1 (another field of view") == 1
+    caplog.clear()
+    train(LatentStore.open(tmp_path / "s"), tmp_path / "pixel", small("max_steps=1", "validation.every_epochs=0"))
+    assert json.loads((tmp_path / "pixel" / "run.json").read_text())["extra"]["train_pairs"] == 3
+    assert "left out" not in caplog.text
 
 
 def test_a_store_that_lost_a_latent_under_the_run_names_the_series(tmp_path: Path) -> None:
@@ -353,6 +396,44 @@ def test_a_store_that_lost_a_latent_under_the_run_names_the_series(tmp_path: Pat
         train(store, tmp_path / "run", small(), resume=True)
 
 
+def test_a_store_that_forgot_a_patient_under_the_run_says_so(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", side=8)
+    train(store, tmp_path / "run", small("max_steps=2"))
+    forget_patient(LatentStore.open(tmp_path / "s"), key_of(2, 0))
+    with pytest.raises(InputError, match=rf"without snapshot {store.snapshot}.*forgotten.*new run directory"):
+        train(LatentStore.open(tmp_path / "s"), tmp_path / "run", small(), resume=True)
+
+
+def test_a_disk_that_fills_under_a_run_costs_the_steps_since_the_last_checkpoint(
+    store: LatentStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusion import checkpoint
+
+    run, real = tmp_path / "run", checkpoint.save_file
+
+    def full_from_the_second_on(tensors: Any, path: Path) -> None:
+        if (run / "checkpoints" / "last").exists():
+            raise OSError(28, "No space left on device", str(path))
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_from_the_second_on)
+    with pytest.raises(CheckpointError, match=r"step 6 .*No space left.*--resume"):
+        train(store, run, small("validation.every_epochs=0"))
+    assert json.loads((run / "checkpoints" / "last" / "state.json").read_text())["step"] == 3
+    monkeypatch.undo()
+    train(store, run, small("validation.every_epochs=0"), resume=True)
+    assert_same_bits(weights(run), weights(undisturbed))
+
+
+def test_volumes_of_300_and_281_slices_train_side_by_side(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", splits=("train",) * 4, depths=(75, 70), side=8)
+    config = small("data.window=null", "windows_per_volume=1", "validation.every_epochs=0", "optimiser.steps=2")
+    summary = train(store, tmp_path / "run", config)
+    assert (summary.steps, summary.stopped_by) == (2, "finished")
+    samples = [x["samples"] for x in read_log(tmp_path / "run" / "log.jsonl") if x["kind"] == "train"]
+    assert samples == [2, 2], "a step for each depth bucket (72 and 64), nothing padded, nothing dropped"
+
+
 def test_resume_reopens_the_snapshot_the_run_is_pinned_to(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", side=8)
     train(store, tmp_path / "run", small("max_steps=4"))
@@ -362,6 +443,40 @@ def test_resume_reopens_the_snapshot_the_run_is_pinned_to(tmp_path: Path) -> Non
     assert grown.snapshot > store.snapshot
     train(LatentStore.open(tmp_path / "s"), tmp_path / "run", small(), resume=True)
     assert_same_bits(weights(tmp_path / "run"), weights(tmp_path / "straight"))
+
+
+def test_expiring_snapshots_spares_the_one_that_a_run_is_pinned_to(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", side=8)
+    config = small("max_steps=2", "validation.every_epochs=0")
+    train(store, tmp_path / "run", config)
+    (name,) = pinned_snapshots(store.location)[store.snapshot]
+    assert name == RunCard.read(tmp_path / "run").pin_name
+    train(LatentStore.open(tmp_path / "s"), tmp_path / "other", config)
+    assert len(pinned_snapshots(store.location)[store.snapshot]) == 2, "every run has a pin of its own"
+    grown = LatentStore.open(tmp_path / "s")
+    for number in (1, 2):
+        grown.append_catalog([], [replace(grown.pairs()[0], pair_key=key_of(8, number))])
+    unpin(store.location, RunCard.read(tmp_path / "other").pin_name)
+    collect(LatentStore.open(tmp_path / "s"), grace_s=0.0, expire_snapshots=True)
+    kept = snapshot_numbers(store.location)
+    assert sorted(kept) == [store.snapshot, grown.snapshot], "the one between is gone, the pinned one is not"
+    again = small("max_steps=3", "validation.every_epochs=0")
+    assert train(LatentStore.open(tmp_path / "s"), tmp_path / "run", again, resume=True).steps == 3
+    assert pinned_snapshots(store.location) == {store.snapshot: [name]}, "a resume pins no second time"
+
+
+def test_a_store_that_cannot_be_written_is_trained_on_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_store(tmp_path / "s", side=8)
+
+    def refuse(path: str, data: bytes) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(store.location, "put", refuse)
+    assert train(store, tmp_path / "run", small("max_steps=1", "validation.every_epochs=0")).steps == 1
+    assert "could not be pinned (Permission denied)" in caplog.text
+    assert str(tmp_path) not in caplog.text
 
 
 def test_another_store_is_refused_on_resume(store: LatentStore, undisturbed: Path, tmp_path: Path) -> None:
@@ -411,3 +526,18 @@ def test_too_little_memory_is_said_before_the_first_step(
     with pytest.raises(InputError, match=r"activation_checkpointing=true"):
         train(store, tmp_path / "run", small())
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_every_test_that_the_decision_page_names_exists(repo_root: Path) -> None:
+    page = (repo_root / "infra" / "decisions" / "0007-trainer.md").read_text()
+    named, module = [], ""
+    for found, name in re.findall(r"`(test_\w+)?::(test_\w+)`", page):
+        module = found or module
+        named.append((module, name))
+    assert len(named) > 25
+    missing = [
+        f"{module}::{name}"
+        for module, name in named
+        if f"\ndef {name}(" not in (repo_root / "tests" / f"{module}.py").read_text()
+    ]
+    assert missing == []

@@ -55,11 +55,13 @@ def held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldOutImages:
 def test_a_look_scores_the_model_beside_its_bounds(held_out: HeldOutImages) -> None:
     assert [held.pair.pair_key for held in held_out.pairs] == [key_of(7, 1)], "the held-out split alone, the first pair"
     figures = held_out.figures(lambda pair: np.zeros((4, 8, 16, 16)))
-    assert set(figures) == {f"{f}{s}" for f in ("psnr", "ssim") for s in ("", "_linear", "_vae_ceiling")}
+    assert set(figures) == {f"{f}{s}" for f in ("val_psnr_db", "val_ssim") for s in ("", "_linear", "_vae_ceiling")}
     truth = held_out.pairs[0].truth
     expected = 10 * np.log10(400.0**2 / np.mean((truth - 40.0) ** 2))
-    assert figures["psnr"] == pytest.approx(expected, abs=1e-3), "a latent of zeros is the window's centre everywhere"
-    assert figures["psnr_linear"] > figures["psnr"] + 10, "a smooth course along z is interpolated well"
+    assert figures["val_psnr_db"] == pytest.approx(expected, abs=1e-3), (
+        "a latent of zeros is the window's centre everywhere"
+    )
+    assert figures["val_psnr_db_linear"] > figures["val_psnr_db"] + 10, "a smooth course along z is interpolated well"
 
 
 def test_a_perfect_latent_reaches_the_ceiling(held_out: HeldOutImages, tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_a_perfect_latent_reaches_the_ceiling(held_out: HeldOutImages, tmp_path:
     record = store.find(key_of(3, 1), "thin")
     assert record is not None
     figures = held_out.figures(lambda pair: store.read(record))
-    assert figures["psnr"] == figures["psnr_vae_ceiling"]
+    assert figures["val_psnr_db"] == figures["val_psnr_db_vae_ceiling"]
 
 
 def test_another_vae_is_refused(tmp_path: Path) -> None:

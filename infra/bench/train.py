@@ -1,15 +1,17 @@
 """The trainer: cached latents against a VAE in the loop, and whether data keeps up, on this device.
 
-    python infra/bench/train.py [--quick] [--steps 12] [--side 64] [--depth 64] [--no-s3]
+    python infra/bench/train.py [--quick] [--parts epoch,width,count,wait] [--no-s3]
 
-1. An epoch with cached latents and one that encodes thin and thick volumes inside the loop, at equal settings and in
-   one run: the same U-Net and batches; volumes lie in memory, which flatters the loop (the predecessor read DICOM).
-2. The same ratio at full size (512x512x300, `medium` on a 64x64 and a 128x128 latent grid, MAISI's VAE) by counting
-   operations; on a GPU the U-Net's step is measured as well (see unet_gpu.py for all variants).
-3. A consumer that takes a batch every 100 ms: the share of its time spent waiting, from a local store and from S3
-   (`rclone serve s3` on loopback), latents of 4x75x128x128.
+`epoch`  The trainer itself, once on cached latents and once with thin and thick encoded inside the loop: tiny U-Net
+         and tiny VAE, equal batches and settings. Volumes lie in memory, which flatters the loop.
+`width`  The same ratio at the real widths, 16 slices of 512x512, our VAE and MONAI's class in the loop.
+`count`  The same ratio in floating point operations at 512x512x300, for every way that the loop may encode.
+`wait`   A consumer that takes a batch every 100 ms: the share of its time spent waiting, from a local store and from S3
+         (`rclone serve s3` on loopback), latents of 4x75x128x128.
 
-Prints a table, then one JSON object, which is also kept in infra/bench/results/.
+See train_in_loop.py for `width` and `count`. On a GPU `medium` is measured as well (unet_gpu.py has all variants). A
+part that is not asked for keeps its place in the results. Prints a table, then one JSON object, which is also kept in
+infra/bench/results/.
 """
 
 from __future__ import annotations
@@ -31,14 +33,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
+import train_in_loop  # noqa: E402
+
 from diffusion.config import DataConfig, load_config  # noqa: E402
-from diffusion.estimate import count_forward  # noqa: E402
 from diffusion.loop import Trainer  # noqa: E402
 from diffusion.loop_interface import LoopConfig  # noqa: E402
 from diffusion.made_up import make_store  # noqa: E402
@@ -50,13 +51,13 @@ from diffusion.unet import build_unet, parameter_count  # noqa: E402
 from diffusion.world import World, default_device  # noqa: E402
 from latentcache.store import LatentStore  # noqa: E402
 from pipeline.vae import load_vae  # noqa: E402
-from pipeline.vae_architecture import KlAutoencoder, VaeArchitecture  # noqa: E402
 
 CONSUMER_S = 0.1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="epoch,width,count,wait", help="comma separated")
     parser.add_argument("--quick", action="store_true", help="few steps, small latents: under 60 s on 2 cores")
     parser.add_argument("--steps", type=int, default=12, help="steps timed for each of cached and in-loop")
     parser.add_argument("--side", type=int, default=64, help="in-plane pixels of the volumes encoded in the loop")
@@ -65,25 +66,32 @@ def main() -> None:
     parser.add_argument("--no-s3", action="store_true", help="leave out the S3 server")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.batches = 3, 15
+        options.steps, options.batches, options.parts = 3, 15, options.parts.replace("width,", "")
     device = default_device()
-    result: dict[str, Any] = {
+    kept = Path(__file__).parent / "results" / f"train-{device.type}.json"
+    result: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() and not options.quick else {}
+    result |= {
         "bench": "train",
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "quick": options.quick,
         "medium_parameters": parameter_count(model_preset("medium")),
     }
+    parts = options.parts.split(",")
     with tempfile.TemporaryDirectory() as scratch:
-        result |= cached_against_in_loop(Path(scratch) / "epoch", device, options)
-        result |= full_size_by_counting()
+        if "epoch" in parts:
+            result |= cached_against_in_loop(Path(scratch) / "epoch", device, options)
+        if "width" in parts:
+            result |= train_in_loop.full_width(device)
+        if "count" in parts:
+            result |= train_in_loop.full_size_by_counting()
         if device.type == "cuda":
-            result |= measured_on_gpu(Path(scratch) / "gpu", device, options.steps)
-        result |= waiting(Path(scratch) / "wait", options)
+            result |= measured_on_gpu(device, options.steps)
+        if "wait" in parts:
+            result |= waiting(Path(scratch) / "wait", options)
     for name, value in result.items():
-        print(f"{name:32s} {value}")
-    kept = Path(__file__).parent / "results" / f"train-{device.type}.json"
+        print(f"{name:44s} {value}")
     if not options.quick:
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
@@ -139,41 +147,21 @@ def cached_against_in_loop(folder: Path, device: torch.device, options: Any) -> 
             trainer.training_step(step)
         seconds[name] = (time.perf_counter() - begin) / options.steps
     return {
-        "volume_zyx": [4 * depth, 4 * side, 4 * side],
-        "cached_step_s": round(seconds["cached"], 4),
-        "in_loop_step_s": round(seconds["in_loop"], 4),
-        "cached_epoch_250_s": round(250 * seconds["cached"], 1),
-        "in_loop_epoch_250_s": round(250 * seconds["in_loop"], 1),
-        "cached_vs_inloop": round(seconds["in_loop"] / seconds["cached"], 2),
-        "cached_vs_inloop_of": "tiny U-Net and tiny VAE, measured",
+        "epoch_volume_zyx": [4 * depth, 4 * side, 4 * side],
+        "epoch_cached_step_s": round(seconds["cached"], 4),
+        "epoch_in_loop_step_s": round(seconds["in_loop"], 4),
+        "epoch_cached_250_s": round(250 * seconds["cached"], 1),
+        "epoch_in_loop_250_s": round(250 * seconds["in_loop"], 1),
+        "epoch_cached_vs_inloop": round(seconds["in_loop"] / seconds["cached"], 2),
+        "epoch_of": "tiny U-Net and tiny VAE",
     }
 
 
-def full_size_by_counting() -> dict[str, Any]:
-    """Operations of MAISI's encoder on 512x512x300 beside those of a training step of `medium`."""
-    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae = KlAutoencoder(VaeArchitecture())
-        vae.encode(torch.zeros(1, 1, 300, 512, 512))
-    encode = counter.get_total_flops() / 1e12
-    result: dict[str, Any] = {"maisi_encode_tflop_512x512x300": round(encode, 1)}
-    for name, preset, side in (("patch2", "classic", 128), ("patch1", "medium", 128)):
-        step = 3 * count_forward(model_preset(preset), 1, (75, side, side), bf16=True)[1] / 1e12
-        result[f"step_tflop_{name}"] = round(step, 1)
-        result[f"flop_ratio_full_size_{name}"] = round((step + 2 * encode) / step, 2)
-    return result
-
-
-def measured_on_gpu(folder: Path, device: torch.device, steps: int) -> dict[str, Any]:
+def measured_on_gpu(device: torch.device, steps: int) -> dict[str, Any]:
     """`medium` on whole volumes at 75x64x64, as unet_gpu.py measures it, compiled."""
     import unet_gpu
 
-    from diffusion.progress import measured_matmul_rate
-
-    config = model_preset("medium")
-    store = make_store(folder, splits=("train",) * 4, depths=(75,), side=64)
-    flops = count_forward(config, 1, (75, 64, 64), bf16=True)[1]
-    rate = measured_matmul_rate(device, torch.bfloat16)
-    row = unet_gpu.measure(config, store, device, 75, 64, 1, "compiled", steps, flops, rate)
+    row = unet_gpu.measure(model_preset("medium"), (75, 64, 64), 1, "compiled", device, steps)
     return {key: row[key] for key in ("step_s", "mfu", "peak_gib", "epoch_s", "data_wait")}
 
 

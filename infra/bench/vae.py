@@ -8,8 +8,8 @@ the resident set above what stood before the call, held against what the plan pr
 half-precision norms do not run in a float32 model. Time is wall time, or CPU seconds where --threads is 1.
 
 The slope over depth (16 to 64 slices of 256x256) is measured on one thread, in CPU seconds, the best of two runs: on
-two threads of a shared machine one neighbour is enough to bend it. `depth_linearity_error` is the largest distance from the
-fitted line, `depth_exponent` the slope of log time over log depth, which is 1 where time is proportional to depth.
+two threads of a shared machine one neighbour is enough to bend it. `depth_linearity_error` is the largest distance from
+the fitted line, `depth_exponent` the slope of log time over log depth: 1 where time is proportional to depth.
 
 --quick: 8x128x128 and 64x64, under 60 s on 2 cores. --only measures one half and keeps the other half of the results.
 Prints a table, then one JSON object, which is also kept in infra/bench/results/.
@@ -160,7 +160,8 @@ def _measure(who: str, part: str, depth: int, side: int, repeats: int, threads: 
 
 
 def relative_errors(vae: Any, unit: Any, network: Any) -> dict[str, float]:
-    """Largest error of encode and decode over the largest value of ``network``'s unsplit pass on the padded volume."""
+    """Of encoding the padded volume and decoding normal noise, against ``network``'s unsplit pass: the largest error
+    over the largest value, and the standard deviation of the error over that of the values."""
     import torch
     import torch.nn.functional as F
 
@@ -169,10 +170,15 @@ def relative_errors(vae: Any, unit: Any, network: Any) -> dict[str, float]:
     depth, height, width = unit.shape
     with torch.inference_mode():
         mean = network.encode(image)[0]
-        decoded = (network.decode(mean)[0, 0, :depth, :height, :width] * 2 - 1).clamp(-1, 1)
-    ours = {"encode": vae.encode(unit), "decode": vae.decode(mean[0], tuple(unit.shape))}
+        latent = torch.randn(mean.shape)
+        decoded = (network.decode(latent)[0, 0, :depth, :height, :width] * 2 - 1).clamp(-1, 1)
+    ours = {"encode": vae.encode(unit), "decode": vae.decode(latent[0], tuple(unit.shape))}
     theirs = {"encode": mean[0], "decode": decoded}
-    return {part: float((ours[part] - theirs[part]).abs().max() / theirs[part].abs().max()) for part in ours}
+    found = {}
+    for part, other in theirs.items():
+        found[part] = float((ours[part] - other).abs().max() / other.abs().max())
+        found[f"{part}_std"] = float((ours[part] - other).std() / other.std())
+    return found
 
 
 def monai_maisi(state: dict[str, Any], *, num_splits: int = 1, norm_float16: bool = False) -> Any:

@@ -1,21 +1,29 @@
 """VAE on a GPU: 300x512x512 in bfloat16, encode and decode, beside MONAI's `AutoencoderKlMaisi`.
 
-    python infra/bench/vae_gpu.py [--quick] [--device cuda:0] [--monai-depth 64]
+    python infra/bench/vae_gpu.py [--quick] [--device cuda:0] [--size 300 512 512] [--monai-depth 64]
 
-Full MAISI width, random weights. Reports seconds, peak GiB (with and without activations in pinned host memory), the
-arithmetic of every convolution over time as TFLOP/s, and that against the device's own bf16 matrix product rate,
-measured here. MONAI runs at the depth it can hold (--monai-depth) and is compared per slice. Prints a table, then one
-JSON object, which is also kept in infra/bench/results/ under the device's name.
+Full MAISI width, random weights. Reports the device's own bf16 matrix product rate, seconds, peak GiB against the
+plan's prediction, the convolutions' arithmetic over time against that rate, the same with activations in pinned host
+memory, and the error of both precisions against an unsplit float32 pass on the CPU. MONAI, where it is installed,
+runs as it comes with the weights (rows split in 16, norms in half precision, memory saving on) and unsplit, at the
+depth that it can hold (--monai-depth), and is compared per slice. Needs PyTorch and NumPy; runs from a checkout
+without installing anything. With --device cpu (or where there is no GPU) it does all of that in float32 on 8x256x32,
+to show that the script itself works, and keeps nothing. Prints a table, then one JSON object, which is also kept in
+infra/bench/results/ under the device's name.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import importlib.util
 import json
+import platform
 import re
+import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,84 +31,134 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.vae import Vae
-from pipeline.vae_architecture import KlAutoencoder, VaeArchitecture
-from pipeline.vae_executor import SlabExecutor
-from pipeline.vae_weights import VaeWeights
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-RESULTS = Path(__file__).parent / "results"
+from vae import RESULTS, Peak, monai_maisi, peak_above, relative_errors, versions  # noqa: E402
+
+from pipeline.vae import Vae  # noqa: E402
+from pipeline.vae_architecture import KlAutoencoder, VaeArchitecture  # noqa: E402
+from pipeline.vae_executor import SlabExecutor  # noqa: E402
+from pipeline.vae_weights import VaeWeights  # noqa: E402
+
+Shape = tuple[int, int, int]
+Row = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="32x256x256")
-    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="multiples of 4")
     parser.add_argument("--monai-depth", type=int, default=64)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: this benchmark needs one; infra/bench/vae.py measures the CPU")
     device = torch.device(options.device)
-    shape = (32, 256, 256) if options.quick else (300, 512, 512)
-    depth, height, width = shape
+    on_gpu = device.type == "cuda"
+    depth, height, width = options.size or ((32, 256, 256) if options.quick else (300, 512, 512))
+    if not on_gpu and options.size is None:
+        depth, height, width = 8, 256, 32
+    shape = (depth, height, width)
     architecture = VaeArchitecture()
     torch.manual_seed(0)
-    state = KlAutoencoder(architecture).state_dict()
-    vae = Vae(VaeWeights(state, architecture, ""), device)
-    unit = torch.rand(shape) * 2 - 1
-    latent = torch.randn(4, depth // 4, height // 4, width // 4)
-    work = {"encode": lambda: vae.encode(unit), "decode": lambda: vae.decode(latent, shape)}
+    weights = VaeWeights(KlAutoencoder(architecture).state_dict(), architecture, "")
     rate = matmul_tflops(device)
-    result: dict[str, Any] = {
+    result: Row = {
         "bench": "vae_gpu",
-        "device": torch.cuda.get_device_name(device),
-        "versions": {name: version(name) for name in ("torch", "monai")},
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} cpu",
+        "versions": versions("torch", "monai", "numpy") | {"python": platform.python_version()},
         "size": "x".join(map(str, shape)),
+        "dtype": "bfloat16" if on_gpu else "float32",
         "matmul_tflops": rate,
     }
-    for part, run in work.items():
-        plan = vae.plan_encode(shape) if part == "encode" else vae.plan_decode((depth // 4, height // 4, width // 4))
-        seconds, peak = measure(run, device)
-        tflop = tflop_per_voxel(architecture, part) * depth * height * width
-        result |= {
-            f"{part}_s": seconds,
-            f"{part}_peak_gib": peak,
-            f"{part}_predicted_gib": plan.device_bytes / 2**30,
-            f"{part}_tflops": tflop / seconds,
-            f"{part}_fraction_of_matmul_rate": tflop / seconds / rate,
-        }
-        print(f"ours   {part}: {seconds:7.2f} s {peak:6.2f} GiB {tflop / seconds:7.1f} TFLOP/s of {rate:.0f}")
+    print(f"{result['device']}: {rate:.3g} TFLOP/s in {result['dtype']} matrix products")
+    result |= ours(weights, shape, rate, device)
     result["peak_gib"] = max(result["encode_peak_gib"], result["decode_peak_gib"])
     result["fraction_of_matmul_rate"] = result["encode_fraction_of_matmul_rate"]
-    vae._executor = lambda plan: SlabExecutor(plan.slab_bytes, offload=True)  # type: ignore[method-assign]
-    for part, run in work.items():
-        seconds, peak = measure(run, device)
-        result |= {f"{part}_offload_s": seconds, f"{part}_offload_peak_gib": peak}
-        print(f"ours   {part}: {seconds:7.2f} s {peak:6.2f} GiB with activations in host memory")
-    result |= beside_monai(state, shape, min(options.monai_depth, depth), result, device)
-    name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"vae-{name}{'-quick' if options.quick else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
+    result |= errors(weights, device)
+    if importlib.util.find_spec("monai") is None:
+        print("MONAI is not installed: not compared")
+    else:
+        for name, splits in (("monai_published", 16), ("monai_unsplit", 1)):
+            result |= beside_monai(name, splits, weights, shape, min(options.monai_depth, depth), result, device)
+    if on_gpu:
+        name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"vae-{name}{'-quick' if options.quick or options.size else ''}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
+def ours(weights: VaeWeights, shape: Shape, rate: float, device: torch.device) -> Row:
+    """Encode and decode, with activations on the device and then in (pinned) host memory."""
+    depth, height, width = shape
+    latent_zyx = (depth // 4, height // 4, width // 4)
+    unit, latent = torch.rand(shape) * 2 - 1, torch.randn(4, *latent_zyx)
+    vae = Vae(weights, device)
+    found: Row = {}
+    for part in ("encode", "decode"):
+        plan = vae.plan_encode(shape) if part == "encode" else vae.plan_decode(latent_zyx)
+        run = (lambda: vae.encode(unit)) if part == "encode" else (lambda: vae.decode(latent, shape))
+        vae._executor = lambda plan: SlabExecutor(plan.slab_bytes, offload=plan.offload)  # type: ignore[method-assign]
+        seconds, peak = measure(run, device)
+        tflops = tflop_per_voxel(weights.architecture, part) * depth * height * width / seconds
+        found |= {
+            f"{part}_s": seconds,
+            f"{part}_peak_gib": peak,
+            f"{part}_predicted_gib": plan.device_bytes / 2**30,
+            f"{part}_tflops": tflops,
+            f"{part}_fraction_of_matmul_rate": tflops / rate,
+        }
+        print(f"ours {part:<18}{seconds:8.2f} s {peak:7.2f} GiB {tflops:7.3g} TFLOP/s, {tflops / rate:.0%} of products")
+        vae._executor = lambda plan: SlabExecutor(plan.slab_bytes, offload=True)  # type: ignore[method-assign]
+        seconds, peak = measure(run, device)
+        found |= {f"{part}_offload_s": seconds, f"{part}_offload_peak_gib": peak}
+        print(f"ours {part:<9} offload {seconds:8.2f} s {peak:7.2f} GiB with activations in host memory")
+    return found
+
+
+def errors(weights: VaeWeights, device: torch.device) -> Row:
+    """Of encode and decode on the device, in both precisions, against an unsplit float32 pass on the CPU."""
+    torch.manual_seed(1)
+    unit = torch.rand(13, 64, 64) * 2 - 1
+    reference = weights.build()
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        # Plain float32 means plain: not TensorFloat-32, which rounds products to 10 bits.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            found[name] = relative_errors(Vae(weights, device, dtype=dtype), unit, reference)
+        print(f"relative error in {name}: " + ", ".join(f"{k} {v:.1e}" for k, v in found[name].items()))
+    return {"relative_error": found}
+
+
 def measure(run: Callable[[], Any], device: torch.device, repeats: int = 2) -> tuple[float, float]:
-    """Best seconds of ``repeats`` after a warm-up, and the peak GiB."""
-    best = float("inf")
-    for i in range(repeats + 1):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        run()
-        torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started) if i else best
-    return best, torch.cuda.max_memory_allocated(device) / 2**30
+    """Best seconds of ``repeats`` after a warm-up, and the peak GiB: allocated on a GPU, resident above what stood
+    before on a CPU."""
+    run()
+    best, peak = float("inf"), 0.0
+    for _ in range(repeats):
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
+        # A GPU's machine may forbid the reset of the resident set's high water mark, which is not what counts there.
+        with contextlib.nullcontext(Peak()) if device.type == "cuda" else peak_above() as resident:
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - started)
+        on_device = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else resident.gib
+        peak = max(peak, on_device)
+    return best, peak
 
 
-def matmul_tflops(device: torch.device, n: int = 8192) -> float:
-    """The device's measured bf16 rate on square matrices."""
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    repeats = 50
+def matmul_tflops(device: torch.device) -> float:
+    """The device's measured rate on square matrices: bf16 on a GPU, float32 on a CPU."""
+    on_gpu = device.type == "cuda"
+    n, repeats, dtype = (8192, 50, torch.bfloat16) if on_gpu else (1024, 5, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
     def products() -> None:
         for _ in range(repeats):
@@ -121,43 +179,26 @@ def tflop_per_voxel(architecture: VaeArchitecture, part: str) -> float:
 
 
 def beside_monai(
-    state: dict[str, Any], shape: tuple[int, int, int], depth: int, ours: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
-    """MONAI's class as published (bf16 autocast, norms in half precision, memory saving on), per slice."""
-    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
-
-    model = AutoencoderKlMaisi(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=1,
-        latent_channels=4,
-        num_channels=(64, 128, 256),
-        num_res_blocks=(2, 2, 2),
-        norm_num_groups=32,
-        norm_eps=1e-6,
-        attention_levels=(False, False, False),
-        use_convtranspose=False,
-        norm_float16=True,
-        num_splits=1,
-        dim_split=1,
-        save_mem=True,
-    ).eval()
-    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
-    model.to(device)
+    name: str, splits: int, weights: VaeWeights, shape: Shape, depth: int, beside: Row, device: torch.device
+) -> Row:
+    """MONAI's class at ``depth`` slices: bf16 autocast and norms in half precision on a GPU, float32 on a CPU."""
+    on_gpu = device.type == "cuda"
+    model = monai_maisi(weights.state, num_splits=splits, norm_float16=on_gpu).to(device)
     _, height, width = shape
     image = torch.rand(1, 1, depth, height, width, device=device)
     latent = torch.randn(1, 4, depth // 4, height // 4, width // 4, device=device)
-    found: dict[str, Any] = {"monai_depth": depth}
+    found: Row = {f"{name}_depth": depth}
     for part, run in (("encode", lambda: model.encode(image)), ("decode", lambda: model.decode(latent))):
-        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             try:
                 seconds, peak = measure(run, device, repeats=1)
-            except torch.cuda.OutOfMemoryError:
-                found[f"monai_{part}"] = "out of memory"
+            except RuntimeError as error:  # out of memory, or splits thinner than a kernel
+                found[f"{name}_{part}"] = str(error).splitlines()[0]
+                print(f"{name} {part}: failed at depth {depth}: {found[f'{name}_{part}']}")
                 continue
-        ratio = (seconds / depth) / (ours[f"{part}_s"] / shape[0])
-        found |= {f"monai_{part}_s": seconds, f"monai_{part}_peak_gib": peak, f"{part}_vs_monai": ratio}
-        print(f"MONAI  {part}: {seconds:7.2f} s {peak:6.2f} GiB at depth {depth}; ours is {ratio:.1f}x as fast a slice")
+        ratio = (seconds / depth) / (beside[f"{part}_s"] / shape[0])
+        found |= {f"{name}_{part}_s": seconds, f"{name}_{part}_peak_gib": peak, f"{part}_vs_{name}": ratio}
+        print(f"{name} {part}: {seconds:8.2f} s {peak:7.2f} GiB at depth {depth}; ours is {ratio:.1f}x as fast a slice")
     return found
 
 

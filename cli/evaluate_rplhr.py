@@ -1,0 +1,108 @@
+"""``ctpipe evaluate --protocol rplhr``: RPLHR-CT by its own protocol. No command of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from cli.output import progress_wanted, stderr
+
+
+def evaluate_rplhr(
+    dataset: Path,
+    run: Path | None,
+    split: str,
+    folder: Path,
+    vae: str,
+    choice: dict[str, Any],
+    detail: str,
+    consistency: bool,
+    device: str,
+    memory_gib: float | None,
+    limit: int | None,
+    regression: Path | None = None,
+) -> dict[str, Any]:
+    """RPLHR-CT by its own protocol: the baselines, and the run's model where one is given."""
+    from rich.progress import Progress
+
+    from pipeline.evaluate_files import finish, log_test_use
+    from pipeline.rplhr import evaluate_dataset
+
+    facts: dict[str, Any] = {"protocol": "rplhr", "split": split, "window_hu": [-1024.0, 2048.0]}
+    networks: dict[str, Any] = {}
+    if regression is not None:
+        networks["regression"], facts["regression"] = _volume_regression(regression, consistency, device)
+    if run is not None:
+        facts["settings"] = {"sampling": choice, "detail": detail, "consistency": consistency}
+        networks["model"], facts["checkpoint_sha256"] = _volume_model(
+            run, vae, choice, detail, consistency, device, memory_gib
+        )
+    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    for folder_of in (run, regression):
+        if split == "test" and folder_of is not None:
+            looks = log_test_use(folder_of, "rplhr", limit or 0)
+            facts["test_evaluations"] = looks if folder_of == run else facts.get("test_evaluations")
+    cases = []
+    with Progress(console=stderr, disable=not progress_wanted()) as progress:
+        bar = progress.add_task("scoring", total=None)
+        for case, total in evaluate_dataset(dataset, split, folder, identity, networks, limit):
+            cases.append(case)
+            progress.update(bar, completed=len(cases), total=total)
+    return finish(folder, cases, facts)
+
+
+def _volume_model(
+    run: Path, vae: str, choice: dict[str, Any], detail: str, consistency: bool, device: str, memory_gib: float | None
+) -> tuple[Any, str]:
+    """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does."""
+    import numpy as np
+
+    from cli.interpolate import encoding_of, load_codec
+    from diffusion.model import Interpolator
+    from pipeline.compose import ComposeSettings, compose, parse_detail
+    from pipeline.hu import Window
+    from pipeline.interpolate import condition_latent
+    from pipeline.metrics import require_finite
+
+    model = Interpolator.load(run, device=device)
+    encoding = encoding_of(model)
+    codec = load_codec(vae, device, memory_gib, encoding)
+    window = Window(encoding.window_center, encoding.window_width)
+    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
+
+    def generate(thick: Any, thin: Any) -> Any:
+        padding = encoding.pad_multiple_zyx
+        condition = condition_latent(thick, thin, window, codec, model.alignment, padding)
+        latent = model.generate(condition, **choice)
+        seen = condition
+        if model.alignment != "pixel" and composing.detail == "residual":
+            seen = condition_latent(thick, thin, window, codec, "pixel", padding)
+
+        def decoded(z: Any) -> Any:
+            return window.from_unit(np.asarray(codec.decode(np.asarray(z, dtype=np.float32), thin.shape_zyx)))
+
+        generated = require_finite(decoded(latent), "the decoded model output")
+        hu, _ = compose(generated, window, thick, thin, composing, condition_hu=decoded(seen))
+        return hu
+
+    return generate, model.checkpoint_sha256
+
+
+def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, dict[str, Any]]:
+    """A regression run as a function of a thick volume and a thin lattice."""
+    from pipeline.compose import ComposeSettings, compose, interpolated
+    from pipeline.hu import Window
+    from pipeline.refiner import RefinerFile
+    from pipeline.regression import regression_facts
+
+    file = RefinerFile.of(run, device)
+    facts = regression_facts(file)
+    window = Window(*file.load()[1].window)
+    how = ComposeSettings("absolute", consistency, refiner=file)
+
+    def generate(thick: Any, thin: Any) -> Any:
+        return compose(interpolated(thick, thin, how.base_method), window, thick, thin, how)[0]
+
+    return generate, facts
