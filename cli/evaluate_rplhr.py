@@ -28,7 +28,7 @@ def evaluate_rplhr(
     from rich.progress import Progress
 
     from pipeline.evaluate_files import finish, log_test_use
-    from pipeline.rplhr import evaluate_dataset
+    from pipeline.rplhr import evaluate_dataset, find_cases
 
     facts: dict[str, Any] = {"protocol": "rplhr", "split": split, "window_hu": [-1024.0, 2048.0]}
     networks: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def evaluate_rplhr(
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     for folder_of in (run, regression):
         if split == "test" and folder_of is not None:
-            looks = log_test_use(folder_of, "rplhr", limit or 0)
+            looks = log_test_use(folder_of, "rplhr", len(find_cases(dataset, split)[:limit]))
             facts["test_evaluations"] = looks if folder_of == run else facts.get("test_evaluations")
     cases = []
     with Progress(console=stderr, disable=not progress_wanted()) as progress:

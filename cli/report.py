@@ -143,10 +143,7 @@ def lead_paragraph(document: dict[str, Any]) -> str:
     regression = psnr("regression")
     text += "." if regression is None else f", and {against(regression)} than a small network trained for as long."
     if ceiling is not None:
-        text += (
-            f" Sending the true thin slices through the autoencoder and back gives {ceiling:.2f} dB: what its decoder "
-            "alone would lose."
-        )
+        text += f" For comparison, the true thin slices sent through the autoencoder and back reach {ceiling:.2f} dB."
     if model < max(cubic, linear):
         text += " Interpolation is better here: do not use this model for these data."
     elif regression is not None and model < regression:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusion.loop_interface import Terms
     from diffusion.stream import Step
     from latentcache.store import LatentStore
+    from pipeline.refiner import Refiner, RefinerCard, RefinerFile
     from pipeline.refiner_data import RefinerPatches
     from pipeline.refiner_source import Sampled
 
@@ -77,7 +78,7 @@ def train_refiner(
     from diffusion.world import World
     from latentcache.store import LatentStore
     from pipeline.private import PrivateStore
-    from pipeline.refiner import FILE_NAME, Refiner, RefinerCard, RefinerConfig, save_refiner
+    from pipeline.refiner import Refiner, RefinerCard, RefinerConfig
     from pipeline.refiner_data import PatchSettings, RefinerPatches
     from pipeline.refiner_source import RefinerSource, held_out_figures
 
@@ -123,10 +124,7 @@ def train_refiner(
             recipe,
         )
         with trainer.averaged_weights():
-            file = save_refiner(network, card, run / FILE_NAME)
-            own = checkpoint is not None and wins(summary.validation)
-            if checkpoint is not None and own:
-                save_refiner(network, card, checkpoint / FILE_NAME)
+            file, own = keep(network, card, run, checkpoint, summary.validation)
     result = {
         "sha256": file.sha256,
         "default_of_checkpoint": own,
@@ -136,6 +134,19 @@ def train_refiner(
     }
     emit(result, _text(result, run), as_json)
     return Exit.OK
+
+
+def keep(
+    network: Refiner, card: RefinerCard, run: Path, checkpoint: Path | None, held_out: dict[str, float]
+) -> tuple[RefinerFile, bool]:
+    """Write the network into its run and, where it wins, into its checkpoint's; returns the file and whether it won."""
+    from pipeline.refiner import FILE_NAME, save_refiner
+
+    file = save_refiner(network, card, run / FILE_NAME)
+    won = checkpoint is not None and wins(held_out)
+    if checkpoint is not None and won:
+        save_refiner(network, card, checkpoint / FILE_NAME)
+    return file, won
 
 
 def optimiser(learning_rate: float, steps: int, batch: int) -> OptimiserConfig:

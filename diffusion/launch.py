@@ -84,7 +84,9 @@ def train_on_ray(
         ) from error
     if not ray.is_initialized():
         try:
-            ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False)
+            # Without an address Ray would join whatever cluster it finds on this machine.
+            own = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
+            ray.init(**own, log_to_driver=False)
         except ConnectionError as error:
             raise InputError(
                 "no Ray cluster answers at that address",
@@ -106,10 +108,10 @@ def train_on_ray(
     try:
         metrics = trainer.fit().metrics or {}
     except Exception as error:
-        own = own_error(error)
-        if own is None:
+        raised = own_error(error)
+        if raised is None:
             raise
-        raise own from error
+        raise raised from error
     figures: dict[str, Any] = metrics.get("figures", {})
     return figures
 

@@ -182,12 +182,12 @@ def plan_pairs(
         across = np.asarray(pc.match_substring(usable["evidence"], ACROSS_FIELDS), bool)
         left_out["another field of view than the thick series (alignment `pixel` takes them)"] = int(across.sum())
         usable = usable.filter(pa.array(~across)).combine_chunks()
-    thin_at, condition_at, thin_rows, condition_rows = _latents_of(store, encode_key, usable, role)
+    latents, thin_at, condition_at = _latents_of(store, encode_key, usable, role)
     left_out["no thin latent yet"] = int((thin_at < 0).sum())
     left_out[f"no {role} latent yet"] = int(((thin_at >= 0) & (condition_at < 0)).sum())
     there = np.flatnonzero((thin_at >= 0) & (condition_at >= 0))
     usable = usable.take(pa.array(there))
-    thin, condition = Latents(thin_rows, thin_at[there]), Latents(condition_rows, condition_at[there])
+    thin, condition = Latents(latents, thin_at[there]), Latents(latents, condition_at[there])
 
     catalog = store.catalog_table(("series_key", "n_slices", "source_digest"))
     stale = _stale(catalog, usable, thin, condition, role)
@@ -210,21 +210,23 @@ def plan_pairs(
 
 def _latents_of(
     store: LatentStore, encode_key: str, pairs: pa.Table, role: LatentRole
-) -> tuple[NDArray[np.int64], NDArray[np.int64], pa.Table, pa.Table]:
-    """Each pair's row of the thin latents and of the conditions, -1 where it has none; and those rows."""
+) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of thin latents and of conditions, and for each pair which of them are its own; -1 where it has none."""
 
     def of_encoding(rows: pa.Table) -> Any:
         wanted = pc.or_(pc.equal(rows["role"], "thin"), pc.equal(rows["role"], role))
         return pc.and_(pc.equal(rows["encode_key"], encode_key), wanted)
 
     latents = store.manifest_table(COLUMNS, of_encoding)
-    thin, condition = (latents.filter(pc.equal(latents["role"], r)).combine_chunks() for r in ("thin", role))
     named = "pair_key" if role == "thick_on_thin" else "thick_key"
-    at = [
-        np.asarray(pc.fill_null(_index_in(pairs[name], rows["key"]), -1), np.int64)
-        for name, rows in (("thin_key", thin), (named, condition))
-    ]
-    return at[0], at[1], thin, condition
+    found = []
+    for name, each in (("thin_key", "thin"), (named, role)):
+        # By position among all rows: copying the rows of either role out would double the memory.
+        own = pc.equal(latents["role"], each)
+        at = np.asarray(pc.fill_null(_index_in(pairs[name], latents["key"].filter(own)), -1), np.int64)
+        positions = np.append(np.flatnonzero(np.asarray(own)), -1)  # index -1 is the last: still -1
+        found.append(positions[at])
+    return latents, found[0], found[1]
 
 
 def _index_in(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> pa.ChunkedArray:

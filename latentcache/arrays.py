@@ -4,7 +4,7 @@ Layout (format version 1). The array (C, d, h, w) float16 lies in one shard obje
 Inner chunks are (1, CHUNK_DEPTH, h, w), each followed by its CRC-32C (Zarr's ``crc32c`` codec), the channels of one
 depth chunk side by side; the shard index stands at the end. So a depth window of all channels is one byte range, and
 every inner chunk is contiguous in the result: one preadv scatters it there without a copy. Bytes are raw: see
-infra/decisions/0003. Any Zarr v3 reader opens the array; this module needs no zarr.
+infra/decisions/0005. Any Zarr v3 reader opens the array; this module needs no zarr.
 
 Shape legend: C channels, d latent slices, h rows, w columns.
 """
@@ -156,22 +156,23 @@ def read_latent(
     if result.shape != wanted or result.dtype != np.float16 or not result.flags.c_contiguous:
         raise ValueError(f"out is {result.shape} {result.dtype}: want contiguous float16 {wanted}")
     first, last = start // CHUNK_DEPTH, -(-stop // CHUNK_DEPTH)
-    parts, copies = _scatter(layout, result, start, stop, first, last)
+    groups, copies = _scatter(layout, result, start, stop, first, last)
     ignored = np.empty(CRC_BYTES, np.uint8)
-    buffers: list[NDArray[Any]] = [b for part in parts for b in (part, ignored)]
+    buffers: list[list[NDArray[Any]]] = [[b for part in group for b in (part, ignored)] for group in groups]
+    extend = google_crc32c.extend
+    j = first
     try:
-        location.read_into(f"{path}/{SHARD}", first * layout.group_bytes, buffers)
+        # Group by group, so that the checksum finds the bytes in the cache: half as fast again as all at once.
+        for _ in location.read_into(f"{path}/{SHARD}", first * layout.group_bytes, buffers):
+            crc = 0
+            for part in groups[j - first]:
+                crc = extend(crc, part)
+            if crc != crc32c[j]:
+                low = j * CHUNK_DEPTH
+                raise _corrupt(name, f"CRC-32C of latent slices {low}..{low + CHUNK_DEPTH - 1} is {crc:08x}")
+            j += 1
     except (FileNotFoundError, EOFError) as error:
         raise _corrupt(name, "its bytes are missing or cut short") from error
-    channels = shape[0]
-    extend = google_crc32c.extend
-    for group, j in enumerate(range(first, last)):
-        crc = 0
-        for part in parts[group * channels : (group + 1) * channels]:
-            crc = extend(crc, part)
-        if crc != crc32c[j]:
-            low = j * CHUNK_DEPTH
-            raise _corrupt(name, f"CRC-32C of latent slices {low}..{low + CHUNK_DEPTH - 1} is {crc:08x}")
     for target, source in copies:
         target[...] = source
     return result
@@ -179,14 +180,18 @@ def read_latent(
 
 def _scatter(
     layout: Layout, result: Latent, start: int, stop: int, first: int, last: int
-) -> tuple[list[Latent], list[tuple[Latent, Latent]]]:
-    """Destinations in shard order. Chunks that stick out of the window land in scratch, copied in once checked."""
-    parts: list[Latent] = []
+) -> tuple[list[list[Latent]], list[tuple[Latent, Latent]]]:
+    """Destinations in shard order, those of one depth chunk together.
+
+    Chunks that stick out of the window land in scratch, to be copied in once checked.
+    """
+    groups: list[list[Latent]] = []
     copies: list[tuple[Latent, Latent]] = []
     for j in range(first, last):
         low = j * CHUNK_DEPTH
         inside = low >= start and low + CHUNK_DEPTH <= stop
         a, b = max(low, start), min(low + CHUNK_DEPTH, stop)
+        parts: list[Latent] = []
         for c in range(layout.shape[0]):
             target = result[c, a - start : b - start]
             if inside:
@@ -195,7 +200,8 @@ def _scatter(
                 scratch = np.empty((CHUNK_DEPTH, *layout.shape[2:]), np.float16)
                 parts.append(scratch)
                 copies.append((target, scratch[a - low : b - low]))
-    return parts, copies
+        groups.append(parts)
+    return groups, copies
 
 
 def _corrupt(name: str, what: str) -> CorruptLatentError:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from latentcache.arrays import SHARD, Layout
+from latentcache.compaction import extend, without_latents
 from latentcache.errors import StoreError
 from latentcache.index import COLUMNS, KeyIndex
 from latentcache.location import Location
-from latentcache.manifest import Snapshot, extend, load_snapshot, read_table, snapshot_path, without_latents
+from latentcache.manifest import Snapshot, load_snapshot, read_table, snapshot_path
 from latentcache.records import LatentRecord, PairRecord, SeriesRecord
 from latentcache.schema import Kind, timings_table, to_table
 

@@ -26,9 +26,12 @@ def pair_digest(thin: str, thick: str) -> str:
     return _digest(f"{thin}|{thick}".encode()).hexdigest()[:16] if thin and thick else ""
 
 
-def pair_digests(thin: pa.ChunkedArray, thick: pa.ChunkedArray) -> pa.Array:
+def pair_digests(thin: pa.ChunkedArray, thick: pa.ChunkedArray) -> pa.ChunkedArray:
     """``pair_digest`` of two columns."""
-    return pa.array(list(map(pair_digest, thin.to_pylist(), thick.to_pylist())), pa.string())
+    known = pc.and_(pc.not_equal(thin, ""), pc.not_equal(thick, ""))
+    joined = pc.binary_join_element_wise(thin, thick, "|").cast(pa.binary())
+    digests = [_digest(text).hexdigest()[:16] for text in joined.to_pylist()]
+    return pc.if_else(known, pa.array(digests, pa.string()), "")
 
 
 def unlike(found: Iterable[Any], expected: Iterable[Any]) -> NDArray[np.bool_]:

@@ -52,9 +52,11 @@ class RowFinder:
         whole: The manifest, which its owner then holds.
     """
 
-    def __init__(self, location: Location, snapshot: Snapshot, whole: Callable[[], pa.Table]) -> None:
+    def __init__(
+        self, location: Location, snapshot: Snapshot, whole: Callable[[], pa.Table], checked: set[str]
+    ) -> None:
         self._location, self._snapshot, self._whole = location, snapshot, whole
-        self._index = KeyIndex(read_table(location, snapshot, "manifest", COLUMNS, unique=False))
+        self._index = KeyIndex(read_table(location, snapshot, "manifest", COLUMNS, unique=False, checked=checked))
         self._finds = 0
 
     def find(self, key: str, role: LatentRole, encode_key: str | None) -> LatentRecord | None:

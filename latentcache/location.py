@@ -7,6 +7,7 @@ link it under its name (which fails if the name is taken), fsync the directory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from latentcache.errors import InputError
+from latentcache.errors import InputError, StoreError
 
 Buffer = Any
 """bytes or a C-contiguous array: what memoryview accepts."""
@@ -53,8 +54,9 @@ class Location(Protocol):
     def read(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
 
-    def read_into(self, path: str, offset: int, buffers: Sequence[NDArray[Any]]) -> None:
-        """Fill contiguous buffers, in turn, from one byte range. Raises FileNotFoundError, EOFError."""
+    def read_into(self, path: str, offset: int, groups: Sequence[Sequence[NDArray[Any]]]) -> Iterator[None]:
+        """Fill contiguous buffers, in turn, from one byte range; yields after every group, whose bytes are still in
+        the processor's cache then. Raises FileNotFoundError, EOFError."""
 
     def size(self, path: str) -> int:
         """Bytes of an object. Raises FileNotFoundError."""
@@ -171,28 +173,30 @@ class LocalLocation:
         target = self.root / path
         if target.exists():
             raise FileExistsError(path)
-        with self._aside(target, buffers) as aside:
+        with _room_for(buffers), self._aside(target, buffers) as aside:
             self.files.link(aside, target)
         self.files.fsync_folder(target.parent)
 
     def put(self, path: str, data: bytes) -> None:
         target = self.root / path
-        with self._aside(target, [data]) as aside:
+        with _room_for([data]), self._aside(target, [data]) as aside:
             self.files.replace(aside, target)
         self.files.fsync_folder(target.parent)
 
     def read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
 
-    def read_into(self, path: str, offset: int, buffers: Sequence[NDArray[Any]]) -> None:
+    def read_into(self, path: str, offset: int, groups: Sequence[Sequence[NDArray[Any]]]) -> Iterator[None]:
         descriptor = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            for first in range(0, len(buffers), IOV_MAX):
-                batch: Sequence[Any] = buffers[first : first + IOV_MAX]
-                wanted = sum(b.nbytes for b in batch)
-                if os.preadv(descriptor, batch, offset) != wanted:
-                    _read_slowly(descriptor, offset, batch)
-                offset += wanted
+            for group in groups:
+                for first in range(0, len(group), IOV_MAX):
+                    batch: Sequence[Any] = group[first : first + IOV_MAX]
+                    wanted = sum(b.nbytes for b in batch)
+                    if os.preadv(descriptor, batch, offset) != wanted:
+                        _read_slowly(descriptor, offset, batch)
+                    offset += wanted
+                yield
         finally:
             os.close(descriptor)
 
@@ -248,6 +252,22 @@ class LocalLocation:
 
     def child(self, path: str) -> LocalLocation:
         return LocalLocation(self.root / path, self.files)
+
+
+@contextlib.contextmanager
+def _room_for(buffers: Sequence[Buffer]) -> Iterator[None]:
+    """A full disk or quota as an error that says what to do; what was written aside is gone by then."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        size = sum(memoryview(b).nbytes for b in buffers)
+        raise StoreError(
+            f"no space left for {size:,} bytes where the store lies ({os.strerror(error.errno)})",
+            expected="room for every latent; nothing of this one is kept, and what is committed stays whole",
+            remedy="Free some space (`ctpipe gc STORE` may help), then run the same command again: it resumes.",
+        ) from error
 
 
 def _read_slowly(descriptor: int, offset: int, buffers: Sequence[Any]) -> None:

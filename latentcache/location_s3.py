@@ -120,15 +120,17 @@ class S3Location:
     def read(self, path: str) -> bytes:
         return bytes(_repeated(path, lambda: obstore.get(self._store, path).bytes()))
 
-    def read_into(self, path: str, offset: int, buffers: Sequence[NDArray[Any]]) -> None:
-        wanted = sum(b.nbytes for b in buffers)
+    def read_into(self, path: str, offset: int, groups: Sequence[Sequence[NDArray[Any]]]) -> Iterator[None]:
+        wanted = sum(b.nbytes for group in groups for b in group)
         data = np.frombuffer(self._range(path, offset, wanted), np.uint8)
         if data.nbytes != wanted:
             raise EOFError(f"{data.nbytes} of {wanted} bytes")
         start = 0
-        for buffer in buffers:
-            buffer.reshape(-1).view(np.uint8)[:] = data[start : start + buffer.nbytes]
-            start += buffer.nbytes
+        for group in groups:
+            for buffer in group:
+                buffer.reshape(-1).view(np.uint8)[:] = data[start : start + buffer.nbytes]
+                start += buffer.nbytes
+            yield
 
     def _range(self, path: str, offset: int, length: int) -> Any:
         if self._ranges:

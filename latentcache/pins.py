@@ -1,4 +1,13 @@
-"""Pins: a training run names the snapshot that it reads, so that gc keeps it for as long as the run may resume."""
+"""Pins: a training run names the snapshot that it reads, so that gc keeps it for as long as the run may resume.
+
+    pin(store.location, run_id, store.snapshot)      # when the run begins, and again when it resumes: the same pin
+    LatentStore.open(url, snapshot=number)           # what the run reads, whatever is committed or retired since
+    unpin(store.location, run_id)                    # when the run is over for good
+
+A pin is a small file, ``pins/NAME.json``. ``ctpipe gc`` spares every snapshot that a pin names, with all fragments and
+arrays that it lists; ``ctpipe status`` shows who pins what. Only ``ctpipe forget`` goes further: a patient leaves the
+pinned snapshots too.
+"""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ class LatentStore:
         self._pinned = pinned
         self._tables: dict[Kind, pa.Table] = {}
         self._finder: RowFinder | None = None
+        self._checked: set[str] = set()
         self._writer: Writer | None = None
 
     @classmethod
@@ -116,8 +117,8 @@ class LatentStore:
             whole = whole if keep is None else whole.filter(keep(whole))
             return whole if columns is None else whole.select(list(columns))
         if columns is not None or keep is not None:
-            return read_table(self.location, self._snapshot, kind, columns, keep)
-        self._tables[kind] = read_table(self.location, self._snapshot, kind)
+            return read_table(self.location, self._snapshot, kind, columns, keep, checked=self._checked)
+        self._tables[kind] = read_table(self.location, self._snapshot, kind, checked=self._checked)
         return self._tables[kind]
 
     def catalog_table(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -131,7 +132,7 @@ class LatentStore:
 
     def encoded(self) -> list[tuple[str, LatentRole]]:
         """The (encode key, role) pairs of which there are latents, sorted."""
-        rows = distinct(self.location, self._snapshot, "manifest", ("encode_key", "role")).to_pylist()
+        rows = distinct(self.location, self._snapshot, "manifest", ("encode_key", "role"), self._checked).to_pylist()
         return sorted((row["encode_key"], row["role"]) for row in rows)
 
     def series(self) -> list[SeriesRecord]:
@@ -257,7 +258,7 @@ class LatentStore:
             InputError: Several encodings hold it and none was asked for.
         """
         if self._finder is None:
-            self._finder = RowFinder(self.location, self._snapshot, self.manifest_table)
+            self._finder = RowFinder(self.location, self._snapshot, self.manifest_table, self._checked)
         return self._finder.find(key, role, encode_key)
 
     def read(self, record: LatentPlace, depth: slice | None = None, out: Latent | None = None) -> Latent:

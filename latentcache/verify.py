@@ -14,9 +14,12 @@ from latentcache.errors import CtpipeError
 from latentcache.gc import attempts_in
 from latentcache.manifest import Fragment, load_snapshot, read_fragment, snapshot_numbers, snapshot_path
 from latentcache.records import LatentRecord
-from latentcache.schema import KINDS, Kind
+from latentcache.schema import KINDS, Kind, from_table
 from latentcache.statistics import Moments, valid_latents
 from latentcache.store import LatentStore
+
+AT_ONCE = 4096
+"""Rows turned into Python objects together."""
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,27 @@ class Verification:
 
 
 def verify(store: LatentStore, *, threads: int = 2) -> Verification:
-    """Read the whole store once. Memory is bounded by one latent a thread."""
+    """Read the whole store once. Memory is bounded by the manifest and one latent a thread."""
     result = Verification()
     _verify_tables(store, result)
     _verify_encodings(store, result)
     try:
-        rows = store.records()
+        manifest = store.manifest_table()
         catalogued = _catalogued(store)
     except CtpipeError:
         return result  # the damaged fragment is already among the problems
     encodings = set(store.encode_keys())
     with ThreadPoolExecutor(threads) as pool:
-        for row, problems in zip(rows, pool.map(lambda r: list(check_latent(store, r, encodings)), rows), strict=True):
-            result.latents += 1
-            result.bytes += Layout(row.shape).shard_bytes
-            result.problems += problems
-            if catalogued and row.key not in catalogued:
-                result.problems.append(Problem(row.key, f"{row.role} is in the manifest but not in the catalog"))
-    named = {row.path for row in rows}
+        for first in range(0, manifest.num_rows, AT_ONCE):
+            rows = from_table(manifest.slice(first, AT_ONCE), LatentRecord)
+            found = pool.map(lambda r: list(check_latent(store, r, encodings)), rows)
+            for row, problems in zip(rows, found, strict=True):
+                result.latents += 1
+                result.bytes += Layout(row.shape).shard_bytes
+                result.problems += problems
+                if catalogued and row.key not in catalogued:
+                    result.problems.append(Problem(row.key, f"{row.role} is in the manifest but not in the catalog"))
+    named = set(manifest["path"].to_pylist())
     result.orphans = sum(path not in named for path, _ in attempts_in(store.location))
     return result
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from latentcache.commit import Writer
+from latentcache.errors import StoreError
 from latentcache.location import Location
 from latentcache.records import LatentRecord, PairRecord
 from pipeline.encode import Encoded, EncodeTask
@@ -155,7 +156,7 @@ class Progress:
         }
         try:
             self.location.put(PROGRESS, json.dumps(body).encode())
-        except OSError as error:  # a job does not fail because its progress cannot be shown
+        except (OSError, StoreError) as error:  # a job does not fail because its progress cannot be shown
             log.warning("progress could not be written: %s", type(error).__name__)
 
     def end(self) -> None:

@@ -120,8 +120,10 @@ def case_methods(
     profile = composing.profile or stated_profile(thick)
     for method in BASELINES:
         yield MethodOutput(method, apply(weights(method, source, wanted, profile), thick.hu))
-    if settings.regression is not None:
-        yield _tried("regression", lambda: _regression(settings, thick, target, composing))
+    yield _tried("cubic_consistent", lambda: _composed("cubic_consistent", settings, thick, target, composing, None))
+    network = settings.regression
+    if network is not None:
+        yield _tried("regression", lambda: _composed("regression", settings, thick, target, composing, network))
     condition_hu: NDArray[np.float32] | None = None
     try:
         condition_hu = stored(pair.pair_key, "thick_on_thin")
@@ -144,13 +146,21 @@ def _tried(name: str, make: Callable[[], MethodOutput]) -> MethodOutput:
         return MethodOutput(name, None, error=str(error))
 
 
-def _regression(
-    settings: EvaluationSettings, thick: Volume, target: Geometry, composing: ComposeSettings
+def _composed(
+    name: str,
+    settings: EvaluationSettings,
+    thick: Volume,
+    target: Geometry,
+    composing: ComposeSettings,
+    network: RefinerFile | None,
 ) -> MethodOutput:
-    """The network on interpolated thick HU, restored and made consistent as the model's output is."""
-    how = replace(composing, detail="absolute", refiner=settings.regression)
-    hu, figures = compose(interpolated(thick, target, how.base_method), settings.window, thick, target, how)
-    return MethodOutput("regression", hu, figures=figures)
+    """Interpolated thick HU, perhaps through a network, made consistent as the model's output is.
+
+    Without a network it is what the consistency step alone is worth: a model's own gain begins there.
+    """
+    how = replace(composing, detail="absolute", refiner=network)
+    hu, figures = compose(interpolated(thick, target, "cubic"), settings.window, thick, target, how)
+    return MethodOutput(name, hu, figures=figures)
 
 
 def _model(

@@ -46,7 +46,7 @@ from pipeline.volumetry_phantom import known_structures
 log = logging.getLogger("ctpipe.evaluate")
 
 VIEWED = ("truth", "nearest", "linear", "cubic", "regression", "model", "vae_ceiling", "uncertainty")
-SCORES_VERSION = "3"
+SCORES_VERSION = "4"
 """Part of a case's identity: raise it when a figure's definition changes, so that old cases are done again."""
 
 

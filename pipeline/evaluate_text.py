@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.report_tables import count_of
 from pipeline.report_views import label, ordered
 
 
 def summary_text(document: dict[str, Any], folder: Path) -> str:
     """The table that people read."""
     lines = [
-        f"{document['cases']} pairs of {document['patients']} patients, split {document['split']}: "
+        f"{count_of(document['cases'], 'pair')} of {count_of(document['patients'], 'patient')}, "
+        f"split {document['split']}: "
         "PSNR in the window (dB), SSIM, MAE (HU); PSNR against cubic with its 95% interval over patients"
     ]
     for name in ordered(document["methods"]):

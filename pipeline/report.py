@@ -28,7 +28,9 @@ from pipeline.report_views import CODE_KNOTS, CODE_KNOTS_HU, SPREAD_STEP_HU, Cas
 
 PAGE_BYTES = 15_000_000
 """A page stays below this: cases that do not fit lose JPEG quality first, then stay out of the viewer."""
-COMPARED = ("nearest", "linear", "cubic", "cubic_back_projection", "regression", "model", "vae_ceiling")
+COMPARED = (
+    "nearest", "linear", "cubic", "cubic_back_projection", "cubic_consistent", "regression", "model", "vae_ceiling",
+)  # fmt: skip
 
 
 def write_report(
@@ -53,7 +55,9 @@ def write_report(
         "MEASURES": _measures(document),
         "CASE_TABLE": case_table(document),
         "NOTES": notes(document),
-        "CHARTS": "\n".join(f"<figure>{chart}</figure>" for chart in _charts(document, training)),
+        "CHARTS": "\n".join(
+            f"<figure class=chart tabindex=0>{chart}</figure>" for chart in _charts(document, training)
+        ),
         "PROVENANCE": definition_list(provenance or {}),
     }
     used = len(page) + sum(len(text) for text in fields.values())

@@ -27,6 +27,7 @@ METHOD_LABELS = {
     "cubic": "Cubic interpolation",
     "lanczos": "Lanczos interpolation",
     "cubic_back_projection": "Cubic with back-projection",
+    "cubic_consistent": "Cubic made consistent",
     "regression": "Regression network",
     "condition_round_trip": "VAE round trip of linear interpolation",
     "model": "ctpipe model",

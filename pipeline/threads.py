@@ -10,7 +10,7 @@ def pin(threads: int) -> None:
     """Use this many threads for the arithmetic of torch and of NumPy's and SciPy's BLAS.
 
     OpenMP's count, torch's, is a thread's own: a new thread of an engine would fall back to all cores. Ray gives its
-    workers one thread whatever the driver has, so that a matrix product would differ there in its last bits.
+    workers one thread whatever the driver has, and a BLAS promises equal sums only for equal counts.
     """
     global _blas
     import torch

@@ -58,7 +58,7 @@ class StorageError(InputError):
     """The place of an archive fails to answer: nothing is known against the archive, and the next run asks again."""
 
     def __init__(self, found: str, remedy: str = "Run the command again.") -> None:
-        super().__init__(found, expected="storage that answers", remedy=remedy)
+        super().__init__(found, expected="the archive at its place, on storage that answers", remedy=remedy)
 
     def __reduce__(self) -> tuple[object, ...]:
         return (StorageError, (self.found, self.remedy))

@@ -30,6 +30,7 @@ def body_start(member: Member, raw: bytes) -> int:
 
 
 def inflate_head(member: Member, raw: bytes, limit: int) -> bytes:
+    """The first ``limit`` bytes of a member, from the bytes of the archive that `head_range` names."""
     packed = memoryview(raw)[body_start(member, raw) :][: member.compressed_size]
     if member.method == STORED:
         return bytes(packed[:limit])
@@ -59,5 +60,6 @@ def inflated(member: Member, packed: memoryview) -> Iterator[bytes]:
 
 
 def check_sum(member: Member, data: bytes | memoryview) -> None:
+    """Raises ArchiveError where content is not what the directory says."""
     if len(data) != member.size or isal_zlib.crc32(data) != member.crc32:
         raise ArchiveError("a member whose content does not match its checksum, so damaged in storage or transfer")

@@ -63,3 +63,15 @@ def grave_violations(page: Page) -> list[Any]:
     page.add_script_tag(path=str(Path(spec.origin).parent / "axe.min.js"))
     found = page.evaluate("axe.run().then(r => r.violations.map(v => [v.impact, v.id, v.nodes.map(n => n.html)]))")
     return [violation for violation in found if violation[0] in ("serious", "critical")]
+
+
+def difference(shot: bytes, reference: Path) -> float:
+    """Mean difference in grey levels (0 to 255) between a screenshot and a kept one.
+
+    Loosely: both at 64x32, because fonts and their sizes differ between machines.
+    """
+    small = []
+    for source in (io.BytesIO(shot), reference):
+        with Image.open(source) as image:
+            small.append(np.asarray(image.convert("L").resize((64, 32)), dtype=float))
+    return float(np.abs(small[0] - small[1]).mean())

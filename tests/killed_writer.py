@@ -6,6 +6,8 @@ whose process number is answered; the next line is answered once that writer is 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import random
 import sys
@@ -63,6 +65,9 @@ def write_until_killed(root: str, ledger: str, seed: int) -> None:
 
 
 def main() -> None:
+    """Fork a writer for every seed. pyarrow looks for pandas at its first array: a third of a second, once, here."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pandas")
     assert "torch" not in sys.modules
     for line in sys.stdin:
         writer = os.fork()

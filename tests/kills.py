@@ -59,7 +59,8 @@ def kill_writers(folder: Path, kills: int, seed: int) -> Aftermath:
                 noted = set(ledger.read_text().split())
                 lost += len(noted - paths(root))
                 if len(noted) < before + 3:
-                    longest *= 1.5  # a busy machine, or a grown store: give writers time to get somewhere
+                    # A busy machine, or a grown store: give writers time to get somewhere.
+                    longest = min(0.3, 1.5 * longest)
                 before = len(noted)
     store = LatentStore.open(root)
     noted = set(ledger.read_text().split())

@@ -64,8 +64,8 @@ def _proxy(server: S3Server) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = server.fault(number, self.command, self.path)
             server.seen[fault] += 1
-            if fault == "500":
-                self.send_response(500)
+            if fault in ("500", "507"):  # 507: the server's own disk is full
+                self.send_response(int(fault))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return

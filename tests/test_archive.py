@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import random
 import struct
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentcache.errors import InputError
-from pipeline.archive import ArchiveError, FolderSource, Limits, ZipSource, open_source
+from pipeline.archive import ArchiveError, FolderSource, Limits, Scratch, ZipSource, open_source
 from pipeline.archive_s3 import ObjectFile
 from pipeline.series import pointer_of, scan
 from pipeline.volume_reader import read_scanned, read_series
@@ -63,6 +64,25 @@ def test_members_come_back_whole_and_in_part(contents: list[bytes], method: int,
         assert source.read(member.index, limit) == data[:limit]
     heads = dict(source.heads([m.index for m in source.members()], limit))
     assert [heads[m.index] for m in source.members()] == [data[:limit] for data in contents]
+
+
+@given(st.lists(st.integers(0, 200_000), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_memory_used_again_holds_the_same_content(sizes: list[int], seed: int) -> None:
+    """Whatever the order of sizes, and beyond one piece of inflation; a damaged member is refused this way too."""
+    rng = random.Random(seed)
+    contents = [bytes(rng.choices(b"abcdefgh", k=size)) for size in sizes]
+    data = packed(contents)
+    source, scratch = ZipSource("memory", Memory(data)), Scratch()
+    for member, content in zip(source.members(), contents, strict=True):
+        view = source.read_into(member.index, scratch)
+        assert view.readonly
+        assert view == content == source.read(member.index)
+    largest = max(source.members(), key=lambda member: member.compressed_size)
+    broken = bytearray(data)
+    broken[largest.offset + 30 + len(largest.name) + largest.compressed_size // 2] ^= 0x55
+    with pytest.raises(ArchiveError):
+        ZipSource("memory", Memory(bytes(broken))).read_into(largest.index, scratch)
 
 
 def test_zip64_as_python_writes_it(tmp_path: Path) -> None:

@@ -128,7 +128,10 @@ def test_times_are_spelled_for_people(seconds: float, said: str) -> None:
     assert spell_seconds(seconds) == said
 
 
-def test_a_refiner_is_trained_resumed_and_used(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refiner_is_trained_resumed_and_used(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.train_refiner.WIN_DB", 1000.0)  # other tests share the checkpoint
     small = ["--patch", "8,16,16", "--batch", 2, "--width", 4, "--blocks", 1, "--json"]
     words = ["train-refiner", site.store, tmp_path / "run", "--checkpoint", site.run, "--sampling-steps", 1, *small]
     capsys.readouterr()
@@ -149,6 +152,49 @@ def test_a_refiner_is_trained_resumed_and_used(site: Site, tmp_path: Path, capsy
     assert f"refiner {trained['sha256'][:16]}" in written.DerivationDescription
     with pytest.raises(InputError, match=r"no refiner\.safetensors"):
         ctpipe("decode", site.store, tmp_path / "none", *series, "--refiner", tmp_path)
+
+
+def test_a_refiner_that_wins_is_its_checkpoints_default(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cli import train_refiner
+
+    run = tmp_path / "model"
+    shutil.copytree(site.run, run)
+    small = ["--patch", "8,16,16", "--batch", 2, "--width", 4, "--blocks", 1, "--steps", 1, "--json"]
+    words = ["train-refiner", site.store, tmp_path / "lost", "--checkpoint", run, "--sampling-steps", 1, *small]
+    monkeypatch.setattr(train_refiner, "WIN_DB", 1000.0)
+    capsys.readouterr()
+    assert ctpipe(*words) == Exit.OK
+    assert result(capsys)["default_of_checkpoint"] is False
+    assert not (run / "refiner.safetensors").exists()
+    monkeypatch.setattr(train_refiner, "WIN_DB", -1000.0)
+    words[2] = tmp_path / "won"
+    assert ctpipe(*words) == Exit.OK
+    won = result(capsys)
+    assert won["default_of_checkpoint"] is True
+    decode = [
+        "decode",
+        site.store,
+        "--checkpoint",
+        run,
+        "--split",
+        "test",
+        "--steps",
+        1,
+        "--engine",
+        "inline",
+        "--json",
+    ]
+    assert ctpipe(*decode[:2], tmp_path / "with", *decode[2:]) == Exit.OK
+    ((_, figures),) = result(capsys)["written"].items()
+    assert figures["refiner_sha256"] == won["sha256"]
+    assert ctpipe(*decode[:2], tmp_path / "without", *decode[2:], "--refiner", "none") == Exit.OK
+    ((_, figures),) = result(capsys)["written"].items()
+    assert "refiner_sha256" not in figures
+    assert ctpipe(*decode[:2], tmp_path / "other", *decode[2:], "--detail", "absolute") == Exit.OK
+    ((_, figures),) = result(capsys)["written"].items()
+    assert "detail absolute" in figures["refiner_left_out"], "nobody asked for it, so nobody is refused"
 
 
 def test_a_vae_that_did_not_encode_the_store_is_refused(site: Site, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -214,6 +215,52 @@ def assert_clean(root: Path) -> None:
     assert result.problems == []
     assert result.orphans == 0
     assert not list(root.rglob(".aside-*"))
+
+
+@dataclass
+class FullDisk(QuickDisk):
+    """Room for so many more bytes; a write that does not fit leaves what did, as the kernel does."""
+
+    room: int
+
+    def write(self, path: Path, buffers: Sequence[Any]) -> None:
+        data = b"".join(bytes(memoryview(b).cast("B")) for b in buffers)
+        path.write_bytes(data[: max(self.room, 0)])
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def mkdir(self, path: Path) -> None:
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        FileSystem.mkdir(self, path)
+
+
+def test_a_full_disk_leaves_a_whole_store_and_the_run_resumes(tmp_path: Path) -> None:
+    """Full at thirty points of a run: the error says what to do, nothing half-written stays, a retry completes."""
+
+    def fresh(name: str) -> Path:
+        LatentStore.create(tmp_path / name, secret_fingerprint="f").register_encoding(ENCODING)
+        return tmp_path / name
+
+    enough = FullDisk(1 << 30)
+    work(fresh("enough"), enough, [])
+    total = (1 << 30) - enough.room
+    for room in range(0, total, total // 30):
+        root, disk = fresh(f"{room}"), FullDisk(room)
+        acknowledged: list[LatentRecord] = []
+        with pytest.raises(StoreError, match="no space left") as caught:
+            work(root, disk, acknowledged)
+        assert "room for" in caught.value.expected
+        assert "resumes" in caught.value.remedy
+        assert_sound(root, acknowledged)
+        assert not list(root.rglob(".aside-*"))
+        assert verify(LatentStore.open(root)).problems == []
+        disk.room = 1 << 30
+        work(root, disk, acknowledged)
+        assert_sound(root, acknowledged)
+        assert_clean(root)
+        shutil.rmtree(root)
 
 
 @pytest.mark.parametrize("stores", [1, pytest.param(50, marks=pytest.mark.slow)])

@@ -158,6 +158,15 @@ def test_consistency_is_reported_and_a_bias_is_taken_back(world: World, tmp_path
     assert with_it["rms_after_hu"] == pytest.approx(task.fit.noise_hu, rel=0.1)
 
 
+def test_a_stated_thickness_that_is_not_the_profile_is_said(world: World, tmp_path: Path) -> None:
+    (task,) = world.plan(generated=[world.generated("stated", 0.0)], split="test")
+    assert task.fit is not None
+    assert "stated_profile" not in run(world, task, tmp_path / "right").figures
+    wrong = replace(task, fit=replace(task.fit, stated_rms_hu=4 * task.fit.noise_hu))
+    said = run(world, wrong, tmp_path / "wrong").figures["stated_profile"]
+    assert f"box {task.fit.thickness_mm:g} mm is not this protocol's slice profile" in said
+
+
 def test_the_profile_is_fitted_on_other_patients_only(world: World) -> None:
     series = {s.series_key: s for s in world.store.series()}
     read = functools.partial(read_series, threads=1)

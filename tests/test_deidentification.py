@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +18,7 @@ from pydicom.dataset import Dataset
 from typer.testing import CliRunner, Result
 
 from cli.main import app
+from pipeline.phantom import make_patient
 from pipeline.private import PrivateStore
 
 NAME, DATE, TIME, NUMBER, UID = "Zyxwvut", "19470613", "101112.377", "8675309", "1.2.826.424242"
@@ -133,6 +136,90 @@ def test_nothing_planted_leaves_private(
     files = dict(outside_private(store))
     assert len(files) > 5
     assert {name: leaks(name + text) for name, text in files.items() if leaks(name + text)} == {}
+
+
+def anatomical_study(number: int) -> list[Scan]:
+    """A planted study whose pixels prove its pair: each thick slice is the mean of its five thin ones."""
+    thick, thin = planted_study(number)
+    patient = make_patient(number, size=32, n_thin=20).thin.hu
+    means = patient.reshape(4, 5, 32, 32).mean(axis=1).round().astype(patient.dtype)
+    return [replace(thick, image=means, pixel=10.0), replace(thin, image=patient, pixel=10.0)]
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A store through every step up to DICOM and report, with pixels that break and an archive that vanishes."""
+    root = tmp_path_factory.mktemp("worked")
+    data, store = root / f"{NAME}-archive", root / "store"
+    write_zip(data / "APE" / f"{NAME}^Jane {DATE}.zip", anatomical_study(11))
+    folder = data / "non-APE" / f"{NAME}^Joan" / DATE
+    folder.mkdir(parents=True)
+    for i, content in enumerate(planted_study(12)[1].files()):
+        (folder / f"{NAME}-{i}").write_bytes(content if i != 7 else content[:-64])
+    inline = ("--engine", "inline", "--threads", "1")
+    spoken: dict[str, str] = {}
+    handler, lines = logging.Handler(), list[str]()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CTPIPE_SECRET", raising=False)
+        patch.setattr(logging.root, "level", logging.DEBUG)
+        logging.root.addHandler(handler)
+        try:
+            steps: dict[str, tuple[object, ...]] = {
+                "ingest": ("ingest", data, store, "--workers", "1"),
+                "encode": ("encode", store, *inline),
+                "encode again": ("encode", store, *inline, "--json"),
+                "verify": ("verify", store),
+                "status": ("status", store, "--json"),
+                "decode": ("decode", store, root / "out", *inline),
+                "report": ("report", store, "--out", root / "store.html"),
+                "identified": ("decode", store, root / "identified", "--restore-identity", *inline),
+            }
+            for name, words in steps.items():
+                result = run(*map(str, words))
+                spoken[name] = f"{result.stdout}{result.stderr}{result.exception or ''} [{result.return_value}]"
+            data.rename(root / "gone")
+            for name, words in {
+                "decode, archive gone": ("decode", store, root / "late", *inline, "--json"),
+                "report, archive gone": ("report", store, "--out", root / "late.html"),
+                "ingest, archive gone": ("ingest", data, store),
+            }.items():
+                result = run(*map(str, words))
+                spoken[name] = f"{result.stdout}{result.stderr}{result.exception or ''} [{result.return_value}]"
+        finally:
+            logging.root.removeHandler(handler)
+    return {"root": root, "store": store, "spoken": spoken, "logged": "\n".join(lines)}
+
+
+def test_no_step_says_a_planted_word(worked: dict[str, Any]) -> None:
+    spoken = worked["spoken"]
+    assert "pixel data cut short" in spoken["encode"], "a broken slice must have been met"
+    assert "cannot be opened" in spoken["decode, archive gone"], "a vanished archive must have been met"
+    paths = str(worked["root"])
+    assert {name: leaks(text.replace(paths, "")) for name, text in spoken.items() if leaks(text)} == {}
+    assert worked["logged"]
+    assert leaks(worked["logged"]) == []
+
+
+def test_no_latent_dicom_or_page_holds_a_planted_word(worked: dict[str, Any]) -> None:
+    root: Path = worked["root"]
+    files = dict(outside_private(worked["store"]))
+    for path in sorted([*root.glob("out/**/*"), *root.glob("late/**/*"), *root.glob("*.html")]):
+        if path.is_file():
+            files[str(path.relative_to(root))] = path.read_bytes().decode("latin-1")
+    kinds = Counter(Path(name).suffix for name in files)
+    assert kinds[".dcm"] >= 20
+    assert kinds[".html"] == 2
+    assert kinds[".parquet"] >= 4
+    assert any("latents.zarr" in name for name in files)
+    assert {name: leaks(name + text) for name, text in files.items() if leaks(name + text)} == {}
+
+
+def test_identity_comes_back_where_it_is_asked_for(worked: dict[str, Any]) -> None:
+    """The control for DICOM: the same search finds the patient in a series that was to carry the identity."""
+    files = sorted(worked["root"].glob("identified/**/*.dcm"))
+    assert files
+    assert set(leaks(files[0].read_bytes().decode("latin-1"))) >= {"zyxwvut", NUMBER, "424242"}
 
 
 def test_private_knows_it_all(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

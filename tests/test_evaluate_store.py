@@ -117,7 +117,7 @@ def test_every_method_is_scored_on_every_pair(done: tuple[Path, dict[str, Any]])
     _, document = done
     assert document["cases"] == document["patients"] == 3
     assert set(document["methods"]) == {
-        "nearest", "linear", "cubic", "lanczos", "cubic_back_projection", "condition_round_trip",
+        "nearest", "linear", "cubic", "lanczos", "cubic_back_projection", "cubic_consistent", "condition_round_trip",
         "model", "vae_ceiling",
     }  # fmt: skip
     assert document["failures"] == {}
@@ -140,11 +140,12 @@ def test_a_case_that_is_done_is_not_done_again(
     first = folder / "cases" / f"{world.pairs[0].pair_key}.json"
     kept = first.read_text(encoding="utf-8")
     first.write_text("{", encoding="utf-8")
-    with pytest.raises(AssertionError, match="evaluated again"):
-        world.run(folder)
+    again = world.run(folder)
+    assert ["AssertionError" in str(case.failures) for case in again] == [True, False, False], "only the torn one"
+    assert first.read_text(encoding="utf-8") == "{", "a bug's failure is not kept: the next run tries it again"
     first.write_text(kept, encoding="utf-8")
-    with pytest.raises(AssertionError, match="evaluated again"):
-        world.run(folder, identity="another checkpoint")
+    other = world.run(folder, identity="another checkpoint")
+    assert all("AssertionError" in str(case.failures) for case in other)
 
 
 def test_nan_and_missing_latents_are_said_by_case(world: World, tmp_path: Path) -> None:
@@ -210,12 +211,13 @@ def test_a_thick_series_of_another_pixel_spacing_is_resampled_and_said(
 
 
 def test_a_regression_network_stands_in_the_same_table(world: World, tmp_path: Path) -> None:
-    """Untrained it changes nothing: the figure is that of cubic interpolation made consistent."""
+    """Untrained it changes nothing, so that it equals cubic interpolation after the same consistency step."""
     card = RefinerCard(RefinerConfig(2, 1), (40.0, 400.0), (1.0, 1.0), "none", {})
     file = save_refiner(Refiner(card.config), card, tmp_path / "refiner.safetensors")
     (case,) = world.run(tmp_path / "e", first=1, regression=file)
-    assert case.scores["regression"]["psnr_db"] == pytest.approx(case.scores["cubic"]["psnr_db"], abs=0.7)
-    assert case.scores["regression"]["consistency"]["ratio"] < case.scores["cubic"]["consistency"]["ratio"] + 1e-6
+    assert case.scores["regression"]["psnr_db"] == pytest.approx(case.scores["cubic_consistent"]["psnr_db"], abs=1e-3)
+    ratios = {name: case.scores[name]["consistency"]["ratio"] for name in ("cubic", "cubic_consistent")}
+    assert ratios["cubic_consistent"] < ratios["cubic"]
 
 
 def test_known_structures_of_phantoms_are_measured(done: tuple[Path, dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from average_codec import AverageCodec
 from killed_writer import QuickDisk
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from diffusion.config import DataConfig
 from diffusion.stream import PairStream
-from latentcache.freshness import pair_digest, stale_rows
+from latentcache.freshness import pair_digest, pair_digests, stale_rows
 from latentcache.gc import collect
 from latentcache.location import FileSystem, LocalLocation
 from latentcache.pins import pin
@@ -31,7 +32,7 @@ from pipeline.phantom import write_dataset
 
 __all__ = ["lives"]
 KEY = ENCODING.encode_key
-N_THIN = 24
+N_THIN = 46
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def test_a_changed_source_makes_a_row_stale(store: LatentStore) -> None:
 def test_a_pairs_latent_depends_on_both_sources() -> None:
     assert len({pair_digest("a", "b"), pair_digest("b", "a"), pair_digest("a", "c")}) == 3
     assert pair_digest("", "b") == pair_digest("a", "") == ""
+    columns = (pa.chunked_array([["a", "b", "", "a"]]), pa.chunked_array([["b", "a", "b", ""]]))
+    assert pair_digests(*columns).to_pylist() == [pair_digest("a", "b"), pair_digest("b", "a"), "", ""]
 
 
 def test_retired_rows_stay_in_older_snapshots_until_gc_may_take_them(store: LatentStore) -> None:
@@ -186,7 +189,7 @@ def by_role(store: LatentStore) -> dict[str, LatentRecord]:
 
 
 def change_a_pixel_of_the_thin_series(path: Path) -> None:
-    """One byte of one slice: the archive a scanner might send again after a correction."""
+    """One row of one slice: the archive a scanner might send again after a correction."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
     folders: dict[str, list[str]] = {}
@@ -194,7 +197,8 @@ def change_a_pixel_of_the_thin_series(path: Path) -> None:
         folders.setdefault(name.rpartition("/")[0], []).append(name)
     chosen = sorted(max(folders.values(), key=len))[3]
     data = bytearray(members[chosen])
-    data[-10] ^= 1
+    for offset in range(len(data) - 32 * 32, len(data) - 32 * 31, 2):
+        data[offset] ^= 16  # a row in the middle, where tissue is
     members[chosen] = bytes(data)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():

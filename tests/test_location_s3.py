@@ -89,6 +89,34 @@ def test_a_server_that_stays_broken_is_named(server: S3Server, url: str, monkeyp
     np.testing.assert_array_equal(store.read(row), latent(row.key))
 
 
+def test_a_server_whose_disk_is_full_loses_nothing(server: S3Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes are refused with 507 from each one of a commit on: what was committed stays, and a retry completes."""
+    real = location_s3.S3Store.from_url
+    monkeypatch.setattr(
+        location_s3.S3Store, "from_url", lambda u, **options: real(u, **options | {"retry_config": {"max_retries": 1}})
+    )
+    store = LatentStore.create(url, secret_fingerprint="f")
+    store.register_encoding(ENCODING)
+    with store.writer() as writer:
+        (first,) = writer.commit([stage(store, KEYS[0])])
+        staged = stage(store, KEYS[1])
+        for after in range(3):  # the manifest's fragment, then the timings', then the snapshot
+            puts: list[str] = []
+
+            def full(number: int, method: str, path: str, puts: list[str] = puts, after: int = after) -> str:
+                puts.extend([path] if method == "PUT" else [])
+                return "507" if method == "PUT" and len(puts) > after else ""
+
+            server.fault = full
+            with pytest.raises(StoreError, match="failed on"):
+                writer.commit([staged], [{"key": KEYS[1], "s": 1}])
+            server.fault = lambda number, method, path: ""
+            assert LatentStore.open(url).records() == [first]
+            assert verify(LatentStore.open(url)).problems == []
+        assert writer.commit([staged], [{"key": KEYS[1], "s": 1}]) == [staged]
+    assert LatentStore.open(url).records() == [first, staged]
+
+
 def test_wrong_credentials_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-key")
     with pytest.raises(StoreError, match="refused access"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from cli.decode import own_refiner
 from latentcache.errors import InputError
 from pipeline.compose import ComposeSettings, compose
 from pipeline.geometry import Geometry
@@ -173,6 +175,28 @@ def test_compose_refines_before_it_projects(tmp_path: Path) -> None:
     assert figures["refiner_change_hu"] == pytest.approx(rms, rel=0.02)
     _, projected = compose(decoded, WINDOW, thick, target, ComposeSettings(noise_hu=4.0, refiner=file))
     assert projected["rms_after_hu"] < projected["rms_before_hu"]
+
+
+def test_one_that_nobody_named_is_left_out_where_it_does_not_belong(tmp_path: Path) -> None:
+    file = replace(saved(network(), tmp_path), optional=True)
+    thick, target, composed = scene()
+    how = ComposeSettings(consistency=False, refiner=file)
+    _, fits = compose(composed, WINDOW, thick, target, how)
+    assert fits["refiner_sha256"] == file.sha256
+    _, figures = compose(composed, Window(0, 2000), thick, target, how)
+    assert "for the window 40:400" in figures["refiner_left_out"]
+    with pytest.raises(InputError, match="for the window"):
+        compose(composed, Window(0, 2000), thick, target, replace(how, refiner=replace(file, optional=False)))
+
+
+def test_a_refiner_of_earlier_weights_is_not_the_checkpoints_own(tmp_path: Path) -> None:
+    made = network()
+    card = RefinerCard(CONFIG, (40.0, 400.0), (0.9, 1.1), "residual", {"checkpoint_sha256": "a" * 64})
+    file = save_refiner(made, card, tmp_path / "refiner.safetensors")
+    own = own_refiner(tmp_path, "a" * 64, "cpu")
+    assert (own.sha256, own.optional) == (file.sha256, True)
+    assert own_refiner(tmp_path, "b" * 64, "cpu") is None
+    assert own_refiner(tmp_path / "elsewhere", "a" * 64, "cpu") is None
 
 
 def test_where_it_does_not_belong_it_is_refused(tmp_path: Path) -> None:

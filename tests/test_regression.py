@@ -81,7 +81,7 @@ def test_a_runs_time_is_that_of_its_steps(tmp_path: Path) -> None:
 def test_a_short_training_already_beats_interpolation(
     store: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eighty steps on a phantom: the written network lowers the error of the interpolation that it is given."""
+    """Sixty steps on a phantom: the written network lowers the error of the interpolation that it is given."""
     patient = make_patient(3, 48, 60)
     z = np.array(patient.thin.geometry.z_mm)
     low, high = patient.thick.geometry.extent_mm
@@ -90,11 +90,11 @@ def test_a_short_training_already_beats_interpolation(
     case = RefinerCase("s", Volume(patient.thin.hu[kept], lattice), patient.thick)
     monkeypatch.setattr(RefinerSource, "case", lambda self, key: case)
     monkeypatch.setattr("pipeline.private.PrivateStore.open", lambda *_: None)
-    monkeypatch.setattr(command, "ALL_STEPS", 80)  # steps end it, not the clock: the result is the same anywhere
+    monkeypatch.setattr(command, "ALL_STEPS", 60)  # steps end it, not the clock: the result is the same anywhere
     (tmp_path / "run").mkdir()
-    said = command.run_training(str(store.url), tmp_path / "run", None, 1e6, 8, 1, (12, 32, 32), 3e-3, 0, "cpu", None)
+    said = command.run_training(str(store.url), tmp_path / "run", None, 1e6, 8, 1, (8, 32, 32), 3e-3, 0, "cpu", None)
     assert said["pairs"] == 2
-    assert said["steps"] == 80
+    assert said["steps"] == 60
     base = interpolated(case.thick, lattice, "cubic")
     how = ComposeSettings("absolute", False, refiner=RefinerFile.of(tmp_path / "run"))
     better, _ = compose(base, Window(), case.thick, lattice, how)

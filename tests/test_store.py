@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import S3Server, serve
 
+from latentcache import index
 from latentcache.errors import CorruptLatentError, InputError, NonFiniteError, StoreError
 from latentcache.records import Encoding, LatentRecord, PairRecord, SeriesRecord
 from latentcache.store import LatentStore
@@ -221,6 +222,19 @@ def test_the_first_committed_attempt_wins(store: LatentStore) -> None:
     with LatentStore.open(store.url).writer() as writer:
         assert writer.commit([zombie]) == []
     assert LatentStore.open(store.url).records() == [first]
+
+
+def test_a_large_manifest_is_not_held_for_a_few_look_ups(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store.writer() as writer:
+        rows = [writer.commit([stage(store, n)])[0] for n in range(4)]
+    monkeypatch.setattr(index, "HELD_ROWS", 0)
+    monkeypatch.setattr(index, "FINDS", 4)
+    opened = LatentStore.open(store.url)
+    assert [opened.find(key(n), "thin") for n in range(5)] == [*rows, None]
+    assert opened._tables == {}
+    assert [opened.find(key(n), "thin") for n in range(4)] == rows
+    assert set(opened._tables) == {"manifest"}
+    assert opened.encoded() == [(ENCODING.encode_key, "thin")]
 
 
 def test_two_attempts_in_one_commit_give_one_row(store: LatentStore) -> None:

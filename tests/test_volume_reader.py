@@ -33,9 +33,10 @@ from pydicom.pixels import apply_rescale
 
 from latentcache.errors import InputError
 from pipeline.archive import open_source
+from pipeline.codecs import PixelError
 from pipeline.series import pointer_of, scan
 from pipeline.volume import SeriesPointer, Volume
-from pipeline.volume_reader import read_scanned, read_series
+from pipeline.volume_reader import read_scanned, read_series, read_slice
 
 
 def read_all(path: Path, threads: int = 1) -> list[Volume]:
@@ -303,3 +304,39 @@ def test_real_series_equal_pydicom(real_data: Path, name: str) -> None:
                 k = one.pointer_members.index((str(path), index, 0))
                 assert np.array_equal(volume.hu[k], apply_rescale(ds.pixel_array, ds))
                 assert volume.geometry.slice_position(k) == pytest.approx(tuple(ds.ImagePositionPatient), abs=1e-3)
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, SV1, JPEGLS])
+@pytest.mark.parametrize(("stored", "high"), [(0, 11), (20, 11), (12, 3), (12, 30)])
+def test_a_frame_of_impossible_form_is_refused(tmp_path: Path, syntax: str, stored: int, high: int) -> None:
+    """Found by fuzzing: the bits cleared above the stored ones were taken from the header unseen."""
+    files = series_files(anatomy(3, 16), syntax=syntax)
+    broken = []
+    for data in files:
+        ds = dcmread(io.BytesIO(data))
+        ds.BitsStored, ds.HighBit = stored, high
+        out = io.BytesIO()
+        ds.save_as(out)
+        broken.append(out.getvalue())
+    source = open_source(zip_of(tmp_path / "a.zip", broken))
+    (one,) = scan(source, keep_instances=True).series
+    assert one.status == "quarantined"
+    with pytest.raises(PixelError):
+        read_slice(source, one.instances[0])
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, SV1, RLE])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_memory_used_again_never_mixes_slices(tmp_path: Path, syntax: str, method: int) -> None:
+    """Series of growing size read in turn, members of unlike lengths, more threads than cores."""
+    for size in (16, 64, 24):
+        stored = anatomy(9, size, seed=size)
+        path = zip_of(tmp_path / f"{size}.zip", series_files(stored, syntax=syntax), method)
+        np.testing.assert_array_equal(read_all(path, threads=4)[0].hu, stored.astype(np.int16) - 1024)
+
+
+def test_one_broken_slice_stops_all_threads(tmp_path: Path) -> None:
+    files = series_files(anatomy(40, 16), syntax=SV1)
+    files[20] = files[20][:-60] + bytes(60)
+    with pytest.raises(InputError):
+        read_all(zip_of(tmp_path / "a.zip", files), threads=3)

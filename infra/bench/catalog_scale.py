@@ -122,7 +122,7 @@ def _plan(store_url: str, archives: int) -> dict[str, Any]:
 
 
 def _simulate(store_url: str, archives: int) -> None:
-    from latentcache.manifest import extend
+    from latentcache.compaction import extend
     from latentcache.store import LatentStore
     from pipeline.private import PrivateStore
 

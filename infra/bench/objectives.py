@@ -88,14 +88,15 @@ def run_all(options: argparse.Namespace, keep: Path) -> None:
     keep.mkdir(parents=True, exist_ok=True)
     grid = (options.size, options.slices)
     held_out = [load_case(keep, vae, options.score, n, *grid) for n in range(options.held_out)]
-    references = references_of(vae, held_out, keep, options)
+    given = [decoded_condition(vae, case, keep, n, options) for n, case in enumerate(held_out)]
+    references = references_of(vae, held_out, given, keep, options)
     for name, value in references.items():
         print(f"  {name:14} {value:6.2f} dB", flush=True)
     table = {}
     for name in options.only.split(","):
         row = Row(name, keep, options)
         row.train(vae, lambda: [load_case(keep, vae, "train", n, *grid) for n in range(options.patients)])
-        row.score(vae, held_out)
+        row.score(vae, held_out, given)
         table[name] = row.table()
         for steps, scores in table[name]["by_inference_steps"].items():
             print(
@@ -151,20 +152,19 @@ class Row:
         self.save()
         end_of_session(self.options, summary.stopped_by != "finished")
 
-    def score(self, vae: Vae, cases: list[Case]) -> None:
+    def score(self, vae: Vae, cases: list[Case], given: list[NDArray[np.float32]]) -> None:
         """Sample and decode what has not been scored yet."""
         model = Interpolator.load(self.folder / "run", which="last")
         for number, case in enumerate(cases):
             keys = {steps: f"{steps}/{number}" for steps in STEPS.get(self.name, NOISE_STEPS)}
             todo = {steps: key for steps, key in keys.items() if key not in self.state["scores"]}
-            given = decode(vae, case.condition, case) if todo else None
             for steps, key in todo.items():
                 drawn = model.generate_samples(case.condition, self.options.samples, num_inference_steps=steps, seed=1)
                 scores = {}
                 for what, latent in (("one_sample", drawn[0]), ("mean_of_samples", drawn.mean(0))):
                     volume = decode(vae, latent, case)
                     scores[f"{what}_db"] = psnr(volume, case)
-                    scores[f"{what}_detail_db"] = psnr(case.linear + volume - given, case)
+                    scores[f"{what}_detail_db"] = psnr(case.linear + volume - given[number], case)
                     scores[f"{what}_latent_gain_db"] = latent_gain(latent, case, model.std)
                 self.state["scores"][key] = scores
                 self.save()
@@ -204,17 +204,33 @@ def latent_gain(predicted: NDArray[np.float32], case: Case, std: list[float]) ->
     return 10 * math.log10(float(before / np.square((predicted - case.thin_latent) / scale).mean()))
 
 
-def references_of(vae: Vae, cases: list[Case], keep: Path, options: argparse.Namespace) -> dict[str, float]:
+def decoded_condition(
+    vae: Vae, case: Case, keep: Path, number: int, options: argparse.Namespace
+) -> NDArray[np.float32]:
+    """decode(linear) of a held-out patient, kept."""
+    path = keep / "cases" / f"{options.score}-{number}-{options.size}-{options.slices}-{vae.sha256[:8]}.decoded.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(aside, decode(vae, case.condition, case))
+        aside.rename(path)
+    decoded: NDArray[np.float32] = np.load(path)
+    return decoded
+
+
+def references_of(
+    vae: Vae, cases: list[Case], given: list[NDArray[np.float32]], keep: Path, options: argparse.Namespace
+) -> dict[str, float]:
     """Mean PSNR of what bounds the objectives; kept."""
     path = keep / f"references-{options.score}-{options.size}-{options.slices}-{len(cases)}.json"
     if not path.exists():
         rows = [
             {
                 "linear": psnr(case.linear, case),
-                "decode_linear": psnr(decode(vae, case.condition, case), case),
+                "decode_linear": psnr(volume, case),
                 "vae_ceiling": psnr(decode(vae, case.thin_latent, case), case),
             }
-            for case in cases
+            for case, volume in zip(cases, given, strict=True)
         ]
         path.write_text(json.dumps({name: float(np.mean([row[name] for row in rows])) for name in rows[0]}))
     kept: dict[str, float] = json.loads(path.read_text())

@@ -30,7 +30,9 @@ from cli.main import app
 from pipeline.metrics import TISSUE_CLASSES_HU
 from pipeline.report_views import label, ordered
 
-WINDOW_METHODS = ("nearest", "linear", "cubic", "cubic_back_projection", "vae_ceiling", "regression", "model")
+WINDOW_METHODS = (
+    "nearest", "linear", "cubic", "cubic_back_projection", "cubic_consistent", "vae_ceiling", "regression", "model",
+)  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -25,7 +25,8 @@ THICK, DEPTHS = 60, (64, 76, 88)
 
 def measure(root: Path, rows: int) -> dict[str, float]:
     """Write a store of ``rows`` latents; in a fresh process open it, plan an epoch and look one key up."""
-    from latentcache.manifest import Snapshot, extend, snapshot_path
+    from latentcache.compaction import extend
+    from latentcache.manifest import Snapshot, snapshot_path
     from latentcache.records import Encoding
     from latentcache.store import LatentStore
 

@@ -73,7 +73,6 @@ def main() -> None:
     result |= {
         "bench": "train",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} cpu",
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "quick": options.quick,
         "medium_parameters": parameter_count(model_preset("medium")),
@@ -147,6 +146,7 @@ def cached_against_in_loop(folder: Path, device: torch.device, options: Any) -> 
             trainer.training_step(step)
         seconds[name] = (time.perf_counter() - begin) / options.steps
     return {
+        "epoch_threads": torch.get_num_threads(),
         "epoch_volume_zyx": [4 * depth, 4 * side, 4 * side],
         "epoch_cached_step_s": round(seconds["cached"], 4),
         "epoch_in_loop_step_s": round(seconds["in_loop"], 4),

@@ -42,6 +42,7 @@ def full_width(device: torch.device) -> dict[str, Any]:
     with torch.inference_mode():
         encode["monai"] = seconds(lambda: monai.encode(((volume + 1) / 2)[None, None].to(device)))
     result: dict[str, Any] = {f"width_encode_s_{name}": round(value, 2) for name, value in encode.items()}
+    result["width_threads"] = torch.get_num_threads()
     for grid, step in per_slab.items():
         result[f"width_step_s_{grid}"] = round(step, 2)
         for name, value in encode.items():
