@@ -113,8 +113,8 @@ def run_training(
     from diffusion.config import BudgetConfig, OptimiserConfig, ValidationConfig
     from diffusion.loop import Trainer
     from diffusion.loop_interface import LoopConfig
+    from diffusion.pinned import reopen
     from diffusion.run_card import RunCard
-    from diffusion.train import reopen
     from diffusion.world import World
     from latentcache.store import LatentStore
     from pipeline.decode_store import only_encoding, window_of

@@ -54,7 +54,7 @@ def check_precision(config: TrainConfig, device: torch.device) -> None:
     """Refuse bfloat16 on a CPU, where weight gradients of 3-D convolutions can be uninitialised memory.
 
     Raises:
-        InputError: See infra/decisions/0012-bf16-on-cpu.md for the measurement.
+        InputError: See infra/decisions/0011-bf16-on-cpu.md for the measurement.
     """
     if config.optimiser.precision == "bf16" and device.type == "cpu":
         raise InputError(

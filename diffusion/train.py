@@ -24,8 +24,7 @@ from diffusion.loop_interface import LoopConfig, Terms, TrainSummary
 from diffusion.losses import Decoder, ImageLosses
 from diffusion.objective import Objective, build_objective
 from diffusion.perceptual import load_vgg19
-from diffusion.pinned import pin_snapshot
-from diffusion.pinned import reopen as reopen
+from diffusion.pinned import pin_snapshot, reopen
 from diffusion.progress import Meter, Progress, measured_matmul_rate
 from diffusion.run_card import RUN_CARD, RunCard
 from diffusion.stream import Batch, PairStream

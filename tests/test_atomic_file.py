@@ -20,9 +20,14 @@ def test_text_replaces_what_was_there_and_leaves_nothing_beside_it(tmp_path: Pat
 def test_an_error_on_the_way_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="half way"), written_aside(path) as draft:
-        draft.write_bytes(b"ne")
-        assert path.read_bytes() == b"old", "nothing shows before the end"
-        raise RuntimeError("half way")
+
+    def fail_half_way() -> None:
+        with written_aside(path) as draft:
+            draft.write_bytes(b"ne")
+            assert path.read_bytes() == b"old", "nothing shows before the end"
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]

@@ -5,7 +5,7 @@
 Relative error (norm of the difference over the norm) of the output and both gradients, at every depth, the worst over
 plane sides and batches. The allocator is handed large numbers first: where a kernel leaves part of its result
 unwritten, they show. Prints a table, then one JSON object, which is also kept in infra/bench/results/. See
-infra/decisions/0012-bf16-on-cpu.md.
+infra/decisions/0011-bf16-on-cpu.md.
 """
 
 from __future__ import annotations
