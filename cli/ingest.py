@@ -26,6 +26,9 @@ With --pair-across-fov a thick series that no thin one shares its in-plane grid 
 view lies within its own. Such a pair is marked, its thick series is resampled in plane, and only the alignment `pixel`
 can use it. Run it on a store at any time.
 
+With --resample-variable-spacing a series whose slices are unevenly spaced, otherwise set aside, is interpolated to even
+positions whenever it is read, and marked. Archives already in the store need --rescan for it.
+
 Examples:
 
   ctpipe ingest /data/archive store
@@ -33,6 +36,8 @@ Examples:
   ctpipe ingest /data/archive store --splits splits.csv --exclude exclude.csv
 
   ctpipe ingest /data/archive store --pair-across-fov
+
+  ctpipe ingest /data/archive store --resample-variable-spacing --rescan
 
   ctpipe ingest s3://hospital/ct s3://research/store --private /secure/ct-private
 
@@ -54,6 +59,9 @@ def register(app: typer.Typer) -> None:
         ),
         pair_across_fov: Annotated[
             bool, typer.Option(help="Also pair series whose fields of view differ, if the thin lies within the thick.")
+        ] = False,
+        resample_variable_spacing: Annotated[
+            bool, typer.Option(help="Take series of uneven spacing too, interpolated to even positions.")
         ] = False,
         verify_pixels: Annotated[bool, typer.Option(help="Decode every series now, not only at encode.")] = False,
         rescan: Annotated[bool, typer.Option(help="Read unchanged archives again too.")] = False,
@@ -87,6 +95,7 @@ def register(app: typer.Typer) -> None:
             workers=1 if engine == "inline" else workers,
             cluster=spread if engine == "ray" or dask_scheduler else None,
             pair_across_fov=pair_across_fov,
+            resample_variable_spacing=resample_variable_spacing,
             exclude_folders=tuple(folders),
         )
         with _progress() as advance:

@@ -25,6 +25,7 @@ from pipeline.stack import (
     POSITION_TOLERANCE_MM,
     SAME_POSITION_MM,
     SPACING_TOLERANCE,
+    THIN_BELOW_MM,
     Stack,
     is_even,
     normal_of,
@@ -32,7 +33,6 @@ from pipeline.stack import (
 
 MIN_TILT_DEG = 0.1
 MIN_SLICES = 3
-THIN_BELOW_MM = 2.5
 
 SamePixels = Callable[[Instance, Instance], bool]
 """Whether two instances hold the same image; reads pixels, so it is asked only about slices at one position."""

@@ -51,6 +51,7 @@ class IngestOptions:
         rescan: Read archives again although nothing about them changed.
         workers: Processes that scan; 1 scans in this one.
         cluster: Scan on this engine's workers instead.
+        resample_variable_spacing: Take series of uneven spacing as if scanned evenly, see `even_spacing`.
         pair_across_fov: Pair thick series that no thin one has the grid of with one whose field of view lies within.
         exclude_folders: Folders not to enter, such as the store's own.
         batch: Archives a commit.
@@ -64,6 +65,7 @@ class IngestOptions:
     workers: int = 1
     cluster: EngineOptions | None = None
     pair_across_fov: bool = False
+    resample_variable_spacing: bool = False
     exclude_folders: tuple[Path, ...] = ()
     batch: int = BATCH
 
@@ -123,7 +125,9 @@ def ingest(
         return IngestSummary(dry_run=True, archives=_counts(plan, left_out))
     with store.writer():
         splits = PatientSplits(store, options.overrides.splits)
-        writer = BatchWriter(store, private, options.overrides, splits, options.pair_across_fov)
+        writer = BatchWriter(
+            store, private, options.overrides, splits, options.pair_across_fov, options.resample_variable_spacing
+        )
         done = 0
         for number, batch in enumerate(_batches(found, plan, options), start=1):
             writer.commit(batch)

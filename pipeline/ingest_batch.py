@@ -11,6 +11,7 @@ from latentcache.records import SeriesRecord
 from latentcache.store import LatentStore
 from pipeline.catalog_rows import series_where
 from pipeline.discover import UNLABELLED
+from pipeline.even_spacing import as_requested
 from pipeline.ingest_rows import PatientKeys, private_row, public_row, with_reason
 from pipeline.ingest_scan import ArchiveScan, scan_joined
 from pipeline.keys import Keys
@@ -40,6 +41,7 @@ class BatchWriter:
         overrides: Overrides,
         splits: PatientSplits,
         pair_across_fov: bool = False,
+        resample_variable_spacing: bool = False,
     ) -> None:
         self._store = store
         self._private = private
@@ -49,6 +51,7 @@ class BatchWriter:
         self._forgotten = private.forgotten()
         self._splits = splits
         self._across_fov = pair_across_fov
+        self._even = resample_variable_spacing
         self.outcomes: Counter[str] = Counter()
 
     def commit(self, scans: Sequence[ArchiveScan]) -> None:
@@ -56,7 +59,7 @@ class BatchWriter:
         known = self._known_archives(scans)
         self._count(scans, known)
         owner = {scan.found.url: scan.found for scan in scans}
-        found = self._joined(scans)
+        found = [(as_requested(one) if self._even else one, url) for one, url in self._joined(scans)]
         self._patients.learn(one for one, _ in found)
         rows: dict[str, SeriesRecord] = {}
         sources: list[SeriesRow] = []

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from latentcache.records import SeriesRecord
+from pipeline.even_spacing import RESAMPLED_FLAG
 from pipeline.keys import TELLING, Keys, identities_conflict, is_placeholder_id
 from pipeline.private import PrivateStore, one_of
 from pipeline.private_rows import SeriesRow
@@ -79,7 +80,7 @@ def public_row(one: ScannedSeries, keys: Keys, patient: tuple[str, tuple[str, ..
         role=one.role_hint,
         status=one.status,
         reason=one.reason,
-        n_slices=len(one.pointer_members),
+        n_slices=geometry.shape_zyx[0] if geometry else len(one.pointer_members),
         shape_zyx=geometry.shape_zyx if geometry else (0, 0, 0),
         spacing_mm_zyx=geometry.spacing_mm_zyx if geometry else (0.0, 0.0, 0.0),
         thickness_mm=geometry.thickness_mm if geometry else 0.0,
@@ -103,7 +104,7 @@ def _unknown_kernel(text: str, keys: Keys) -> str:
 def private_row(one: ScannedSeries, record: SeriesRecord) -> SeriesRow:
     """The row of PRIVATE for a scanned series."""
     return SeriesRow(
-        pointer=SeriesPointer(record.series_key, tuple(one.pointer_members)),
+        pointer=SeriesPointer(record.series_key, tuple(one.pointer_members), even=RESAMPLED_FLAG in one.flags),
         study_key=record.study_key,
         patient_key=record.patient_key,
         series_uid=one.series_uid,

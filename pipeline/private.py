@@ -43,7 +43,7 @@ from pipeline.private_rows import (
 from pipeline.secret import read_secret
 from pipeline.volume import SeriesPointer
 
-POINTER_COLUMNS = ("series_key", "sources", "slots", "members", "frames")
+POINTER_COLUMNS = ("series_key", "sources", "slots", "members", "frames", "even")
 COMPACT_ROWS = 50_000
 """Fragments below this many rows are merged: neither their number nor a merge's memory grows with the archive."""
 

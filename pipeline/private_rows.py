@@ -50,6 +50,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             "slots": _indices,
             "members": _indices,
             "frames": _indices,
+            "even": pa.bool_(),
         }
     ),
     "quarantine": _schema(
@@ -131,6 +132,7 @@ def series_dict(row: SeriesRow) -> dict[str, Any]:
         "slots": _unless_zero([slot[source] for source, _, _ in row.pointer.members]),
         "members": [member for _, member, _ in row.pointer.members],
         "frames": _unless_zero([frame for _, _, frame in row.pointer.members]),
+        "even": row.pointer.even,
     }
 
 
@@ -138,7 +140,8 @@ def pointer_of(row: Mapping[str, Any]) -> SeriesPointer:
     """The pointer that :func:`series_dict` took apart."""
     sources, zeros = row["sources"], [0] * len(row["members"])
     slices = zip(row["slots"] or zeros, row["members"], row["frames"] or zeros, strict=True)
-    return SeriesPointer(row["series_key"], tuple((sources[s], int(m), int(f)) for s, m, f in slices))
+    members = tuple((sources[s], int(m), int(f)) for s, m, f in slices)
+    return SeriesPointer(row["series_key"], members, even=bool(row["even"]))
 
 
 def _unless_zero(values: list[int]) -> list[int]:

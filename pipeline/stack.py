@@ -16,6 +16,8 @@ SAME_POSITION_MM = 0.01
 POSITION_TOLERANCE_MM = 0.06
 """Positions are often rounded to 0.1 mm: deviations up to here are rounding, not geometry."""
 SPACING_TOLERANCE = 0.02
+THIN_BELOW_MM = 2.5
+"""Spacing and thickness below which a series is a thin one."""
 
 
 @dataclass

@@ -16,11 +16,13 @@ class SeriesPointer:
     """Where a series' slices are, in ascending order along the slice normal. Private: names files.
 
     ``members`` holds one (source, member, frame) a slice: the archive's URL or path, the member's index in the central
-    directory (names can be duplicated) and the frame number (0 but for enhanced multi-frame).
+    directory (names can be duplicated) and the frame number (0 but for enhanced multi-frame). ``even``: a series of
+    uneven spacing is to be read at even positions (`even_spacing`).
     """
 
     series_key: str
     members: tuple[tuple[str, int, int], ...]
+    even: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from latentcache.errors import InputError
 from pipeline.archive import Scratch, Source, open_source
 from pipeline.assembly import order
+from pipeline.even_spacing import on_even_positions
 from pipeline.frames import FrameReader
 from pipeline.instance import Instance
 from pipeline.rescale import hu_dtype, rescale_into
@@ -50,7 +51,8 @@ def read_series(pointer: SeriesPointer, *, threads: int = 1) -> Volume:
         missing = [where for where in pointer.members if where not in found]
         if missing or not pointer.members:
             raise _changed(f"{len(missing)} of {len(pointer.members)} slices are no longer there")
-        return _read(pointer.members, [(sources[w[0]], found[w]) for w in pointer.members], threads)
+        volume = _read(pointer.members, [(sources[w[0]], found[w]) for w in pointer.members], threads)
+        return on_even_positions(volume) if pointer.even else volume
 
 
 def read_scanned(source: Source, scanned: ScannedSeries, *, threads: int = 1) -> Volume:
