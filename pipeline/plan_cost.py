@@ -47,7 +47,7 @@ class Rates:
     storage_read_mb_s: float = 1000.0
     storage_write_mb_s: float = 1000.0
     network_mb_s: float = 1250.0
-    decode_core_s: float = 0.68
+    decode_core_s: float = 0.5
     encode_gpu_s: float = 3.0
     encode_core_s: float = 720.0
     commit_s: float = 0.0002

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -52,6 +52,7 @@ def _sum(canvas: Canvas) -> float:
 @given(radius=st.floats(2.0, 9.0), pixel=st.floats(0.6, 2.5), offset=st.floats(-0.5, 0.5))
 @settings(max_examples=25, deadline=None)
 def test_a_sphere_keeps_its_volume_at_any_pixel_size(radius: float, pixel: float, offset: float) -> None:
+    assume(radius >= 1.5 * pixel)  # below, where the raster falls decides as much as the edge
     canvas = _empty(_grid(pixel))
     Ellipsoid((offset, -offset, offset), (radius, radius, radius), Material(1.0)).paint(canvas)
     # An edge blurred by sigma turns r^3 into r^3 + 3 r sigma^2; the painter's has a sigma of about a quarter pixel.
