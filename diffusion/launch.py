@@ -94,9 +94,10 @@ def train_on_ray(
                 remedy="Start one: ray start --head.",
             ) from error
 
-    def loop(config: dict[str, Any]) -> None:
+    def loop(config: dict[str, Any]) -> dict[str, Any]:
         figures = dict(worker(config))
         ray.train.report({"figures": figures})
+        return figures
 
     trainer = TorchTrainer(
         loop,
@@ -106,14 +107,15 @@ def train_on_ray(
         run_config=RunConfig(name="ray", storage_path=str(Path(settings["run"]).resolve())),
     )
     try:
-        metrics = trainer.fit().metrics or {}
+        result = trainer.fit()
     except Exception as error:
         raised = own_error(error)
         if raised is None:
             raise
         raise raised from error
-    figures: dict[str, Any] = metrics.get("figures", {})
-    return figures
+    # Newer versions of Ray Train keep metrics only with a checkpoint of their own, and hand on what rank 0 returned.
+    figures = getattr(result, "return_value", None) or (result.metrics or {}).get("figures", {})
+    return dict(figures)
 
 
 def own_error(error: BaseException) -> CtpipeError | None:
