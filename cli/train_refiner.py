@@ -60,8 +60,8 @@ def train_refiner(
 
     Half of the patches see the measured thick slices, half see thick slices simulated from the thin ones by other
     slice profiles, phases and overlaps. The validation split is scored with a profile that training never draws. Where
-    the output of --checkpoint wins by it there, the refiner becomes that run's own: decode, interpolate and evaluate
-    use it unless told otherwise.
+    the output of --checkpoint wins by it there, over a linear estimate too, the refiner becomes that run's own: decode,
+    interpolate and evaluate use it unless told otherwise.
 
     Examples:
 
@@ -164,9 +164,12 @@ def optimiser(learning_rate: float, steps: int, batch: int) -> OptimiserConfig:
 
 
 def wins(held_out: dict[str, float]) -> bool:
-    """Whether the refined slices beat the composed ones on held-out pairs under the held-out operator."""
-    gain = held_out.get("refined_psnr_db", -math.inf) - held_out.get("composed_psnr_db", math.inf)
-    return gain >= WIN_DB
+    """Whether the refined slices beat both of the network's inputs on held-out pairs under the held-out operator.
+
+    The linear estimate is one of them: what the consistency step gives without any learning is no win.
+    """
+    best = max(held_out.get(f"{name}_psnr_db", math.inf) for name in ("composed", "back_projected"))
+    return held_out.get("refined_psnr_db", -math.inf) - best >= WIN_DB
 
 
 def prepare_run(run: Path, resume: bool) -> None:
