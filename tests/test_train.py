@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -185,11 +187,20 @@ leave()
 """
 
 
+def free_port() -> int:
+    """A port that nobody listens on, below the range that outgoing connections are given theirs from."""
+    while True:
+        port = random.randint(10000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_of_one(store: LatentStore, tmp_path: Path, strategy: str) -> None:
     settings = ["optimiser.steps=20", "data.batch_size=1", f"parallel.strategy={strategy}"]
     train(store, tmp_path / "one", small("optimiser.steps=20"))
-    url, port = store.url.removeprefix("file://"), str(random.randint(20000, 50000))
+    url, port = store.url.removeprefix("file://"), str(free_port())
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", DISTRIBUTED, url, str(tmp_path / "two"), *SMALL, *settings],
