@@ -126,18 +126,22 @@ def decode(
     latents = LatentStore.open(store)
     people = PrivateStore.open(store, private)
     generated: Sequence[LatentStore] = ()
-    sampled: dict[str, Any] = {"checkpoint_sha256": "", "sampling": {}}
+    facts: dict[str, Any] = {"checkpoint_sha256": "", "sampling": {}}
+    lost: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, disable=not progress_wanted()) as progress:
         if checkpoint is None:
             encode_key = only_encoding(latents, encode_key)
         else:
+            from cli.sampling import Spread, sample_pairs
+
             options = {"sampler": sampler, "num_inference_steps": steps, "seed": seed}
-            encode_key, generated, sampled = sample_pairs(
-                latents, checkpoint, split, series, options, samples, uncertainty, device, progress
+            sampled = sample_pairs(
+                latents, checkpoint, split, series, options, samples, uncertainty, Spread(spread, threads), progress
             )
+            encode_key, generated, facts, lost = sampled.encode_key, sampled.stores, sampled.facts, sampled.failed
             if refiner is None:
-                composing = replace(composing, refiner=own_refiner(checkpoint, sampled["checkpoint_sha256"], device))
+                composing = replace(composing, refiner=own_refiner(checkpoint, facts["checkpoint_sha256"], device))
         writing = WriteSettings(
             out.absolute(),
             window_of(latents, encode_key),
@@ -146,7 +150,7 @@ def decode(
             uncertainty_map=uncertainty_map,
             enhanced=enhanced,
             store_snapshot=latents.snapshot,
-            **sampled,
+            **facts,
         )
         bar = progress.add_task("decoding", total=None)
         summary = decode_store(
@@ -158,6 +162,7 @@ def decode(
             vae=vae,
             memory_gib=memory_gib,
             generated=generated,
+            lost=lost,
             keys=series,
             split=split,
             torch_threads=threads,
@@ -168,52 +173,6 @@ def decode(
     lines += [f"set aside {key}: {reason}" for key, reason in sorted(summary.failed.items())]
     emit(asdict(summary), "\n".join(lines), as_json)
     return Exit.QUARANTINED if summary.failed else Exit.OK
-
-
-def sample_pairs(
-    latents: Any,
-    run: Path,
-    split: str | None,
-    wanted: list[str] | None,
-    options: dict[str, Any],
-    samples: int,
-    uncertainty: bool,
-    device: str,
-    progress: Any,
-) -> tuple[str, list[Any], dict[str, Any]]:
-    """Sample the pairs wanted; returns the encode key, the generated stores and what the provenance says of it.
-
-    With ``uncertainty`` every sample is a store of its own (consecutive seeds), so that each is decoded; else one store
-    holds the mean of the samples.
-    """
-    from diffusion.model import Interpolator
-    from diffusion.sample import SampleSettings, generate_store
-
-    model = Interpolator.load(run, device=device)
-    role = "thick_on_thin" if model.alignment == "pixel" else "thick"
-    there = {r.key for r in latents.records(model.encode_key, role)}
-    pairs = [
-        pair.pair_key
-        for pair in latents.pairs()
-        if pair.status == "ok"
-        and (split is None or pair.split == split)
-        and (wanted is None or {pair.pair_key, pair.thick_key} & set(wanted))
-        and (pair.pair_key if role == "thick_on_thin" else pair.thick_key) in there
-    ]
-    apart = samples if uncertainty else 1
-    bar = progress.add_task("sampling", total=apart * len(pairs) or None)
-    stores = []
-    for number in range(apart):
-        drawing = SampleSettings(
-            sampler=options["sampler"],
-            num_inference_steps=options["num_inference_steps"],
-            seed=options["seed"] + number,
-            samples=1 if uncertainty else samples,
-        )
-        done = generate_store(latents, model, pairs, None, drawing, progress=lambda *_: progress.update(bar, advance=1))
-        stores.append(latents.generated(done.generation_key))
-    said = sampling_facts(model, options, samples)
-    return model.encode_key, stores, {"checkpoint_sha256": model.checkpoint_sha256, "sampling": said}
 
 
 def refiner_of(run: Path | None, device: str) -> Any:

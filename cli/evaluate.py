@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +16,6 @@ from cli.spread import DaskScheduler, RayAddress, SeriesTimeout, Threads, engine
 
 if TYPE_CHECKING:
     from pipeline.engine import EngineOptions
-
-VIEWED_SAMPLES = 8
-"""Single samples whose spread the report's viewer shows, at most."""
 
 
 def register(app: typer.Typer) -> None:
@@ -90,8 +86,9 @@ def evaluate(
         choice = {"sampler": sampler, "num_inference_steps": steps, "samples": samples, "seed": seed}
         where = (run / "evaluation" / f"rplhr-{split}") if run else (out or Path("rplhr")) / split
         document = evaluate_rplhr(
-            Path(store), run, split, where, vae, choice, detail, consistency, device, memory_gib, limit, regression
-        )
+            Path(store), run, split, where, vae, choice, detail, consistency, device, memory_gib, limit, regression,
+            refiner,
+        )  # fmt: skip
         emit(document, summary_text(document, where), as_json)
         return Exit.QUARANTINED if document["failures"] else Exit.OK
     if protocol != "window" or run is None:
@@ -139,66 +136,48 @@ def evaluate_run(
     from rich.progress import Progress
 
     from cli.decode import own_refiner, refiner_of
+    from cli.sampling import Spread, sample_for_scoring
     from diffusion.model import Interpolator
-    from diffusion.sample import SampleSettings, condition_of, generate_store
+    from diffusion.sample_plan import SampleSettings
     from latentcache.store import LatentStore
     from pipeline.compose import ComposeSettings, parse_detail
     from pipeline.decode_store import load_decoder
+    from pipeline.engine import EngineOptions
+    from pipeline.evaluate import failed
     from pipeline.evaluate_files import finish, log_test_use
     from pipeline.evaluate_methods import EvaluationSettings
     from pipeline.evaluate_store import SCORES_VERSION, evaluate_pairs
     from pipeline.hu import Window
     from pipeline.private import PrivateStore
+    from pipeline.progress import Progress as Told
+    from pipeline.progress import watched
+    from pipeline.ray_cluster import dashboard_of
 
     compose = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
     latents = LatentStore.open(store_url)
     identities = PrivateStore.open(store_url, private)
-    model = Interpolator.load(run, device=device)
+    model = Interpolator.load(run, "meta")
     corrects = refiner_of(refiner, device) if refiner else own_refiner(run, model.checkpoint_sha256, device)
     compose = replace(compose, refiner=corrects)
     encoding = latents.encoding(model.encode_key)
     load: Any = functools.partial(
         load_decoder, spec=vae, memory_gib=memory_gib, expected_sha256=encoding.vae_sha256, extra=encoding.extra
     )
-    own = spread is None or spread.name == "inline"
+    spread = spread or EngineOptions("inline", devices=(device,))
+    own = spread.name == "inline"
     decoder: Any = load(device) if own else None
     features, features_facts = features_of(vgg19, device)
-    encoded = {r.key for r in latents.records(model.encode_key, "thick_on_thin")}
-    usable = sorted((p for p in latents.pairs() if p.split == split and p.status == "ok"), key=lambda p: p.pair_key)
-    pairs = [p for p in usable if p.pair_key in encoded][:limit]
+    pairs, not_encoded = pairs_of(latents, model.encode_key, split, limit)
     network, network_facts = regression_of(latents, regression, device, pairs)
     settings = SampleSettings(sampler=sampler, num_inference_steps=steps, seed=seed, samples=samples)
     window = Window(encoding.window_center, encoding.window_width)
+    evaluation = EvaluationSettings(window, model.encode_key, compose, regression=network, features=features)
     with Progress(console=stderr, disable=not progress_wanted()) as progress:
-        bar = progress.add_task("sampling", total=len(pairs) or None)
-        sampled = generate_store(
-            latents,
-            model,
-            [p.pair_key for p in pairs],
-            None,
-            settings,
-            progress=lambda done, total, _: progress.update(bar, completed=done, total=total),
+        sampled = sample_for_scoring(
+            latents, run, model, pairs, evaluation.views, settings, Spread(spread, threads), progress
         )
-        generated = latents.generated(sampled.generation_key)
-
-        encode_key = model.encode_key  # what workers get must not drag the model along
-
-        def latent_of(pair: Any) -> Any:
-            record = generated.find(pair.pair_key, "thin", encode_key)
-            assert record is not None, "generate_store commits every pair asked for"
-            return generated.read(record)
-
-        def single_samples(pair: Any) -> Iterator[Any]:
-            condition, _ = condition_of(latents, model, pair)
-            for number in range(min(samples, VIEWED_SAMPLES)):
-                drawing = replace(settings, samples=1, seed=seed + number)
-                yield model.generate(condition, **asdict(drawing))
-
         scored_by = f"{sampled.generation_key}|{compose}|{SCORES_VERSION}|{network_facts}|{features_facts}"
-        identity = hashlib.sha256(scored_by.encode()).hexdigest()[:16]
-        evaluation = EvaluationSettings(
-            window, model.encode_key, compose, identity=identity, regression=network, features=features
-        )
+        evaluation = replace(evaluation, identity=hashlib.sha256(scored_by.encode()).hexdigest()[:16])
         folder = run / "evaluation" / split
         looks = None
         if split == "test":
@@ -206,12 +185,15 @@ def evaluate_run(
             if regression is not None:
                 log_test_use(regression, sampled.generation_key, len(pairs))
         bar = progress.add_task("scoring", total=len(pairs) or None)
-        cases = []
-        single = single_samples if samples > 1 else None
-        for case in evaluate_pairs(
-            latents, identities, decoder, pairs, latent_of, evaluation, folder, single,
+        lost = [p for p in pairs if p.pair_key in sampled.failed]
+        cases = [failed(p.pair_key, p.category, p.patient_key, sampled.failed[p.pair_key]) for p in lost]
+        left = [p for p in pairs if p.pair_key not in sampled.failed]
+        scored = evaluate_pairs(
+            latents, identities, decoder, left, sampled.latent_of, evaluation, folder, sampled.samples_of,
             options=spread, load=None if own else load, threads=threads,
-        ):  # fmt: skip
+        )  # fmt: skip
+        told = Told(latents.location, model.encode_key, len(left), "evaluate", dashboard_of(spread))
+        for case in watched(scored, told) if left or not pairs else ():
             cases.append(case)
             progress.update(bar, advance=1)
     facts = {
@@ -228,12 +210,20 @@ def evaluate_run(
             "consistency": consistency,
             "refiner_sha256": corrects.sha256 if corrects else "",
         },
-        "not_encoded": [p.pair_key for p in usable if p.pair_key not in encoded],
+        "not_encoded": not_encoded,
         "test_evaluations": looks,
         "regression": network_facts,
         "perceptual": features_facts,
     }
     return finish(folder, cases, facts), folder
+
+
+def pairs_of(latents: Any, encode_key: str, split: str, limit: int | None) -> tuple[list[Any], list[str]]:
+    """A split's encoded pairs in the order of their keys, ``limit`` at most, and the keys of those not encoded."""
+    encoded = {record.key for record in latents.records(encode_key, "thick_on_thin")}
+    usable = sorted((p for p in latents.pairs() if p.split == split and p.status == "ok"), key=lambda p: p.pair_key)
+    ready = [p for p in usable if p.pair_key in encoded]
+    return ready[:limit], [p.pair_key for p in usable if p.pair_key not in encoded]
 
 
 def regression_of(latents: Any, run: Path | None, device: str, evaluated: Any) -> tuple[Any, dict[str, Any] | None]:

@@ -23,10 +23,15 @@ def evaluate_rplhr(
     memory_gib: float | None,
     limit: int | None,
     regression: Path | None = None,
+    refiner: Path | None = None,
 ) -> dict[str, Any]:
-    """RPLHR-CT by its own protocol: the baselines, and the run's model where one is given."""
+    """RPLHR-CT by its own protocol: the baselines, and the run's model where one is given.
+
+    The model's output is refined as ``ctpipe interpolate`` refines it: by the run's own refiner, another, or none.
+    """
     from rich.progress import Progress
 
+    from latentcache.errors import InputError
     from pipeline.evaluate_files import finish, log_test_use
     from pipeline.rplhr import evaluate_dataset, find_cases
 
@@ -35,9 +40,17 @@ def evaluate_rplhr(
     if regression is not None:
         networks["regression"], facts["regression"] = _volume_regression(regression, consistency, device)
     if run is not None:
-        facts["settings"] = {"sampling": choice, "detail": detail, "consistency": consistency}
-        networks["model"], facts["checkpoint_sha256"] = _volume_model(
-            run, vae, choice, detail, consistency, device, memory_gib
+        networks["model"], facts["checkpoint_sha256"], refined_by = _volume_model(
+            run, vae, choice, detail, consistency, device, memory_gib, refiner
+        )
+        facts["settings"] = {
+            "sampling": choice, "detail": detail, "consistency": consistency, "refiner_sha256": refined_by,
+        }  # fmt: skip
+    elif refiner is not None and str(refiner) != "none":
+        raise InputError(
+            "--refiner without a run",
+            expected="a run whose output it corrects",
+            remedy="Name the training run: ctpipe evaluate RPLHR-CT RUN --protocol rplhr --refiner REFINER_RUN.",
         )
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     for folder_of in (run, regression):
@@ -54,11 +67,20 @@ def evaluate_rplhr(
 
 
 def _volume_model(
-    run: Path, vae: str, choice: dict[str, Any], detail: str, consistency: bool, device: str, memory_gib: float | None
-) -> tuple[Any, str]:
-    """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does."""
+    run: Path,
+    vae: str,
+    choice: dict[str, Any],
+    detail: str,
+    consistency: bool,
+    device: str,
+    memory_gib: float | None,
+    refiner: Path | None,
+) -> tuple[Any, str, str]:
+    """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does;
+    the SHA-256 of its checkpoint, and of the refiner ("" for none)."""
     import numpy as np
 
+    from cli.decode import own_refiner, refiner_of
     from cli.interpolate import encoding_of, load_codec
     from diffusion.model import Interpolator
     from pipeline.compose import ComposeSettings, compose, parse_detail
@@ -70,7 +92,8 @@ def _volume_model(
     encoding = encoding_of(model)
     codec = load_codec(vae, device, memory_gib, encoding)
     window = Window(encoding.window_center, encoding.window_width)
-    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
+    corrects = refiner_of(refiner, device) if refiner else own_refiner(run, model.checkpoint_sha256, device)
+    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency, refiner=corrects)
 
     def generate(thick: Any, thin: Any) -> Any:
         padding = encoding.pad_multiple_zyx
@@ -87,7 +110,7 @@ def _volume_model(
         hu, _ = compose(generated, window, thick, thin, composing, condition_hu=decoded(seen))
         return hu
 
-    return generate, model.checkpoint_sha256
+    return generate, model.checkpoint_sha256, corrects.sha256 if corrects else ""
 
 
 def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, dict[str, Any]]:

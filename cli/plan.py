@@ -18,6 +18,9 @@ def plan(
     series: Annotated[float, typer.Option(help="Series to encode, e.g. 1e6.")],
     gpus: Annotated[int, typer.Option(min=0, help="GPUs in all; 0 encodes on CPU cores.")] = 0,
     cores: Annotated[int | None, typer.Option(min=1, help="CPU cores in all; 6 beside each GPU by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Without GPUs: series encoded at once; one a core by default.")
+    ] = None,
     store: Annotated[
         str | None,
         typer.Option("--from", "--store", help="Take rates from the timings of this store's encode: more of its kind."),
@@ -51,7 +54,7 @@ def plan(
         )
     rates = override(rates, given)
     sources |= dict.fromkeys(given, "given")
-    found = cost(series, gpus, rates, cores)
+    found = cost(series, gpus, rates, cores, workers)
     lines = [
         f"{series:,.0f} series on {gpus} GPUs: {_time(found.hours)}; {found.binds} binds",
         f"reads {found.archive_tb:,.2f} TB, stores {found.store_tb:,.2f} TB of latents, "

@@ -28,7 +28,7 @@ def status(
     """
     from latentcache.status import status as count
     from latentcache.store import LatentStore
-    from pipeline.encode_commit import read_progress
+    from pipeline.progress import read_progress
 
     opened = LatentStore.open(store, snapshot)
     found = {**count(opened), "running": read_progress(opened.location)}
@@ -49,7 +49,9 @@ def _text(found: dict[str, Any]) -> str:
         to_do = f"{encoding['series_missing']} series to encode{stale}"
         lines.append(f"encode key {key}: {_counts(encoding['latents'])}; {to_do}")
         if "window" in encoding:
-            lines.append(f"  window {encoding['window']}, VAE {encoding['vae_sha256'][:12]}")
+            lines.append(
+                f"  window {encoding['window']}, tiling {encoding['tiling']}, VAE {encoding['vae_sha256'][:12]}"
+            )
         else:
             lines.append(f"  {encoding['problem']}")
     lines += [f"pinned: snapshot {number} by {', '.join(names)}" for number, names in found["pinned"].items()]
@@ -59,13 +61,18 @@ def _text(found: dict[str, Any]) -> str:
 
 def _running(job: dict[str, Any] | None) -> list[str]:
     """How far the job is that last wrote to the store; a silent one may have been killed."""
+    from pipeline.progress import STAGES
+
     if job is None:
         return []
     left = "" if job["seconds_left"] is None else f", {job['seconds_left'] / 60:.0f} min left"
-    return [
+    lines = [
         f"{job['stage']} {job['attempted']} of {job['planned']}, {job['per_second']:.2f} a second{left}; "
-        f"{job['latents']} latents committed; last heard of {job['silent_s']:.0f} s ago"
+        f"{job['done']} {STAGES[job['stage']]}; last heard of {job['silent_s']:.0f} s ago"
     ]
+    if job["dashboard"]:
+        lines.append(f"  Ray's dashboard: {job['dashboard']}")
+    return lines
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from diffusion.loop_interface import Terms
     from diffusion.stream import Step
     from latentcache.store import LatentStore
-    from pipeline.refiner import Refiner, RefinerCard, RefinerFile
+    from pipeline.refiner import RefinerCard, RefinerFile
     from pipeline.refiner_data import RefinerPatches
+    from pipeline.refiner_network import Refiner
     from pipeline.refiner_source import Sampled
 
 READ_AHEAD = 4
-CLIP_NORM = 0.1
+CLIP_NORM = 0.01
 """A few times the usual norm of the gradient: the first steps of a network without normalisation may overshoot."""
 HELD_OUT_PAIRS = 2
 WIN_DB = 0.1
@@ -44,11 +45,11 @@ def train_refiner(
     ] = None,
     vae: Annotated[str, typer.Option(help="The VAE that encoded the store: `tiny` or a path.")] = "tiny",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 4000,
-    patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "16,64,64",
+    patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "20,64,64",
     batch: Annotated[int, typer.Option(min=1, help="Patches a step.")] = 4,
-    width: Annotated[int, typer.Option(min=1, help="Channels of the network, on 2x2 pixels folded into one.")] = 32,
-    blocks: Annotated[int, typer.Option(min=0, help="Residual blocks; each widens its view by 2 slices.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the network, on 2x2 pixels folded into one.")] = 48,
+    blocks: Annotated[int, typer.Option(min=0, help="Residual blocks; each widens its view by 2 thick slices.")] = 6,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
     sampling_steps: Annotated[int | None, typer.Option(min=1, help="Of the diffusion run's sampler.")] = None,
     seed: Annotated[int, typer.Option(help="Of patches, operators and sampling.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
@@ -67,7 +68,7 @@ def train_refiner(
 
         ctpipe train-refiner STORE RUN --steps 4000
 
-        ctpipe train-refiner STORE RUN --checkpoint MODEL_RUN --device cuda --width 32 --blocks 5
+        ctpipe train-refiner STORE RUN --checkpoint MODEL_RUN --device cuda --width 64 --blocks 8
     """
     import torch
 
@@ -78,8 +79,9 @@ def train_refiner(
     from diffusion.world import World
     from latentcache.store import LatentStore
     from pipeline.private import PrivateStore
-    from pipeline.refiner import Refiner, RefinerCard, RefinerConfig
+    from pipeline.refiner import RefinerCard
     from pipeline.refiner_data import PatchSettings, RefinerPatches
+    from pipeline.refiner_network import Refiner, RefinerConfig
     from pipeline.refiner_source import RefinerSource, held_out_figures
 
     prepare_run(run, resume)
@@ -191,7 +193,7 @@ def parse_patch(text: str) -> tuple[int, int, int]:
 
     parts = text.split(",")
     if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"patch {text!r}", expected="D,H,W in voxels", remedy="For example --patch 16,64,64.")
+        raise InputError(f"patch {text!r}", expected="D,H,W in voxels", remedy="For example --patch 20,64,64.")
     depth, height, wide = (int(part) for part in parts)
     return depth, height, wide
 
@@ -246,16 +248,18 @@ def as_batch(patches: RefinerPatches, epoch: int, index: int) -> dict[str, Any]:
     import torch
 
     cut = patches.batch(epoch, index)
-    inputs, target = torch.from_numpy(cut["inputs"]), torch.from_numpy(cut["target"])
-    return {"inputs": inputs, "target": target, "study_key": cut["study_key"], "weight": torch.ones(len(inputs))}
+    inputs = {name: torch.from_numpy(part) for name, part in cut["inputs"]._asdict().items()}
+    target = torch.from_numpy(cut["target"])
+    return {**inputs, "target": target, "study_key": cut["study_key"], "weight": torch.ones(len(target))}
 
 
 def squared_error(module: Any, batch: dict[str, Any], step: int) -> Terms:
     """Mean squared error per patch, beside that of the network's input; PSNR is what it is judged by."""
     from diffusion.loop_interface import Terms
 
-    error = (module(batch["inputs"]) - batch["target"]).square().mean(dim=(1, 2, 3, 4))
-    before = (batch["inputs"][:, 1:2] - batch["target"]).square().mean(dim=(1, 2, 3, 4))
+    refined = module(batch["fine"], batch["thick"], batch["below"], batch["between"])
+    error = (refined - batch["target"]).square().mean(dim=(1, 2, 3, 4))
+    before = (batch["fine"][:, 1:2] - batch["target"]).square().mean(dim=(1, 2, 3, 4))
     return Terms(error, {"input": before})
 
 
@@ -265,17 +269,26 @@ def sampled(
     """Sample every training and validation pair once; what was sampled, and what is to be said of it."""
     from rich.progress import Progress
 
-    from cli.decode import sample_pairs
+    from cli.sampling import Spread, sample_pairs
+    from latentcache.errors import InputError
     from pipeline.decode_store import load_decoder
+    from pipeline.engine import EngineOptions
     from pipeline.refiner_source import Sampled
 
     options = {"sampler": None, "num_inference_steps": steps, "seed": seed}
     keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
     with Progress(console=stderr, disable=not progress_wanted()) as progress:
-        encode_key, stores, facts = sample_pairs(latents, checkpoint, None, keys, options, 1, False, device, progress)
-    encoding = latents.encoding(encode_key)
+        here = Spread(EngineOptions("inline", devices=(device,)))
+        done = sample_pairs(latents, checkpoint, None, keys, options, 1, False, here, progress)
+    if done.failed:
+        raise InputError(
+            f"{len(done.failed)} pairs that cannot be sampled, the first {next(iter(done.failed.items()))}",
+            expected="a sample of every training and validation pair",
+            remedy="Mend those pairs or exclude them, then run this again: what was sampled is kept.",
+        )
+    encoding = latents.encoding(done.encode_key)
     decoder = load_decoder(device, spec=vae, expected_sha256=encoding.vae_sha256, extra=encoding.extra)
-    return Sampled(encode_key, stores[0], decoder), facts
+    return Sampled(done.encode_key, done.stores[0], decoder), done.facts
 
 
 def _text(result: dict[str, Any], run: Path) -> str:

@@ -25,10 +25,10 @@ def train_regression(
     run: Annotated[Path, typer.Argument(help="Folder for the network; give it to `ctpipe evaluate --regression`.")],
     like: Annotated[Path | None, typer.Option(help="A diffusion run: its snapshot, window and training time.")] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="Training time, where no run is given.")] = None,
-    width: Annotated[int, typer.Option(min=1, help="Channels of the network, on 2x2 pixels folded into one.")] = 32,
-    blocks: Annotated[int, typer.Option(min=0, help="Residual blocks; each widens its view by 2 slices.")] = 3,
-    patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "16,64,64",
-    learning_rate: Annotated[float, typer.Option(help="Learning rate, constant after a warm-up.")] = 1e-3,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the network, on 2x2 pixels folded into one.")] = 48,
+    blocks: Annotated[int, typer.Option(min=0, help="Residual blocks; each widens its view by 2 thick slices.")] = 6,
+    patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "20,64,64",
+    learning_rate: Annotated[float, typer.Option(help="Learning rate, constant after a warm-up.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of weights and patches.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
@@ -119,8 +119,9 @@ def run_training(
     from latentcache.store import LatentStore
     from pipeline.decode_store import only_encoding, window_of
     from pipeline.private import PrivateStore
-    from pipeline.refiner import FILE_NAME, Refiner, RefinerCard, RefinerConfig, save_refiner
+    from pipeline.refiner import FILE_NAME, RefinerCard, save_refiner
     from pipeline.refiner_data import PatchSettings, RefinerPatches
+    from pipeline.refiner_network import Refiner, RefinerConfig
     from pipeline.refiner_source import RefinerSource
     from pipeline.regression import training_pairs, training_recipe
 

@@ -8,6 +8,7 @@ Shapes: C latent channels, D depth, H height, W width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,7 +102,8 @@ class Interpolator:
     ) -> Interpolator:
         """Loads a run's averaged weights (``ema.safetensors``, else ``model.safetensors``) in evaluation mode.
 
-        ``best`` falls back to ``last`` where the run has no best checkpoint yet.
+        ``best`` falls back to ``last`` where the run has no best checkpoint yet. On the device ``meta`` nothing is
+        loaded: what it says of the run (keys, alignment, objective) is there without the memory that weights take.
 
         Raises:
             InputError: No run there, no checkpoint yet, damaged weights, or weights of another architecture.
@@ -109,17 +111,11 @@ class Interpolator:
         run_dir = Path(run_dir)
         card = RunCard.read(run_dir)
         path = _weights_file(run_dir, which)
-        model = build_unet(card.unet_config)
-        try:
-            weights = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"the weights of checkpoint {which!r} cannot be read ({type(error).__name__})",
-                expected="a whole safetensors file",
-                remedy="Use the other of best and last, or restore the run from a copy.",
-            ) from error
-        check_tensors(model, weights)
-        model.load_state_dict(weights)
+        described = torch.device(device).type == "meta"
+        with torch.device("meta") if described else contextlib.nullcontext():
+            model = build_unet(card.unet_config)
+        if not described:
+            model.load_state_dict(_checked_weights(model, path, which))
         model = model.eval().requires_grad_(False).to(device)
         return cls.from_parts(
             model,
@@ -287,6 +283,19 @@ def _weights_file(run_dir: Path, which: Literal["best", "last"]) -> Path:
         expected="checkpoints/best or checkpoints/last with weights",
         remedy="Let `ctpipe train` reach its first checkpoint.",
     )
+
+
+def _checked_weights(model: nn.Module, path: Path, which: str) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"the weights of checkpoint {which!r} cannot be read ({type(error).__name__})",
+            expected="a whole safetensors file",
+            remedy="Use the other of best and last, or restore the run from a copy.",
+        ) from error
+    check_tensors(model, weights)
+    return weights
 
 
 def _sha256(path: Path) -> str:

@@ -65,6 +65,11 @@ def plan_epoch(buckets: NDArray[Any], samples_per_step: int, seed: int, epoch: i
     return EpochPlan(order[np.repeat(begin, length) + inside], bounds)
 
 
+def steps_in_epoch(buckets: NDArray[Any], samples_per_step: int) -> int:
+    """How many steps ``plan_epoch`` makes: the same every epoch."""
+    return int((-(-np.unique(buckets, return_counts=True)[1] // samples_per_step)).sum())
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass of one rank: samples of the store, and the weight of each (0 for a filler)."""

@@ -16,14 +16,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from diffusion.config import DataConfig
+from latentcache.codes import positions
 from latentcache.errors import InputError
 from latentcache.freshness import pair_digests, unlike
 from latentcache.records import ACROSS_FIELDS, LATENT_CHANNELS, LatentRole, Split
 from latentcache.schema import matrix
+from latentcache.statistics import Moments
 from latentcache.store import LatentStore
+from latentcache.whitening import ROW, moments_of
 
 EDGE_MM = 1e-3
-COLUMNS = ("key", "encode_key", "role", "shape", "path", "z0_mm", "dz_mm", "valid_zyx", "crc32c", "source_digest")
+PAIR = ("pair_key", "study_key", "category", "thick_key", "thin_key", "overlap_mm", "split", "status")
+LATENT = ("key", "role", "shape", "path", "z0_mm", "dz_mm", "valid_zyx", "crc32c", "source_digest")
+SERIES = ("series_key", "split", "n_slices", "source_digest")
 
 
 @dataclass(frozen=True)
@@ -162,17 +167,55 @@ def choose_encode_key(store: LatentStore, wanted: str | None) -> str:
     return wanted or present[0]
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What planning and whitening need of a snapshot, every table read once.
+
+    Attributes:
+        condition: Role of the condition's latents.
+        latents: Rows of the thin latents and of the conditions, of one encode key.
+    """
+
+    encode_key: str
+    condition: LatentRole
+    pairs: pa.Table
+    latents: pa.Table
+    catalog: pa.Table
+
+    @classmethod
+    def read(cls, store: LatentStore, encode_key: str, data: DataConfig) -> Tables:
+        condition: LatentRole = "thick_on_thin" if data.alignment == "pixel" else "thick"
+
+        def wanted(rows: pa.Table) -> Any:
+            role = pc.or_(pc.equal(rows["role"], "thin"), pc.equal(rows["role"], condition))
+            return pc.and_(pc.equal(rows["encode_key"], encode_key), role)
+
+        return cls(
+            encode_key,
+            condition,
+            store.pairs_table((*PAIR, "evidence") if condition == "thick" else PAIR),
+            store.manifest_table(tuple(dict.fromkeys((*LATENT, *ROW))), wanted),
+            store.catalog_table(SERIES),
+        )
+
+    def moments(self) -> Moments:
+        """Per channel over the training split's thin latents; see ``LatentStore.whitening``."""
+        return moments_of(self.latents, self.catalog, self.encode_key)
+
+
 def plan_pairs(
-    store: LatentStore, encode_key: str, data: DataConfig, split: Split | Literal["all"]
+    store: LatentStore, encode_key: str, data: DataConfig, split: Split | Literal["all"], tables: Tables | None = None
 ) -> tuple[PlannedPairs, dict[str, int]]:
     """The split's pairs whose latents are committed, in key order, and how many were left out for which reason.
+
+    Args:
+        tables: Of this store, encode key and alignment, where they were read already.
 
     Raises:
         InputError: Latents that cannot be one sample: of unlike grids, or of another channel count.
     """
-    role: LatentRole = "thick_on_thin" if data.alignment == "pixel" else "thick"
-    names = ("pair_key", "study_key", "category", "thick_key", "thin_key", "overlap_mm", "split", "status")
-    pairs = store.pairs_table((*names, "evidence") if role == "thick" else names)
+    tables = tables or Tables.read(store, encode_key, data)
+    role, pairs, catalog = tables.condition, tables.pairs, tables.catalog
     if split != "all":
         pairs = pairs.filter(pc.equal(pairs["split"], split))
     usable = pairs.filter(pc.equal(pairs["status"], "ok"))
@@ -182,22 +225,23 @@ def plan_pairs(
         across = np.asarray(pc.match_substring(usable["evidence"], ACROSS_FIELDS), bool)
         left_out["another field of view than the thick series (alignment `pixel` takes them)"] = int(across.sum())
         usable = usable.filter(pa.array(~across)).combine_chunks()
-    latents, thin_at, condition_at = _latents_of(store, encode_key, usable, role)
+    latents = tables.latents.select(LATENT)
+    thin_at, condition_at = _latents_of(latents, usable, role)
     left_out["no thin latent yet"] = int((thin_at < 0).sum())
     left_out[f"no {role} latent yet"] = int(((thin_at >= 0) & (condition_at < 0)).sum())
     there = np.flatnonzero((thin_at >= 0) & (condition_at >= 0))
     usable = usable.take(pa.array(there))
     thin, condition = Latents(latents, thin_at[there]), Latents(latents, condition_at[there])
 
-    catalog = store.catalog_table(("series_key", "n_slices", "source_digest"))
-    stale = _stale(catalog, usable, thin, condition, role)
+    thin_series, thick_series = (positions(usable[name], catalog["series_key"]) for name in ("thin_key", "thick_key"))
+    digests = [_taken(catalog["source_digest"], at, "") for at in (thin_series, thick_series)]
+    stale = _stale(digests, thin, condition, role)
     first, depth = whole_latents_inside(
         thin.column("z0_mm"), thin.column("dz_mm"), thin.shape[:, 1], matrix(usable, "overlap_mm").reshape(-1, 2)
     )
     left_out["a latent of an archive that has changed since (`ctpipe encode STORE --refresh`)"] = int(stale.sum())
     left_out["the overlap holds no whole latent"] = int((~stale & (depth == 0)).sum())
-    n_slices = pc.take(catalog["n_slices"], _index_in(usable["thick_key"], catalog["series_key"]))
-    thick = np.asarray(pc.fill_null(n_slices, 0), np.int64)
+    thick = np.asarray(_taken(catalog["n_slices"], thick_series, 0), np.int64)
     thick = np.where(thick > 0, thick, condition.column("valid_zyx").reshape(-1, 3)[:, 0])
 
     kept = np.flatnonzero(~stale & (depth > 0))
@@ -208,39 +252,31 @@ def plan_pairs(
     return planned, {reason: count for reason, count in left_out.items() if count}
 
 
-def _latents_of(
-    store: LatentStore, encode_key: str, pairs: pa.Table, role: LatentRole
-) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of thin latents and of conditions, and for each pair which of them are its own; -1 where it has none."""
-
-    def of_encoding(rows: pa.Table) -> Any:
-        wanted = pc.or_(pc.equal(rows["role"], "thin"), pc.equal(rows["role"], role))
-        return pc.and_(pc.equal(rows["encode_key"], encode_key), wanted)
-
-    latents = store.manifest_table(COLUMNS, of_encoding)
+def _latents_of(latents: pa.Table, pairs: pa.Table, role: LatentRole) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each pair, which rows are its thin latent and its condition; -1 where it has none."""
     named = "pair_key" if role == "thick_on_thin" else "thick_key"
     found = []
     for name, each in (("thin_key", "thin"), (named, role)):
         # By position among all rows: copying the rows of either role out would double the memory.
         own = pc.equal(latents["role"], each)
-        at = np.asarray(pc.fill_null(_index_in(pairs[name], latents["key"].filter(own)), -1), np.int64)
-        positions = np.append(np.flatnonzero(np.asarray(own)), -1)  # index -1 is the last: still -1
-        found.append(positions[at])
-    return latents, found[0], found[1]
+        rows = np.append(np.flatnonzero(np.asarray(own)), -1)  # index -1 is the last: still -1
+        found.append(rows[positions(pairs[name], latents["key"].filter(own))])
+    return found[0], found[1]
 
 
-def _index_in(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.index_in(keys, value_set=among.combine_chunks())
+def _taken(column: pa.ChunkedArray, at: NDArray[np.int64], absent: str | int) -> pa.ChunkedArray:
+    """A column's values at positions, ``absent`` where a position is -1."""
+    return pc.fill_null(pc.take(column, pa.array(at, mask=at < 0)), absent)
 
 
 def _stale(
-    catalog: pa.Table, pairs: pa.Table, thin: Latents, condition: Latents, role: LatentRole
+    digests: Sequence[pa.ChunkedArray], thin: Latents, condition: Latents, role: LatentRole
 ) -> NDArray[np.bool_]:
-    """Which pairs hold a latent that was made from another archive than the catalog now describes."""
-    digests = [
-        pc.fill_null(pc.take(catalog["source_digest"], _index_in(pairs[name], catalog["series_key"])), "")
-        for name in ("thin_key", "thick_key")
-    ]
+    """Which pairs hold a latent that was made from another archive than the catalog now describes.
+
+    Args:
+        digests: Of every pair's thin and thick series in the catalog.
+    """
     of_condition = pair_digests(*digests) if role == "thick_on_thin" else digests[1]
     return unlike(thin.text("source_digest"), digests[0]) | unlike(condition.text("source_digest"), of_condition)
 

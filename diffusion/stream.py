@@ -6,31 +6,26 @@ Shapes: B batch, C latent channels, D depth, H rows, W columns, all in latents; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from diffusion.alignment import align_depth
+from diffusion.batches import Batch, BatchReader
 from diffusion.config import DataConfig
-from diffusion.order import MicroBatch, draw_seed, plan_epoch, share_of_rank
-from diffusion.pairs import PlannedLatent, PlannedPair, PlannedPairs, choose_encode_key, plan_pairs
+from diffusion.order import EpochPlan, MicroBatch, plan_epoch, share_of_rank, steps_in_epoch
+from diffusion.pairs import PlannedPairs, Tables, choose_encode_key, plan_pairs
 from diffusion.prefetch import prefetch
-from latentcache.errors import InputError, NonFiniteError
+from latentcache.errors import InputError
 from latentcache.records import COMPRESSION, LATENT_CHANNELS, Split
 from latentcache.store import LatentStore
 
-Batch = dict[str, Any]
-"""``thin condition`` (B, 4, D, H, W) float32, whitened; ``mask`` (B, 1, D, H, W) float32, 1 where a latent holds
-scanned voxels;
-``thick``: list of (4, d, H, W), the whitened latents that each condition was made of; ``z_mm`` (B, D) float64;
-``study_key pair_key category``: lists of str; ``num_thin_slices num_thick_slices`` (B,) int64, of the whole series;
-``weight`` (B,) float32, 0 for a filler; ``noise_seed``: list of int, the sample's own random stream in this epoch."""
+__all__ = ["Batch", "PairStream", "Step"]
 
 
 @dataclass(frozen=True)
@@ -76,19 +71,24 @@ class PairStream:
     ) -> None:
         self.store, self.data, self.split = store, data, split
         self.samples_per_step, self.seed = samples_per_step, seed
-        self.rank, self.world, self.pin_memory = rank, world, pin_memory
+        self.rank, self.world = rank, world
         self.multiple = in_plane_multiple
         self.encode_key = choose_encode_key(store, data.encode_key)
-        mean, std = store.whitening(self.encode_key)
-        self.mean, self.std = (np.asarray(m, np.float32)[:LATENT_CHANNELS] for m in (mean, std))
-        self.pairs, self.left_out = plan_pairs(store, self.encode_key, data, split)
+        tables = Tables.read(store, self.encode_key, data)
+        moments = tables.moments()
+        self.mean, self.std = (np.asarray(m, np.float32)[:LATENT_CHANNELS] for m in (moments.mean, moments.std))
+        self.pairs, self.left_out = plan_pairs(store, self.encode_key, data, split, tables)
         self._shapes = self._sample_shapes(self.pairs)
         self._buckets = np.repeat(_numbered(self._shapes), data.windows_per_volume)
+        self._batches = BatchReader(
+            store, self.pairs, self._shapes, data, mean=self.mean, std=self.std, seed=seed, pin_memory=pin_memory
+        )
+        self._plans = _Plans(partial(plan_epoch, self._buckets, samples_per_step, seed))
         self.epoch, self.index = 0, 0
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        return len(plan_epoch(self._buckets, self.samples_per_step, self.seed, 0))
+        return steps_in_epoch(self._buckets, self.samples_per_step)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -126,10 +126,10 @@ class PairStream:
     def __iter__(self) -> Iterator[Step]:
         """Steps from the current position on, without end."""
         epoch, index = self.epoch, self.index
-        reader = prefetch(self._tasks(epoch, index), self.data.readers, self.data.read_ahead)
+        reader = self._prefetch(self._tasks(epoch, index))
         try:
             while True:
-                plan = plan_epoch(self._buckets, self.samples_per_step, self.seed, epoch)
+                plan = self._plans.of(epoch)
                 for k in range(index, len(plan)):
                     chosen = plan.step(k)
                     n_batches = len(share_of_rank(chosen, self.data.batch_size, self.rank, self.world))
@@ -140,13 +140,17 @@ class PairStream:
         finally:
             reader.close()  # type: ignore[attr-defined]
 
-    def _tasks(self, epoch: int, index: int) -> Iterator[partial[Batch]]:
+    def _tasks(self, epoch: int, index: int) -> Iterator[_Load]:
+        """What the readers draw from: an epoch is planned by the reader that comes to it first."""
         while True:
-            plan = plan_epoch(self._buckets, self.samples_per_step, self.seed, epoch)
+            plan = self._plans.of(epoch)
             for k in range(index, len(plan)):
                 for micro in share_of_rank(plan.step(k), self.data.batch_size, self.rank, self.world):
-                    yield partial(self.load, micro, epoch)
+                    yield _Load(self._batches, micro, epoch)
             epoch, index = epoch + 1, 0
+
+    def _prefetch(self, tasks: Iterator[_Load]) -> Iterator[Batch]:
+        return prefetch(tasks, self.data.readers, self.data.read_ahead, size=_Load.size)
 
     def fixed_batches(self, limit: int | None = None) -> Iterator[Batch]:
         """This rank's share of a pass in a fixed order with fixed windows and noise: the same at every validation."""
@@ -156,25 +160,7 @@ class PairStream:
             for k in range(len(plan))
             for m in share_of_rank(plan.step(k), self.data.batch_size, self.rank, self.world)
         ]
-        tasks = (partial(self.load, micro, -1) for micro in micros[:limit])
-        yield from prefetch(tasks, self.data.readers, self.data.read_ahead)
-
-    def load(self, micro: MicroBatch, epoch: int) -> Batch:
-        """Read the samples of a micro-batch and stack them."""
-        samples = [self._sample(index, epoch) for index in micro.samples]
-        batch: Batch = {
-            name: torch.from_numpy(np.stack([s[name] for s in samples]))
-            for name in ("thin", "condition", "mask", "z_mm")
-        }
-        batch["weight"] = torch.tensor(micro.weights, dtype=torch.float32)
-        for name in ("num_thin_slices", "num_thick_slices"):
-            batch[name] = torch.tensor([s[name] for s in samples])
-        for name in ("study_key", "pair_key", "category", "noise_seed"):
-            batch[name] = [s[name] for s in samples]
-        batch["thick"] = [torch.from_numpy(s["thick"]) for s in samples]
-        if self.pin_memory:
-            batch = {name: v.pin_memory() if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-        return batch
+        yield from self._prefetch(_Load(self._batches, micro, -1) for micro in micros[:limit])
 
     def _sample_shapes(self, pairs: PlannedPairs) -> NDArray[np.int64]:
         """(n, 3) depth, height and width of every pair's samples: window or bucketed depth, crop or the whole plane."""
@@ -195,75 +181,37 @@ class PairStream:
             )
         return np.column_stack([depth, plane])
 
-    def _sample(self, index: int, epoch: int) -> dict[str, Any]:
-        planned = self.pairs[index // self.data.windows_per_volume]
-        depth, height, width = (int(n) for n in self._shapes[index // self.data.windows_per_volume])
-        identity = (self.seed, epoch, planned.pair_key, index % self.data.windows_per_volume)
-        rng = np.random.Generator(np.random.PCG64(draw_seed("window", *identity)))
-        start = planned.first + int(rng.integers(planned.depth - depth + 1))
-        y = int(rng.integers(planned.thin.shape[2] - height + 1))
-        x = int(rng.integers(planned.thin.shape[3] - width + 1))
-        plane = (slice(None), slice(None), slice(y, y + height), slice(x, x + width))
-        thin = self._read(planned.thin, slice(start, start + depth))[plane]
-        z_mm = np.asarray(planned.thin.z0_mm + planned.thin.dz_mm * np.arange(start, start + depth), np.float64)
-        thick, condition = self._condition(planned, slice(start, start + depth), z_mm)
-        return {
-            "thin": thin,
-            "thick": thick[plane],
-            "condition": condition[plane],
-            "mask": valid_mask(planned.thin.valid_zyx, depth, planned.thin.shape[2:])[plane],
-            "z_mm": z_mm,
-            "study_key": planned.study_key,
-            "pair_key": planned.pair_key,
-            "category": planned.category,
-            "num_thin_slices": planned.thin.valid_zyx[0],
-            "num_thick_slices": planned.num_thick_slices,
-            "noise_seed": draw_seed("noise", *identity),
-        }
 
-    def _condition(
-        self, planned: PlannedPair, window: slice, z_mm: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The latents that the condition is made of, and the condition on the thin window's positions."""
-        if self.data.alignment == "pixel":
-            same = self._read(planned.condition, window)
-            return same, same
-        record = planned.condition
-        z_from = record.z0_mm + record.dz_mm * np.arange(record.shape[1])
-        low = max(0, int(np.searchsorted(z_from, z_mm[0], side="right")) - 1)
-        high = min(record.shape[1], int(np.searchsorted(z_from, z_mm[-1], side="left")) + 1)
-        low, high = min(low, record.shape[1] - 1), max(high, 1)
-        thick = self._read(record, slice(low, high))
-        aligned = align_depth(torch.from_numpy(thick), z_from[low:high], z_mm)
-        return thick, np.asarray(aligned, dtype=np.float32)
+@dataclass(frozen=True)
+class _Load:
+    """A batch to be read."""
 
-    def _read(self, record: PlannedLatent, depth: slice) -> NDArray[np.float32]:
-        """A window of a latent, whitened; (4, d, h, w) float32."""
-        # Where log-variances are stored too, they follow the means.
-        latent = np.asarray(self.store.read(record, depth=depth)[:LATENT_CHANNELS], dtype=np.float32)
-        latent -= self.mean[:, None, None, None]
-        latent /= self.std[:, None, None, None]
-        if not np.isfinite(latent).all():
-            raise NonFiniteError(
-                f"a {record.role} latent of series {record.key} holds NaN or infinity once whitened",
-                expected="finite latents",
-                remedy="Run `ctpipe verify STORE`, then encode the series again or exclude it.",
-            )
-        return latent
+    reader: BatchReader
+    micro: MicroBatch
+    epoch: int
+
+    def __call__(self) -> Batch:
+        return self.reader.load(self.micro, self.epoch)
+
+    def size(self) -> int:
+        return self.reader.size(self.micro)
+
+
+class _Plans:
+    """Plans of the epochs that are being read and trained on; made once each, by whichever thread asks first."""
+
+    def __init__(self, make: Callable[[int], EpochPlan]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._made: dict[int, EpochPlan] = {}
+
+    def of(self, epoch: int) -> EpochPlan:
+        with self._lock:
+            if epoch not in self._made:
+                self._made = {e: plan for e, plan in self._made.items() if e == epoch - 1} | {epoch: self._make(epoch)}
+            return self._made[epoch]
 
 
 def _numbered(shapes: NDArray[np.int64]) -> NDArray[np.int64]:
     """(n,) a number for every row of (n, 3), equal where rows are equal, in the rows' order."""
     base = int(shapes.max(initial=0)) + 1
     return np.unique(shapes @ np.array([base * base, base, 1]), return_inverse=True)[1].reshape(-1)
-
-
-def valid_mask(valid_zyx: tuple[int, int, int], depth: int, plane: tuple[int, int] | Any) -> NDArray[np.float32]:
-    """(1, depth, h, w) float32: 1 where a latent covers at least one scanned voxel in-plane, 0 in the padding.
-
-    Along depth every latent of a window lies inside the scan by construction.
-    """
-    mask = np.zeros((1, depth, *plane), dtype=np.float32)
-    rows, columns = (-(-n // COMPRESSION) for n in valid_zyx[1:])
-    mask[:, :, :rows, :columns] = 1.0
-    return mask

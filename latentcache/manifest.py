@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from latentcache.codes import row_codes, surely_distinct
 from latentcache.errors import StoreError
 from latentcache.location import Location
+from latentcache.pages import pages_used_again
 from latentcache.records import FORMAT_VERSION
 from latentcache.schema import KINDS, SCHEMAS, UNIQUE, Kind, check_schema
 
@@ -171,8 +173,15 @@ def read_fragment(
 def _open_fragment(
     location: Location, kind: Kind, fragment: Fragment, checked: set[str] | None = None
 ) -> pq.ParquetFile:
+    # Arrow's threads let go of it last. Python's memory would need an interpreter for that: a program that ends just
+    # then would abort.
+    buffer = pa.allocate_buffer(fragment.size)
+    data: Any = np.frombuffer(buffer, np.uint8)
     try:
-        data = location.read(fragment.path)
+        for _ in location.read_into(fragment.path, 0, [[data]]):
+            pass
+    except EOFError as error:
+        raise _damaged(fragment.path) from error
     except FileNotFoundError as error:
         raise StoreError(
             f"{fragment.path} is missing, though the snapshot lists it",
@@ -180,22 +189,22 @@ def _open_fragment(
             remedy="The store is a partial copy: copy it again, snapshots/ last.",
         ) from error
     known = checked is not None and fragment.path in checked
-    if len(data) != fragment.size or not (known or hashlib.sha256(data).hexdigest() == fragment.sha256):
+    if not (known or hashlib.sha256(data).hexdigest() == fragment.sha256):
         raise _damaged(fragment.path)
     if checked is not None:
         checked.add(fragment.path)
-    file = pq.ParquetFile(pa.BufferReader(data))
+    file = pq.ParquetFile(pa.BufferReader(buffer))
     check_schema(kind, file.schema_arrow, fragment.path)
     return file
 
 
-def read_row(location: Location, snapshot: Snapshot, kind: Kind, row: int) -> pa.Table:
+def read_row(location: Location, snapshot: Snapshot, kind: Kind, row: int, checked: set[str] | None = None) -> pa.Table:
     """One row by its number over all fragments in turn, as a table; decodes that row's group alone."""
     for fragment in snapshot.fragments[kind]:
         if row >= fragment.rows:
             row -= fragment.rows
             continue
-        file = _open_fragment(location, kind, fragment)
+        file = _open_fragment(location, kind, fragment, checked)
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if row < count:
@@ -218,7 +227,7 @@ def distinct(
 
 
 def _first_of_each(table: pa.Table, names: Sequence[str]) -> pa.Table:
-    return table.take(pa.array(np.sort(np.unique(row_codes(table, names), return_index=True)[1])))
+    return table.group_by(list(names), use_threads=False).aggregate([]).select(list(names))
 
 
 def read_table(
@@ -235,9 +244,9 @@ def read_table(
 
     Args:
         unique: False leaves later rows of an identity in, so that rows are numbered as in ``read_row``.
-        keep: Which rows, as a boolean mask over ``columns`` and the columns that identify a row. Fragments are read one
-            after the other, so that memory is that of the rows kept and of one fragment. The rows of one identity must
-            share one answer, or a row that a later one replaced would show.
+        keep: Which rows, as a boolean mask over the columns that identify a row, which are read first, a row group at
+            a time: memory is that of the rows kept and of one fragment's file. (All rows of one identity must share
+            one answer, or a row that a later one replaced would show.)
     """
     identity = UNIQUE[kind]
     wanted = None if columns is None else list(dict.fromkeys([*columns, *identity]))
@@ -245,17 +254,36 @@ def read_table(
     if wanted is not None:
         schema = pa.schema([schema.field(name) for name in wanted], schema.metadata)
     parts = [schema.empty_table()]
-    for fragment in snapshot.fragments[kind]:
-        part = read_fragment(location, kind, fragment, wanted, checked).select(schema.names).cast(schema)
-        parts.append(part if keep is None else part.filter(keep(part)))
+    with pages_used_again():
+        for fragment in snapshot.fragments[kind]:
+            if keep is None:
+                parts.append(read_fragment(location, kind, fragment, wanted, checked).select(schema.names).cast(schema))
+            else:
+                parts += _rows_kept(_open_fragment(location, kind, fragment, checked), schema, identity, keep)
     table = pa.concat_tables(parts)
     if unique and len(parts) > 2 and identity:
         table = unique_rows(table, kind)
     return table if columns is None else table.select(list(columns))
 
 
+def _rows_kept(file: pq.ParquetFile, schema: pa.Schema, identity: Sequence[str], keep: Keep) -> Iterator[pa.Table]:
+    """Every row group's rows that are wanted; of one that has none, no other column is decoded."""
+    others = [name for name in schema.names if name not in identity]
+    for group in range(file.num_row_groups):
+        known = file.read_row_group(group, list(identity))
+        mask = keep(known)
+        if not pc.any(mask).as_py():
+            continue
+        rest = file.read_row_group(group, others)
+        both = [known[name] if name in identity else rest[name] for name in schema.names]
+        part = pa.Table.from_arrays(both, schema=schema)
+        yield part if pc.all(mask).as_py() else part.filter(mask)
+
+
 def unique_rows(table: pa.Table, kind: Kind) -> pa.Table:
     """One row an identity: of catalog and pairs the last, of the manifest the first; in order of first appearance."""
+    if surely_distinct(table, UNIQUE[kind]):
+        return table
     codes = row_codes(table, UNIQUE[kind])
     _, first = np.unique(codes, return_index=True)
     if len(first) == len(codes):
@@ -264,13 +292,3 @@ def unique_rows(table: pa.Table, kind: Kind) -> pa.Table:
         return table.take(pa.array(np.sort(first)))
     _, last = np.unique(codes[::-1], return_index=True)
     return table.take(pa.array((len(codes) - 1 - last)[np.argsort(first)]))
-
-
-def row_codes(table: pa.Table, names: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """One integer a row, equal where the named columns are equal."""
-    codes = np.zeros(table.num_rows, np.int64)
-    for name in names:
-        column = pc.dictionary_encode(table.column(name)).combine_chunks()
-        part = column if isinstance(column, pa.DictionaryArray) else column.chunk(0)
-        codes = codes * max(len(part.dictionary), 1) + part.indices.to_numpy(zero_copy_only=False)
-    return codes

@@ -66,4 +66,9 @@ def _encoding(store: LatentStore, encode_key: str) -> dict[str, Any]:
     except CtpipeError as error:
         return {"problem": str(error)}
     window = f"{encoding.window_center:g}:{encoding.window_width:g}"
-    return {"vae_sha256": encoding.vae_sha256, "window": window, "posterior": encoding.posterior}
+    return {
+        "vae_sha256": encoding.vae_sha256,
+        "window": window,
+        "posterior": encoding.posterior,
+        "tiling": encoding.extra.get("tiling", {}).get("kind", "exact"),
+    }

@@ -110,7 +110,7 @@ class LatentStore:
         """Rows of a table in this snapshot. Few columns, or few rows, of a large manifest are read alone.
 
         Args:
-            keep: Which rows, as a boolean mask; it may look at ``columns`` and at what identifies a row.
+            keep: Which rows, as a boolean mask over the columns that identify a row (schema.UNIQUE).
         """
         whole = self._tables.get(kind)
         if whole is not None:

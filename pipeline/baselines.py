@@ -33,6 +33,20 @@ def back_projection_weights(
     return weights
 
 
+def projection(
+    operator: SliceOperator, interpolation: NDArray[np.float64], rounds: int = ROUNDS
+) -> NDArray[np.float64]:
+    """Matrix Q (n_thin, n_thick) by which ``rounds`` of x <- x + C (y - A x) are x + Q (y - A x), from any x.
+
+    Since x_n = (I - C A)^n x + sum over i < n of (I - C A)^i C y, that sum is Q, and I - Q A is (I - C A)^n.
+    """
+    correct = interpolation * operator.covered[None, :]
+    total = np.zeros_like(correct)
+    for _ in range(rounds):
+        total = total + correct - correct @ (operator.matrix @ total)
+    return total
+
+
 def weights(
     method: Baseline, thick_z_mm: NDArray[Any], thin_z_mm: NDArray[Any], profile: SliceProfile
 ) -> NDArray[np.float64]:

@@ -19,7 +19,9 @@ from pipeline.engine import EngineOptions, Outcome, Stage, stream
 from pipeline.hu import Window
 from pipeline.log_lines import note
 from pipeline.private import PrivateStore
+from pipeline.progress import Progress, watched
 from pipeline.protocol_fit import Protocols
+from pipeline.ray_cluster import dashboard_of
 from pipeline.seen_folder import check_seen, mark
 from pipeline.threads import pin
 from pipeline.vae_tiling import as_encoded
@@ -115,6 +117,7 @@ def decode_store(
     vae: str,
     memory_gib: float | None = None,
     generated: Sequence[LatentStore] = (),
+    lost: Mapping[str, str] | None = None,
     keys: Sequence[str] | None = None,
     split: str | None = None,
     torch_threads: int = 2,
@@ -123,6 +126,7 @@ def decode_store(
     """Write every series wanted that is not in the output folder yet; a series that fails does not stop the others.
 
     Args:
+        lost: Pairs that could not be sampled into ``generated``, and why: the summary counts them as set aside.
         torch_threads: Threads of one device's arithmetic; pinned, for equal bytes on every engine.
 
     Raises:
@@ -147,7 +151,7 @@ def decode_store(
             protocols=protocols if settings.compose.consistency and (generated or settings.compose_stored) else None,
         )
     )
-    if not tasks:
+    if not tasks and not lost:
         raise InputError(
             "no stored latent that matches",
             expected="at least one thin latent" + (f" in split {split}" if split else ""),
@@ -155,7 +159,7 @@ def decode_store(
         )
     out = Path(settings.write.out_dir)
     todo = [task for task in tasks if not (out / task.key).exists()]
-    summary = DecodeSummary(planned=len(tasks), already=len(tasks) - len(todo))
+    summary = DecodeSummary(planned=len(tasks), already=len(tasks) - len(todo), failed=dict(lost or {}))
     encoding = store.encoding(encode_key)
     load = functools.partial(
         load_decoder,
@@ -170,7 +174,8 @@ def decode_store(
             setup=functools.partial(set_up, seen=seen, threads=torch_threads, load=load),
             run=functools.partial(run_task, settings=settings, threads=torch_threads),
         )
-        for outcome in stream(todo, stage, options) if todo else ():
+        progress = Progress(store.location, encode_key, len(todo), "decode", dashboard_of(options))
+        for outcome in watched(stream(todo, stage, options), progress) if todo else ():
             _enter(outcome, summary)
             if on_outcome is not None:
                 on_outcome(outcome, len(todo))

@@ -41,9 +41,11 @@ def lung_mask(hu: NDArray[Any]) -> NDArray[np.bool_]:
     Raises:
         InputError: There is no such region.
     """
-    air = hu < LUNG_BELOW_HU
+    air = np.asarray(hu < LUNG_BELOW_HU)
     regions, count = label(air)
-    sizes = np.bincount(regions.ravel(), minlength=count + 1)
+    sizes = np.zeros(count + 1, dtype=np.int64)
+    for piece in regions:  # slice by slice, since both steps widen their indices to 64 bit
+        sizes += np.bincount(piece.ravel(), minlength=count + 1)
     sizes[0] = 0
     for face in (regions[:, 0], regions[:, -1], regions[:, :, 0], regions[:, :, -1]):
         sizes[np.unique(face)] = 0
@@ -51,7 +53,10 @@ def lung_mask(hu: NDArray[Any]) -> NDArray[np.bool_]:
         raise InputError(
             "no lung inside the body", expected="a closed air-filled region", remedy="Leave lung density out."
         )
-    return np.asarray((sizes >= 0.1 * sizes.max())[regions])
+    chosen = sizes >= 0.1 * sizes.max()
+    for k, piece in enumerate(regions):
+        air[k] = chosen[piece]
+    return air
 
 
 def lung_density(hu: NDArray[Any], mask: NDArray[np.bool_], voxel_mm3: float) -> LungDensity:

@@ -39,6 +39,8 @@ class CStore:
         from pydicom import dcmread
 
         association = self._associate(paths[0])
+        # Kept, since pynetdicom shuts a socket down before it closes it: where the PACS died, the first fails.
+        connection = association.dul.socket.socket if association.dul.socket is not None else None
         try:
             for path in paths:
                 try:
@@ -63,6 +65,8 @@ class CStore:
         finally:
             if association.is_established:
                 association.release()
+            if connection is not None:
+                connection.close()
 
     def _associate(self, first: Path) -> Any:
         try:

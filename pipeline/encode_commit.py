@@ -1,4 +1,4 @@
-"""Group commit: a thread of its own makes encoded tasks visible, as many at once as came in since the last commit.
+"""Group commit: a thread of its own makes new latents visible, as many at once as came in since the last commit.
 
 Nothing waits for a batch to fill: what is there is committed as soon as the last commit is done and ``INTERVAL_S`` have
 passed since it began. So a kill loses what is in hand and at most half a second of what was done, an archive of a
@@ -7,7 +7,6 @@ million series makes ten thousand snapshots and not a million, and the store's l
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import queue
@@ -15,13 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from latentcache.commit import Writer
-from latentcache.errors import StoreError
-from latentcache.location import Location
 from latentcache.records import LatentRecord, PairRecord
-from pipeline.encode import Encoded, EncodeTask
+from pipeline.encode import Encoded
 from pipeline.engine import Outcome
 from pipeline.log_lines import note
 
@@ -29,9 +26,17 @@ log = logging.getLogger("ctpipe.encode")
 
 INTERVAL_S = 0.5
 MOST_AT_ONCE = 4096
-PROGRESS = "progress.json"
 
-Done = Outcome[EncodeTask, Encoded]
+
+class Named(Protocol):
+    """A task, by the key that its row in the timings bears."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Done = Outcome[Any, Encoded]
+"""What became of a ``Named`` task."""
 
 
 class GroupCommit:
@@ -39,10 +44,13 @@ class GroupCommit:
 
     Attributes:
         committed: Latents committed so far; final once the context is left.
+        stage: What the tasks are, for their rows in the timings.
     """
 
-    def __init__(self, writer: Writer, encode_key: str, device: str, note: Callable[[int, int], None]) -> None:
-        self.writer, self.encode_key, self.device = writer, encode_key, device
+    def __init__(
+        self, writer: Writer, encode_key: str, device: str, note: Callable[[int, int], None], stage: str = "encode"
+    ) -> None:
+        self.writer, self.encode_key, self.device, self.stage = writer, encode_key, device, stage
         self.committed = 0
         self._note = note
         self._waiting: queue.Queue[Done | None] = queue.Queue(maxsize=2 * MOST_AT_ONCE)
@@ -125,7 +133,7 @@ class GroupCommit:
         return {
             "key": outcome.item.name,
             "encode_key": self.encode_key,
-            "stage": "encode",
+            "stage": self.stage,
             "outcome": outcome.error_kind or "ok",
             "device": self.device,
             "attempts": outcome.attempts,
@@ -135,46 +143,3 @@ class GroupCommit:
             **outcome.seconds,
             **parts,
         }
-
-
-class Progress:
-    """A small file in the store that says how far a running job is; ``ctpipe status`` shows it. Counts only."""
-
-    def __init__(self, location: Location, encode_key: str, planned: int) -> None:
-        self.location, self.encode_key, self.planned = location, encode_key, planned
-        self.started = time.time()
-
-    def note(self, attempted: int, committed: int) -> None:
-        body = {
-            "stage": "encode",
-            "encode_key": self.encode_key,
-            "planned": self.planned,
-            "attempted": attempted,
-            "latents": committed,
-            "started": self.started,
-            "updated": time.time(),
-        }
-        try:
-            self.location.put(PROGRESS, json.dumps(body).encode())
-        except (OSError, StoreError) as error:  # a job does not fail because its progress cannot be shown
-            log.warning("progress could not be written: %s", type(error).__name__)
-
-    def end(self) -> None:
-        self.location.delete(PROGRESS)
-
-
-def read_progress(location: Location) -> dict[str, Any] | None:
-    """What the running (or killed) job last said, with its rate and the seconds since; None when there is none."""
-    try:
-        body = json.loads(location.read(PROGRESS))
-    except (FileNotFoundError, ValueError):
-        return None
-    took = max(body["updated"] - body["started"], 1e-9)
-    rate = body["attempted"] / took
-    left = body["planned"] - body["attempted"]
-    return {
-        **body,
-        "per_second": rate,
-        "seconds_left": left / rate if rate else None,
-        "silent_s": time.time() - body["updated"],
-    }

@@ -14,15 +14,18 @@ import pyarrow.compute as pc
 from latentcache.errors import InputError
 from latentcache.freshness import stale_rows
 from latentcache.records import COMPRESSION, Encoding, LatentRole
+from latentcache.seen_store import open_on_worker
 from latentcache.store import LatentStore
 from pipeline import encode
 from pipeline.encode import Encoded, Encoder, EncodeTask, Prepared
-from pipeline.encode_commit import GroupCommit, Progress
+from pipeline.encode_commit import GroupCommit
 from pipeline.encode_plan import EncodePlan
 from pipeline.engine import EngineOptions, Outcome, Stage, stream
 from pipeline.hu import Window
 from pipeline.log_lines import note
 from pipeline.private import PrivateStore
+from pipeline.progress import Progress
+from pipeline.ray_cluster import dashboard_of
 from pipeline.threads import pin
 from pipeline.vae_tiling import Tiling, as_encoded
 
@@ -114,20 +117,7 @@ def set_up(device: str, *, store_url: str, fingerprint: str, encode_key: str, se
     Raises:
         InputError: The store or the VAE's weights are not there or not the driver's, or there is no CUDA device.
     """
-    try:
-        store = LatentStore.open(store_url)
-    except InputError as error:
-        raise InputError(
-            f"a worker does not see the store {store_url}",
-            expected="the same store at the same URL on every node",
-            remedy=f"Mount it there, or use s3://. On the worker: {error.found}.",
-        ) from error
-    if store.secret_fingerprint != fingerprint:
-        raise InputError(
-            f"a worker sees another store at {store_url}",
-            expected=f"the driver's store, secret fingerprint {fingerprint}",
-            remedy=f"The worker's has {store.secret_fingerprint}: mount the same volume on every node.",
-        )
+    store = open_on_worker(store_url, fingerprint)
     store.encoding(encode_key)
     vae = load_encoder(device, settings)
     found = encode.make_encoding(vae, settings.window, settings.pad_multiple_zyx, settings.extra).encode_key
@@ -203,7 +193,7 @@ def encode_store(
         ),
         run=functools.partial(run_task, settings=settings),
     )
-    progress = Progress(store.location, encoding.encode_key, summary.planned)
+    progress = Progress(store.location, encoding.encode_key, summary.planned, dashboard=dashboard_of(options))
     device = "cuda" if options.wants_gpu else "cpu"
     with (
         store.writer() as writer,

@@ -18,7 +18,8 @@ from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.metrics_noise import noise_texture, slice_inconsistency
 from pipeline.metrics_perceptual import FeaturesOf, perceptual_distance
-from pipeline.metrics_sharpness import sharpness
+from pipeline.metrics_sharpness import Edges, find_edges, sharpness
+from pipeline.metrics_similarity import Similarity, similarities
 from pipeline.null_space import null_space_figures
 from pipeline.slice_profile import SliceOperator
 from pipeline.volumetry import Structure, measurable, volume_errors
@@ -66,12 +67,11 @@ class Case:
     thick: NDArray[Any] | None = None
     structures: tuple[Structure, ...] = ()
     features: FeaturesOf | None = None
-    clipped: dict[tuple[float, float], NDArray[np.float32]] = field(default_factory=dict, repr=False)
+    clipped: dict[tuple[float, float], NDArray[Any]] = field(default_factory=dict, repr=False)
     lung: list[NDArray[np.bool_]] = field(default_factory=list, repr=False)
-    edges: list[float] = field(default_factory=list, repr=False)
-    own: dict[str, Any] = field(default_factory=dict, repr=False)
+    own: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def within(self, low: float, high: float) -> NDArray[np.float32]:
+    def within(self, low: float, high: float) -> NDArray[Any]:
         """The truth clipped to a range, made once."""
         if (low, high) not in self.clipped:
             self.clipped[low, high] = _clip(self.truth, low, high)
@@ -82,6 +82,28 @@ class Case:
         if not self.lung:
             self.lung.append(lung_mask(self.truth))
         return self.lung[0]
+
+    def classes(self, window: Window) -> NDArray[np.uint8]:
+        """The tissue class of every true voxel, found once."""
+        if ("classes", window) not in self.own:
+            self.own["classes", window] = metrics.tissue_classes(self.within(window.lower, window.upper))
+        found: NDArray[np.uint8] = self.own["classes", window]
+        return found
+
+    def edges(self, window: Window) -> tuple[Edges, float]:
+        """The truth's edges along z and their width in mm, found once.
+
+        Raises:
+            InputError: There are too few.
+        """
+        assert self.geometry is not None
+        if ("edges", window) not in self.own:
+            truth = self.within(window.lower, window.upper)
+            low, high = max(window.lower, -850.0), min(40.0, window.upper)
+            found = find_edges(truth, self.geometry.spacing_mm_zyx[0], low_hu=low, high_hu=high)
+            self.own["edges", window] = (found, sharpness(truth, found).width_mm)
+        answer: tuple[Edges, float] = self.own["edges", window]
+        return answer
 
     def misfit_hu(self, volume: NDArray[Any]) -> tuple[float, float]:
         """RMS(A x - y) in HU of an answer and, measured once, of the truth.
@@ -154,15 +176,17 @@ def score_method(volume: NDArray[Any], case: Case, window: Window, *, whole_rang
         InputError: Another shape than the truth's, or values that are not finite: nothing of it can be scored.
     """
     metrics.check(volume, case.truth)
-    out = _basic(_clip(volume, window.lower, window.upper), case.within(window.lower, window.upper), window.width)
+    clipped, truth = _clip(volume, window.lower, window.upper), case.within(window.lower, window.upper)
+    alike = similarities(clipped, truth, data_range=window.width)
+    out = _basic(clipped, truth, window.width, alike, case.classes(window))
     if whole_range:
-        whole = metrics.mean_squared_error(_clip(volume, *FULL_RANGE_HU), _clip(case.truth, *FULL_RANGE_HU))
+        whole = metrics.mean_squared_error(volume, case.truth, between=FULL_RANGE_HU)
         span = FULL_RANGE_HU[1] - FULL_RANGE_HU[0]
         out["psnr_3072_db"] = 10 * math.log10(span**2 / whole) if whole else None
     if case.geometry is None:
         return out
     missing: dict[str, str] = {}
-    for name, measure in _further(volume, case, window, whole_range).items():
+    for name, measure in _further(volume, clipped, case, window, whole_range, alike).items():
         try:
             out[name] = measure()
         except InputError as error:
@@ -171,27 +195,41 @@ def score_method(volume: NDArray[Any], case: Case, window: Window, *, whole_rang
     return out
 
 
-def _basic(clipped: NDArray[np.float32], truth: NDArray[np.float32], width: float) -> dict[str, Any]:
+def _basic(
+    clipped: NDArray[Any],
+    truth: NDArray[Any],
+    width: float,
+    alike: Similarity,
+    classes: NDArray[np.uint8],
+) -> dict[str, Any]:
     value = metrics.psnr(clipped, truth, data_range=width)
     return {
         "psnr_db": value if math.isfinite(value) else None,
         "identical": not math.isfinite(value),
-        "ssim": metrics.ssim(clipped, truth, data_range=width),
+        "ssim": alike.ssim,
         "mae_hu": metrics.mean_absolute_error(clipped, truth),
-        "bias": metrics.bias_by_tissue(clipped, truth),
+        "bias": metrics.bias_by_tissue(clipped, truth, classes),
     }
 
 
-def _further(volume: NDArray[Any], case: Case, window: Window, whole_range: bool) -> dict[str, Callable[[], Any]]:
+def _further(
+    volume: NDArray[Any],
+    clipped: NDArray[Any],
+    case: Case,
+    window: Window,
+    whole_range: bool,
+    alike: Similarity,
+) -> dict[str, Callable[[], Any]]:
     """The figures that need geometry, to be called one by one."""
     geometry = case.geometry
     assert geometry is not None
     dz, dy, dx = geometry.spacing_mm_zyx
-    clipped, truth = _clip(volume, window.lower, window.upper), case.within(window.lower, window.upper)
+    truth = case.within(window.lower, window.upper)
 
-    def ms_ssim() -> dict[str, float]:
-        value, scales = metrics.ms_ssim(clipped, truth, data_range=window.width)
-        return {"value": value, "scales": scales}
+    def ssim_3d() -> float:
+        if alike.ssim_3d is None:
+            raise InputError(f"{len(truth)} slices", expected="at least 11 for SSIM", remedy="Use another metric.")
+        return alike.ssim_3d
 
     def lung() -> dict[str, float]:
         if window.lower > LAA_THRESHOLD_HU - 50:
@@ -215,15 +253,13 @@ def _further(volume: NDArray[Any], case: Case, window: Window, whole_range: bool
         return {"rms_hu": rms, "truth_rms_hu": own, "ratio": rms / own if own > 0 else float("nan")}
 
     def edges() -> dict[str, Any]:
-        low, high = max(window.lower, -850.0), min(40.0, window.upper)
-        if not case.edges:
-            case.edges.append(sharpness(truth, truth, dz, low_hu=low, high_hu=high).width_mm)
-        found = asdict(sharpness(clipped, truth, dz, low_hu=low, high_hu=high))
-        return {**found, "excess_mm": found["width_mm"] - case.edges[0]}
+        found_edges, own_width = case.edges(window)
+        found = asdict(sharpness(clipped, found_edges))
+        return {**found, "excess_mm": found["width_mm"] - own_width}
 
     return {
-        "ssim_3d": lambda: metrics.ssim(clipped, truth, data_range=window.width, axes=(0, 1, 2)),
-        "ms_ssim": ms_ssim,
+        "ssim_3d": ssim_3d,
+        "ms_ssim": lambda: {"value": alike.ms_ssim, "scales": alike.scales},
         "phase": lambda: metrics.error_by_phase(clipped, truth, np.array(geometry.z_mm), np.array(case.thick_z_mm)),
         "slice_to_slice": lambda: slice_inconsistency(clipped, truth),
         "noise": lambda: noise_texture(clipped, truth, (dy, dx)),
@@ -258,5 +294,8 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _clip(volume: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
+def _clip(volume: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+    """The volume clipped; integers stay integers where the bounds are some, at half of float32's memory."""
+    if np.issubdtype(volume.dtype, np.integer) and low == int(low) and high == int(high):
+        return np.asarray(np.clip(volume, int(low), int(high)))
     return np.asarray(np.clip(volume, np.float32(low), np.float32(high)), dtype=np.float32)

@@ -38,7 +38,7 @@ from pipeline.evaluate_spread import CaseTask, Places, spread_cases
 from pipeline.log_lines import note
 from pipeline.private import PrivateStore
 from pipeline.protocol_fit import ProtocolFit, Protocols
-from pipeline.report_views import CaseView, view_stride
+from pipeline.report_views import CaseView, towards, view_stride
 from pipeline.slice_profile import slice_operator
 from pipeline.volume_reader import read_series
 from pipeline.volumetry_phantom import known_structures
@@ -151,12 +151,13 @@ def _evaluate(work: CaseWork, pair: PairRecord, fit: ProtocolFit | None, view_fo
             scores[output.name] = score_method(output.hu, case, work.settings.window, whole_range=output.whole_range)
         except InputError as error:
             failures[output.name] = str(error)
+        del output  # else it would stay in memory while the next method's volume is made
     if view_folder is not None:
         if work.samples is not None:
             spread = sample_spread(work, work.samples(pair), thin.geometry.shape_zyx)
             view["uncertainty"] = _for_viewer(spread[inside], stride)
         dz, dy, dx = geometry.spacing_mm_zyx
-        _save_view(view_folder, pair.pair_key, (dz, dy * stride, dx * stride), view)
+        _save_view(view_folder, CaseView(pair.pair_key, (dz, dy * stride, dx * stride), view, towards(geometry)))
     return CaseScores(
         pair.pair_key, pair.category, len(case.truth), scores, failures, dict(misfit),
         pair.patient_key, (*remarks, *notes_on(case.truth)),
@@ -167,11 +168,11 @@ def _for_viewer(hu: NDArray[Any], stride: int) -> NDArray[np.int16]:
     return np.asarray(np.clip(np.rint(hu[:, ::stride, ::stride]), -1024, 3071).astype(np.int16))
 
 
-def _save_view(
-    folder: Path, key: str, spacing: tuple[float, float, float], volumes: Mapping[str, NDArray[np.int16]]
-) -> None:
-    arrays: dict[str, Any] = {"spacing_mm_zyx": np.array(spacing), **volumes}
-    with written_aside(folder / "views" / f"{key}.npz") as draft, draft.open("wb") as file:
+def _save_view(folder: Path, view: CaseView) -> None:
+    arrays: dict[str, Any] = {
+        "spacing_mm_zyx": np.array(view.spacing_mm_zyx), "towards": np.array(view.towards), **view.volumes,
+    }  # fmt: skip
+    with written_aside(folder / "views" / f"{view.key}.npz") as draft, draft.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
@@ -184,5 +185,6 @@ def load_views(folder: Path, keys: Sequence[str] | None = None) -> list[CaseView
         with np.load(path) as data:
             dz, dy, dx = (float(v) for v in data["spacing_mm_zyx"])
             volumes = {name: data[name] for name in VIEWED if name in data}
-        views.append(CaseView(path.stem, (dz, dy, dx), volumes))
+            where = str(data["towards"]) if "towards" in data else ""
+        views.append(CaseView(path.stem, (dz, dy, dx), volumes, where))
     return views

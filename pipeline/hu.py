@@ -56,4 +56,6 @@ class Window:
 
     def from_unit(self, unit: NDArray[Any]) -> NDArray[np.float32]:
         """[-1, 1] to HU, not clipped; float32."""
-        return np.asarray(unit, dtype=np.float32) * np.float32(self.width / 2) + np.float32(self.center)
+        hu = np.asarray(unit, dtype=np.float32) * np.float32(self.width / 2)
+        hu += np.float32(self.center)
+        return np.asarray(hu)

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache.errors import InputError
-from pipeline.metrics import check
 
 REACH_MM = 8.0
 """Half length of the profile around an edge."""
@@ -40,10 +39,28 @@ class Sharpness:
     edges: int
 
 
-def edge_profile(
-    volume: NDArray[Any], truth: NDArray[Any], spacing_mm: float, *, low_hu: float = -700.0, high_hu: float = 0.0
-) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-    """Mean normalised edge of ``volume`` along z, (distance in mm, value from 0 to 1), and the number of edges.
+@dataclass(frozen=True)
+class Edges:
+    """Where the truth's columns go through an edge, for n columns; see `find_edges`.
+
+    Attributes:
+        place: (3, n) indices z, y, x of the last slice before the crossing.
+        share: (n,) where between that slice and the next one the truth crosses the middle.
+        rising: (n,) whether HU rise along z.
+        reach: Slices that a profile takes on either side.
+    """
+
+    place: NDArray[np.intp]
+    share: NDArray[np.float64]
+    rising: NDArray[np.bool_]
+    reach: int
+    spacing_mm: float
+
+
+def find_edges(
+    truth: NDArray[Any], spacing_mm: float, *, low_hu: float = -700.0, high_hu: float = 0.0, limit: int = MAX_COLUMNS
+) -> Edges:
+    """The truth's edges along z, row by row until there are ``limit``.
 
     Edges are where the truth's column goes once through the middle between ``low_hu`` and ``high_hu``, with both sides
     within a quarter of the step of their level over the outer third of +/- 8 mm.
@@ -51,41 +68,50 @@ def edge_profile(
     Raises:
         InputError: Fewer than 30 such columns, or too few slices.
     """
-    check(volume, truth)
     reach = max(3, round(REACH_MM / spacing_mm))
     depth = len(truth)
     if depth < 2 * reach + 2:
         raise InputError(f"{depth} slices", expected=f"at least {2 * reach + 2}", remedy="Use another metric.")
     step, middle = high_hu - low_hu, (high_hu + low_hu) / 2
     edge = max(1, reach // 3)
-    found: list[tuple[float, NDArray[np.float64], float]] = []
     offsets = np.arange(-reach + 1, reach + 1)
+    places: list[NDArray[np.intp]] = []
+    shares: list[NDArray[np.float64]] = []
+    directions: list[NDArray[np.bool_]] = []
+    count = 0
     for y in range(truth.shape[1]):
         t = truth[:, y].astype(np.float32)
-        crossing = (t[:-1] < middle) != (t[1:] < middle)
-        for k, x in zip(*np.nonzero(crossing[reach - 1 : depth - reach]), strict=True):
-            k = int(k) + reach - 1
-            around = t[k + offsets, x].astype(np.float64)
-            low, high = sorted((around[:edge].mean(), around[-edge:].mean()))
-            flat = max(np.ptp(around[:edge]), np.ptp(around[-edge:])) < step / 4
-            if not flat or abs(low - low_hu) > step / 4 or abs(high - high_hu) > step / 4:
-                continue
-            rising = around[-1] > around[0]
-            if np.count_nonzero(np.diff(around > middle)) != 1:
-                continue
-            share = (middle - around[reach - 1]) / (around[reach] - around[reach - 1])
-            profile = volume[k + offsets, y, x].astype(np.float64)
-            sign = 1.0 if rising else -1.0
-            found.append((float(share), profile if rising else profile[::-1], sign))
-        if len(found) >= MAX_COLUMNS:
+        above = t >= middle
+        k, x = np.nonzero((above[:-1] != above[1:])[reach - 1 : depth - reach])
+        k += reach - 1
+        around = t[k[:, None] + offsets, x[:, None]].astype(np.float64)
+        begin, end = around[:, :edge], around[:, -edge:]
+        levels = np.sort(np.stack([begin.mean(axis=1), end.mean(axis=1)]), axis=0)
+        spread = np.maximum(np.ptp(begin, axis=1), np.ptp(end, axis=1))
+        off = np.abs(levels - np.array([[low_hu], [high_hu]])).max(axis=0)
+        once = np.count_nonzero(np.diff(around > middle, axis=1), axis=1) == 1
+        good = np.flatnonzero((spread < step / 4) & (off <= step / 4) & once)
+        before, after = around[good, reach - 1], around[good, reach]
+        shares.append((middle - before) / (after - before))
+        directions.append(around[good, -1] > around[good, 0])
+        places.append(np.stack([k[good], np.full(len(good), y), x[good]]))
+        count += len(good)
+        if count >= limit:
             break
-    if len(found) < 30:
-        raise InputError(
-            f"{len(found)} edges across the slices", expected="at least 30", remedy="Use another pair of HU levels."
-        )
-    z = np.concatenate([((offsets - s) if sign > 0 else (s - offsets)[::-1]) * spacing_mm for s, _, sign in found])
-    values = np.concatenate([p for _, p, _ in found])
-    bins = np.arange(-REACH_MM + spacing_mm, REACH_MM - spacing_mm + BIN_MM / 2, BIN_MM)
+    if count < 30:
+        raise InputError(f"{count} edges across the slices", expected="at least 30", remedy="Use other HU levels.")
+    return Edges(np.concatenate(places, axis=1), np.concatenate(shares), np.concatenate(directions), reach, spacing_mm)
+
+
+def edge_profile(volume: NDArray[Any], edges: Edges) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean normalised edge of ``volume`` (z, y, x) at the truth's edges: (distance in mm, value from 0 to 1)."""
+    k, y, x = edges.place
+    offsets = np.arange(-edges.reach + 1, edges.reach + 1)
+    profile = volume[k[:, None] + offsets, y[:, None], x[:, None]].astype(np.float64)
+    distance = (offsets - edges.share[:, None]) * edges.spacing_mm
+    distance[~edges.rising] *= -1  # a falling edge is read from its other side
+    z, values = distance.ravel(), profile.ravel()
+    bins = np.arange(-REACH_MM + edges.spacing_mm, REACH_MM - edges.spacing_mm + BIN_MM / 2, BIN_MM)
     place = np.digitize(z, bins) - 1
     inside = (place >= 0) & (place < len(bins) - 1)
     count = np.bincount(place[inside], minlength=len(bins) - 1)
@@ -96,7 +122,7 @@ def edge_profile(
     curve = np.interp(grid, centers[keep], mean[keep])
     plateau = max(2, round(1.5 / BIN_MM))
     bottom, top = curve[:plateau].mean(), curve[-plateau:].mean()
-    return grid, (curve - bottom) / (top - bottom), len(found)
+    return grid, (curve - bottom) / (top - bottom)
 
 
 def modulation_transfer(
@@ -116,15 +142,13 @@ def modulation_transfer(
     return np.asarray(frequency[band], dtype=np.float64), np.asarray(mtf, dtype=np.float64)
 
 
-def sharpness(
-    volume: NDArray[Any], truth: NDArray[Any], spacing_mm: float, *, low_hu: float = -700.0, high_hu: float = 0.0
-) -> Sharpness:
-    """Edge width and MTF along z of ``volume`` at the truth's edges; see ``edge_profile``."""
-    z, edge, count = edge_profile(volume, truth, spacing_mm, low_hu=low_hu, high_hu=high_hu)
+def sharpness(volume: NDArray[Any], edges: Edges) -> Sharpness:
+    """Edge width and MTF along z of ``volume`` (z, y, x) at the truth's edges; see ``edge_profile``."""
+    z, edge = edge_profile(volume, edges)
     frequency, mtf = modulation_transfer(z, edge)
     return Sharpness(
         _last_below(z, edge, 0.9) - _last_below(z, edge, 0.1), _falls_to(frequency, mtf, 0.5),
-        _falls_to(frequency, mtf, 0.1), count,
+        _falls_to(frequency, mtf, 0.1), len(edges.share),
     )  # fmt: skip
 
 

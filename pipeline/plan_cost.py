@@ -93,19 +93,23 @@ class Cost:
     """Share of each resource that is not used because another binds."""
 
 
-def cost(series: float, gpus: int, rates: Rates, cores: int | None = None) -> Cost:
+def cost(series: float, gpus: int, rates: Rates, cores: int | None = None, workers: int | None = None) -> Cost:
     """Predict a job.
 
     Args:
         series: How many series.
         gpus: GPUs in all; 0 encodes on the cores.
-        cores: CPU cores in all; by default ``cores_per_gpu`` beside each GPU.
+        cores: CPU cores in all; by default ``cores_per_gpu`` beside each GPU, or one a worker.
+        workers: Series encoded at once without GPUs (``--workers`` of encode); by default one a core. With fewer than
+            cores, the cores that are left read ahead while the workers encode.
 
     Raises:
         InputError: No series, or neither GPUs nor cores.
     """
-    cores = round(gpus * rates.cores_per_gpu) if cores is None else cores
-    if not series > 0 or gpus < 0 or cores <= 0:
+    if cores is None:
+        cores = round(gpus * rates.cores_per_gpu) or workers or 0
+    workers = cores if workers is None else workers
+    if not series > 0 or gpus < 0 or cores <= 0 or workers <= 0:
         raise InputError(
             f"{series:g} series on {gpus} GPUs and {cores} cores",
             expected="at least one series, and one core",
@@ -124,6 +128,7 @@ def cost(series: float, gpus: int, rates: Rates, cores: int | None = None) -> Co
         capacity["CPU (decoding)"] = cores / rates.decode_core_s
         capacity["GPU (encoding)"] = gpus / encode_s
     else:  # the same cores read and encode
+        capacity["CPU workers (encoding)"] = workers / encode_s
         capacity["CPU (decoding and encoding)"] = cores / (rates.decode_core_s + encode_s)
     binds = min(capacity, key=lambda name: capacity[name])
     hours = series / capacity[binds] / 3600

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from latentcache.errors import InputError
@@ -38,6 +40,19 @@ def connect(options: EngineOptions) -> Any:
     return ray
 
 
+def dashboard_of(options: EngineOptions) -> Callable[[], str | None]:
+    """Asks for the address of Ray's dashboard, where this process works on a cluster that has one; else None."""
+
+    def ask() -> str | None:
+        ray = sys.modules.get("ray")  # never imported for this alone
+        if options.name != "ray" or ray is None or not ray.is_initialized():
+            return None
+        address = ray._private.worker.get_dashboard_url()
+        return f"http://{address}" if address else None
+
+    return ask
+
+
 def _init(ray: Any, options: EngineOptions) -> None:
     local = options.ray_address in (None, "local")
     settings: dict[str, Any] = {"num_cpus": max(2, len(options.devices) + 1)} if local else {}
@@ -54,8 +69,9 @@ def _init(ray: Any, options: EngineOptions) -> None:
         except ConnectionError as error:
             raise InputError(
                 "no Ray cluster answers at that address",
-                expected="a running head node",
-                remedy="Start one: ray start --head.",
+                expected="a running head node, and its token where it asks for one",
+                remedy="Start one: ray start --head. If it runs with token authentication, set RAY_AUTH_MODE=token and "
+                "give its token as Ray finds it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token).",
             ) from error
         except Exception as error:
             # Ray gives its own processes 30 s, which a busy machine may not keep; it raises a bare Exception then.

@@ -1,20 +1,15 @@
-"""The refiner: a small 3-D residual network from what was measured and composed to thin slices, in unit scale.
+"""A trained refiner as a file, and its use: composed slices corrected in tiles, inside what the window can show.
 
-It sees pixels, so it can pass the autoencoder's ceiling; it has no normalisation and only local convolutions, so that a
-volume of any size in tiles gives the numbers of one pass. Its last layer starts at zero: untrained, it changes nothing.
-It works on cells of ``fold`` x ``fold`` pixels as channels (pixel unshuffle: Shi et al. 2016, section 3.2, reversed):
-a quarter of the places at twice the channels costs the same, sees twice as far in-plane, and learns more.
-
-Shapes: B batch, D depth, H rows, W columns; unit scale is the window's, [-1, 1], clipped. What the three input channels
-are stands in ``refiner_input``.
+The network is ``refiner_network``; what it sees, ``refiner_input``.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,89 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from latentcache.errors import InputError
 from pipeline.compose import HANDOVER_SLOPE
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
-from pipeline.refiner_input import CHANNELS, COMPOSED, ThickView
+from pipeline.refiner_input import RefinerInput, ThickView
+from pipeline.refiner_network import HEAD_REACH, Refiner, RefinerConfig
 from pipeline.slice_profile import SliceProfile
 from pipeline.volume import Volume
 
 FILE_NAME = "refiner.safetensors"
-TILE_ZYX = (64, 160, 160)
+TILE = 192
+"""Pixels along the side of a tile; it holds all of its thick slices, and thin ones by SLICES at a time."""
+SLICES = 32
 SPACING_TOLERANCE = 1.25
 """How far, as a factor, an output's slice spacing may lie outside those that the network was trained on."""
-
-
-@dataclass(frozen=True)
-class RefinerConfig:
-    """Size of the network: 3 blocks reach 8 slices along z (8 mm at 1 mm) and, on folds of 2, 16 pixels in-plane."""
-
-    width: int = 32
-    blocks: int = 3
-    fold: int = 2
-
-    def __post_init__(self) -> None:
-        if self.width < 1 or self.blocks < 0 or self.fold < 1:
-            raise InputError(
-                f"a refiner of width {self.width}, {self.blocks} blocks and folds of {self.fold}",
-                expected="a width and a fold of at least 1, and blocks of at least 0",
-                remedy="For example --width 32 --blocks 3.",
-            )
-
-    @property
-    def radius_zyx(self) -> tuple[int, int, int]:
-        """How many voxels away an output still depends on its input; in-plane a whole number of folds."""
-        reach = 2 * self.blocks + 2
-        return reach, reach * self.fold, reach * self.fold
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv3d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv3d(width, width, 3, padding=1)
-        # Without normalisation a deep chain of random blocks diverges early: each begins as the identity.
-        nn.init.zeros_(self.conv2.weight)
-
-    def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = h + self.conv2(nn.functional.silu(self.conv1(h)))
-        return out
-
-
-class Refiner(nn.Module):
-    """(B, 3, D, H, W) [linear estimate, composed, phase] to (B, 1, D, H, W), in unit scale; any H and W."""
-
-    def __init__(self, config: RefinerConfig) -> None:
-        super().__init__()
-        self.config = config
-        cell = config.fold**2
-        self.enter = nn.Conv3d(CHANNELS * cell, config.width, 3, padding=1)
-        self.blocks = nn.Sequential(*(_Block(config.width) for _ in range(config.blocks)))
-        self.leave = nn.Conv3d(config.width, cell, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        assert self.leave.bias is not None
-        nn.init.zeros_(self.leave.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        fold = self.config.fold
-        whole = nn.functional.pad(x, (0, -width % fold, 0, -height % fold, 0, 0), mode="replicate")
-        change = self.leave(nn.functional.silu(self.blocks(self.enter(folded(whole, fold)))))
-        out: Tensor = x[:, COMPOSED : COMPOSED + 1] + unfolded(change, fold)[..., :height, :width]
-        return out
-
-
-def folded(x: Tensor, fold: int) -> Tensor:
-    """(B, C, D, H, W) to (B, C fold^2, D, H / fold, W / fold): cells of pixels become channels."""
-    return nn.functional.pixel_unshuffle(x.transpose(1, 2), fold).transpose(1, 2)
-
-
-def unfolded(x: Tensor, fold: int) -> Tensor:
-    """The inverse of `folded`."""
-    return nn.functional.pixel_shuffle(x.transpose(1, 2), fold).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -219,7 +147,7 @@ def refine(
     profile: SliceProfile,
     window: Window,
     detail: str,
-    tile_zyx: tuple[int, int, int] = TILE_ZYX,
+    tile: int = TILE,
 ) -> float:
     """Refine ``composed`` (z, y, x) float32 HU on ``target`` in place; returns the RMS change in HU.
 
@@ -233,19 +161,37 @@ def refine(
     if (wrong := misfit(card, window, target.spacing_mm_zyx[0], detail)) is not None:
         raise InputError(wrong[0], expected=wrong[1], remedy="Leave --refiner away, or train one on such series.")
     view = ThickView.of(np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm), profile)
-    fold = card.config.fold
-    step = (tile_zyx[0], *(max(fold, n // fold * fold) for n in tile_zyx[1:]))
+    fold, reach = card.config.fold, card.config.reach
+    side = max(fold, tile // fold * fold)
     # Tiles read their neighbours' halo as it was before.
-    before = window.to_unit(composed)
+    before = composed.copy()
     total = 0.0
-    for tile in tiles(composed.shape, step):
-        wide, inner = with_halo(tile, composed.shape, card.config.radius_zyx)
-        given = view.inputs(thick.hu[:, wide[1], wide[2]], wide[0], before[wide], window)[None]
-        unit = network(torch.from_numpy(given).to(file.device))[0, 0].clamp(-1, 1).cpu().numpy()[inner]
-        settled = settle(window.from_unit(unit), composed[tile], window)
-        total += float(np.square(settled - composed[tile], dtype=np.float64).sum())
-        composed[tile] = settled
+    for plane in tiles(composed.shape[1:], (side, side)):
+        wide, inner = with_halo(plane, composed.shape[1:], (reach, reach))
+        given = view.inputs(thick.hu[:, *wide], before[:, *wide], window)
+        for depth, unit in _refined_slices(network, given, file.device):
+            place = (depth, *plane)
+            settled = settle(window.from_unit(unit[:, *inner]), composed[place], window)
+            total += float(np.square(settled - composed[place], dtype=np.float64).sum())
+            composed[place] = settled
     return float(np.sqrt(total / composed.size))
+
+
+def _refined_slices(network: Refiner, given: RefinerInput, device: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Refined thin slices of one tile, a few at a time, in unit scale; the thick grid is looked at once."""
+    features = network.encode(torch.from_numpy(given.thick)[None].to(device))
+    count = given.fine.shape[1]
+    for (depth,) in tiles((count,), (SLICES,)):
+        (wide,), (inner,) = with_halo((depth,), (count,), (HEAD_REACH,))
+        below = given.below[wide]
+        first, last = int(below.min()), int(below.max())
+        unit = network.decode(
+            torch.from_numpy(np.ascontiguousarray(given.fine[:, wide]))[None].to(device),
+            features[:, :, first : last + 2],
+            torch.from_numpy(below - first)[None].to(device),
+            torch.from_numpy(given.between[wide])[None].to(device),
+        )
+        yield depth, unit[0, 0, inner].clamp(-1, 1).cpu().numpy()
 
 
 def settle(refined: NDArray[np.float32], composed: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
@@ -270,7 +216,7 @@ Box = tuple[slice, ...]
 def tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> list[Box]:
     """Boxes of at most ``tile`` that cover ``shape`` without overlap."""
     axes = [[slice(a, min(a + t, n)) for a in range(0, n, t)] for n, t in zip(shape, tile, strict=True)]
-    return [(z, y, x) for z in axes[0] for y in axes[1] for x in axes[2]]
+    return list(itertools.product(*axes))
 
 
 def with_halo(tile: Box, shape: tuple[int, ...], halo: tuple[int, ...]) -> tuple[Box, Box]:

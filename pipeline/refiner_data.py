@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from latentcache.errors import InputError
 from pipeline.hu import Window
-from pipeline.refiner_input import ThickView
+from pipeline.refiner_input import RefinerInput, ThickView, neighbours
 from pipeline.resample import ZMethod, z_weights
 from pipeline.slice_profile import SliceProfile, default_profile, slice_operator
 from pipeline.volume import Volume
@@ -33,6 +33,8 @@ STATED_SHARE = 0.25
 MIN_INSIDE = 0.2
 """Share of a patch that should lie inside the window; a few draws are made to find one."""
 DRAWS = 4
+CONTEXT = 2
+"""Thick slices that a patch is shown beside those that it spans."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _interpolated(
 class PatchSettings:
     """How patches are cut. ``patches_per_pair`` are taken at each visit; ``held`` pairs are in memory at a time."""
 
-    patch_zyx: tuple[int, int, int] = (16, 64, 64)
+    patch_zyx: tuple[int, int, int] = (20, 64, 64)
     batch: int = 4
     patches_per_pair: int = 64
     held: int = 3
@@ -132,7 +134,7 @@ class RefinerPatches:
         return -(-len(self.keys) // self.held) * self.steps_per_group
 
     def batch(self, epoch: int, index: int) -> dict[str, Any]:
-        """``inputs`` (B, 3, D, H, W) and ``target`` (B, 1, D, H, W) float32 in unit scale; ``study_key``: B strings."""
+        """``inputs`` (batched `RefinerInput`), ``target`` (B, 1, D, H, W) in unit scale, ``study_key``: B strings."""
         order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.keys))
         first = index // self.steps_per_group * self.held
         group = [self.keys[i] for i in order[first : first + self.held]]
@@ -140,11 +142,13 @@ class RefinerPatches:
         cases = [self._case(group[int(rng.integers(len(group)))]) for _ in range(self.settings.batch)]
         cut = [self._patch(case, rng) for case in cases]
         # Volumes smaller than a patch give smaller ones: a batch takes what all of its patches have.
-        least = np.min([target.shape for _, target in cut], axis=0)[1:]
-        common = (slice(None), *(slice(int(n)) for n in least))
+        depth, *plane = (int(n) for n in np.min([target.shape for _, target in cut], axis=0)[1:])
+        slices = min(given.thick.shape[1] for given, _ in cut)
+        whole = [cropped(given, slices, depth, plane) for given, _ in cut]
+        at = (slice(None), slice(depth), *(slice(n) for n in plane))
         return {
-            "inputs": np.stack([inputs[common] for inputs, _ in cut]),
-            "target": np.stack([target[common] for _, target in cut]),
+            "inputs": RefinerInput(*(np.stack(part) for part in zip(*whole, strict=True))),
+            "target": np.stack([target[at] for _, target in cut]),
             "study_key": [case.study_key for case in cases],
         }
 
@@ -157,7 +161,7 @@ class RefinerPatches:
             self._cases.move_to_end(key)
             return self._cases[key]
 
-    def _patch(self, case: RefinerCase, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _patch(self, case: RefinerCase, rng: np.random.Generator) -> tuple[RefinerInput, NDArray[np.float32]]:
         measured = bool(rng.random() < MEASURED_SHARE)
         thin_z, thickness = np.asarray(case.thin.geometry.z_mm), case.thick.geometry.thickness_mm
         thickness = thickness or case.thick.geometry.spacing_mm_zyx[0]
@@ -165,7 +169,11 @@ class RefinerPatches:
         # A fitted profile is the true one, a stated thickness need not be: the network meets both.
         told = SliceProfile("box", thickness) if rng.random() < STATED_SHARE else None
         flips = rng.integers(0, 2, 3).tolist()
-        return cut_patch(case, self._box(case, rng), operator, self.window, flips=flips, told=told)
+        box = self._box(case, rng)
+        inputs, target = cut_patch(case, box, operator, self.window, flips=flips, told=told)
+        if target.shape[-2] == target.shape[-1] and rng.random() < 0.5:
+            return transposed(inputs), np.ascontiguousarray(target.swapaxes(-1, -2))
+        return inputs, target
 
     def _box(self, case: RefinerCase, rng: np.random.Generator) -> tuple[slice, ...]:
         """A patch's place; air alone and bone alone teach nothing, so a few draws look for something in the window."""
@@ -187,8 +195,8 @@ def cut_patch(
     window: Window,
     flips: Sequence[int] = (0, 0, 0),
     told: SliceProfile | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Inputs (3, D, H, W) and target (1, D, H, W) of one place, in unit scale.
+) -> tuple[RefinerInput, NDArray[np.float32]]:
+    """Inputs and target (1, D, H, W) of one place, in unit scale.
 
     Args:
         operator: Simulates the thick slices from the thin ones; None takes the measured ones.
@@ -198,16 +206,52 @@ def cut_patch(
     depth, plane = box[0], box[1:]
     columns = case.thin.hu[(slice(None), *plane)]
     thin_z = np.asarray(case.thin.geometry.z_mm)
-    stated = default_profile(case.thick.geometry.thickness_mm, case.thick.geometry.spacing_mm_zyx[0])
+    spacing = case.thick.geometry.spacing_mm_zyx[0]
+    stated = default_profile(case.thick.geometry.thickness_mm, spacing)
     if operator is None:
         profile, thick_z = stated, np.asarray(case.thick.geometry.z_mm)
         thick = case.thick.hu[(slice(None), *plane)]
     else:
         profile, thick_z = operator
         thick = slice_operator(profile, thick_z, thin_z).apply(columns)
-    base = _interpolated(thick, thick_z, thin_z, "cubic")[depth]
-    composed = base if case.detail is None else base + case.detail[box].astype(np.float32)
-    inputs = ThickView.of(thick_z, thin_z, told or profile).inputs(thick, depth, window.to_unit(composed), window)
-    target = window.to_unit(columns[depth])[None]
-    axes = tuple(i + 1 for i, flip in enumerate(flips) if flip)
-    return np.ascontiguousarray(np.flip(inputs, axes)), np.ascontiguousarray(np.flip(target, axes))
+    composed = _interpolated(thick, thick_z, thin_z, "cubic")
+    if case.detail is not None:
+        composed += case.detail[(slice(None), *plane)].astype(np.float32)
+    step = float(np.mean(np.diff(thin_z)))
+    reach = round((depth.stop - depth.start) * step / spacing) + CONTEXT
+    view = ThickView.of(thick_z, thin_z, told or profile)
+    inputs = view.inputs(thick, composed, window, depth, reach)
+    return flipped(inputs, flips), turned(window.to_unit(columns[depth])[None], flips)
+
+
+def cropped(given: RefinerInput, slices: int, depth: int, plane: Sequence[int]) -> RefinerInput:
+    """The first ``depth`` thin slices and ``plane`` pixels, with the ``slices`` thick ones about their middle."""
+    at = tuple(slice(n) for n in plane)
+    places = (given.below + given.between)[:depth]
+    shown = ThickView.shown(places, slices, given.thick.shape[1])
+    where = neighbours(places - np.float32(shown.start), slices)
+    return RefinerInput(given.fine[(slice(None), slice(depth), *at)], given.thick[(slice(None), shown, *at)], *where)
+
+
+def turned(image: NDArray[Any], flips: Sequence[int]) -> NDArray[Any]:
+    """(C, D, H, W) with the axes mirrored for which ``flips``, (D, H, W), holds 1."""
+    return np.ascontiguousarray(np.flip(image, tuple(i + 1 for i, flip in enumerate(flips) if flip)))
+
+
+def transposed(given: RefinerInput) -> RefinerInput:
+    """Rows and columns exchanged: no organ lies so, but edges do."""
+    fine, thick = (np.ascontiguousarray(part.swapaxes(-1, -2)) for part in (given.fine, given.thick))
+    return RefinerInput(fine, thick, given.below, given.between)
+
+
+def flipped(given: RefinerInput, flips: Sequence[int]) -> RefinerInput:
+    """The same place seen in mirrors: along z the neighbours change sides as well."""
+    below, between = given.below, given.between
+    if flips[0]:
+        below, between = given.thick.shape[1] - 2 - below[::-1], 1 - between[::-1]
+    return RefinerInput(
+        turned(given.fine, flips),
+        turned(given.thick, flips),
+        np.ascontiguousarray(below),
+        np.ascontiguousarray(between),
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from pipeline.field_of_view import onto_field
 from pipeline.geometry import Geometry
 from pipeline.private import PrivateStore
 from pipeline.refiner_data import RefinerCase, cut_patch, held_out_operator
+from pipeline.refiner_input import COMPOSED
 from pipeline.volume import Volume
 from pipeline.volume_reader import read_series
 
@@ -112,9 +112,11 @@ def held_out_figures(source: RefinerSource, keys: Sequence[str], network: nn.Mod
             slice(max(0, n // 2 - s // 2), n // 2 + s // 2) for n, s in zip(thin.hu.shape, HELD_OUT_ZYX, strict=True)
         )
         inputs, target = cut_patch(case, box, operator, source.window)
-        given: Any = torch.from_numpy(inputs)[None].to(device)
-        refined = network(given)[0, 0].clamp(-1, 1).cpu().numpy()
-        errors.append([float(np.square(image - target[0]).mean()) for image in (inputs[0], inputs[1], refined)])
+        refined = (
+            network(*(torch.from_numpy(part)[None].to(device) for part in inputs))[0, 0].clamp(-1, 1).cpu().numpy()
+        )
+        images = (inputs.fine[0], inputs.fine[COMPOSED], refined)
+        errors.append([float(np.square(image - target[0]).mean()) for image in images])
     linear, composed, after = np.mean(errors, axis=0).tolist()
     said = {"back_projected": linear, "composed": composed, "refined": after}
     return {

@@ -27,7 +27,11 @@ from pipeline.report_tables import (
 from pipeline.report_views import CODE_KNOTS, CODE_KNOTS_HU, SPREAD_STEP_HU, CaseView, encode_view, label, ordered
 
 PAGE_BYTES = 15_000_000
-"""A page stays below this: cases that do not fit lose JPEG quality first, then stay out of the viewer."""
+"""A page stays below this: cases that do not fit lose quality first, then stay out of the viewer."""
+QUALITIES = (None, 95, 86, 70, 50)
+"""Of JPEG; None is lossless, so that a difference of two volumes shows nothing of the coding."""
+LOSSLESS_SHARE = 0.3
+"""Of a byte a voxel, that noise at least takes: where not even this fits, lossless coding is not tried."""
 COMPARED = (
     "nearest", "linear", "cubic", "cubic_back_projection", "cubic_consistent", "regression", "model", "vae_ceiling",
 )  # fmt: skip
@@ -92,16 +96,19 @@ def write_page(path: Path, page: str, fields: Mapping[str, str]) -> None:
 
 
 def _fitting(views: Sequence[CaseView], room: int) -> list[dict[str, Any]]:
-    """As many cases as the room holds, the first of them always tried at lower quality too."""
+    """Cases at the best quality at which all of them fit; at the least one, as many as the room holds."""
+    for quality in QUALITIES:
+        if quality is None and sum(view.encoded_voxels for view in views) * LOSSLESS_SHARE > room:
+            continue  # would not fit, and compressing it would take long
+        cases = [encode_view(view, quality) for view in views]
+        sizes = [sum(len(volume["src"]) for volume in case["volumes"]) + 4096 for case in cases]
+        if sum(sizes) <= room:
+            return cases
     out: list[dict[str, Any]] = []
-    for view in views:
-        for quality in (86, 70, 50):
-            case = encode_view(view, quality)
-            size = sum(len(volume["src"]) for volume in case["volumes"]) + 4096
-            if size <= room:
-                out.append(case)
-                room -= size
-                break
+    for case, size in zip(cases, sizes, strict=True):
+        if size <= room:
+            out.append(case)
+            room -= size
     return out
 
 

@@ -85,13 +85,25 @@ def dot_chart(title: str, rows: Sequence[tuple[str, Sequence[float]]], x_label: 
 
 
 def histogram(title: str, values: Sequence[float], x_label: str, bins: int = 20) -> str:
-    """How values are distributed."""
+    """How values are distributed; whole numbers get bins that are whole numbers wide, centred on them."""
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes = figure.add_subplot()
     low, high = min(values), max(values)
+    if all(isinstance(value, int) for value in values):
+        width = max(1, -(-int(high - low + 1) // bins))
+        edges = np.arange(low - 0.5, high + 0.5 + width, width)
+        axes.hist(values, bins=edges.tolist(), color=QUIET, edgecolor="white")
+        axes.set_xlim(min(edges[0], low - 2), max(edges[-1], high + 2))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return _counts(figure, title, x_label)
     # Equal values, but for rounding, have no range of their own.
     span = (low, high) if high - low > 1e-6 * max(abs(low), abs(high), 1) else (low - 0.5, high + 0.5)
     axes.hist(values, bins=bins, range=span, color=QUIET, edgecolor="white")
+    return _counts(figure, title, x_label)
+
+
+def _counts(figure: Figure, title: str, x_label: str) -> str:
+    (axes,) = figure.axes
     axes.set_xlabel(x_label)
     axes.set_ylabel("number")
     axes.yaxis.get_major_locator().set_params(integer=True)

@@ -103,8 +103,14 @@ def _geometry(rows: Sequence[dict[str, Any]]) -> str:
             (f"Number of slices, {role} series", [r["n_slices"] for r in chosen], "slices"),
         ):
             out += f"<figure class=chart tabindex=0>{histogram(title, values, unit)}</figure>"
+    out = f"<div class=charts>{out}</div>"
     kernels = Counter((r["kernel"] or "not stated", r["role"]) for r in used)
-    return out + _counted(["Kernel", "Role"], kernels, "Reconstruction kernels")
+    caption = "Reconstruction kernels" + (
+        ". One that begins with # has a name that is on no list of known kernels, and could name a person"
+        if any(name.startswith("#") for name, _ in kernels)
+        else ""
+    )
+    return out + _counted(["Kernel", "Role"], kernels, caption)
 
 
 def _latents(store: LatentStore) -> str:

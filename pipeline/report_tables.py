@@ -33,6 +33,17 @@ AGREEMENT_COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("consistency_truth_rms_hu", "the true thin series' own (HU)", 2),
     ("consistency_ratio", "Ratio (truth = 1)", 2),
 )
+SHORT_LABELS = {
+    "nearest": "Nearest",
+    "linear": "Linear",
+    "cubic": "Cubic",
+    "lanczos": "Lanczos",
+    "cubic_back_projection": "Back-projected",
+    "cubic_consistent": "Cubic, consistent",
+    "condition_round_trip": "VAE of linear",
+    "vae_ceiling": "VAE of truth",
+}
+"""Where every method is a column."""
 VOLUME_COLUMNS: tuple[tuple[str, str], ...] = (
     ("total_error", "error of the summed volume"),
     ("mean_absolute_error", "mean absolute error"),
@@ -64,7 +75,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> s
         body += f"<tr><th scope=row>{name}</th>" + "".join(f"<td>{v}</td>" for v in values) + "</tr>"
     title = html.escape(caption)
     return (
-        f'<div class=scroll tabindex=0 role=region aria-label="{title}"><table><caption>{title}</caption>'
+        f'<div class=scroll tabindex=0 role=region aria-label="{title}"><table><caption><span>{title}</span></caption>'
         f"<thead>{top}</thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -175,15 +186,15 @@ def volume_table(document: Mapping[str, Any]) -> str:
 
 
 def category_table(document: Mapping[str, Any]) -> str:
-    """PSNR by category of patients."""
+    """PSNR by category of patients: a column a category, since there are fewer of them than methods."""
     categories = document.get("by_category", {})
-    methods = ordered(document["methods"])
-    rows = []
-    for name, part in categories.items():
-        found = [part["methods"].get(m, {}).get("psnr_db") for m in methods]
-        gain = with_interval(part["against_cubic"].get("model"))
-        rows.append([name, str(part["cases"]), gain, *(number(v, 2) for v in found)])
-    head = ["Category", "Pairs", "Model against cubic (dB)", *(label(m) for m in methods)]
+    rows = [
+        [label(m), *(number(part["methods"].get(m, {}).get("psnr_db"), 2) for part in categories.values())]
+        for m in ordered(document["methods"])
+    ]
+    gains = [with_interval(part["against_cubic"].get("model")) for part in categories.values()]
+    rows.append(["ctpipe model against cubic (dB)", *gains])
+    head = ["Method", *(f"{name} ({count_of(part['cases'], 'pair')})" for name, part in categories.items())]
     return table(head, rows, "PSNR in the window (dB) by category")
 
 
@@ -196,7 +207,7 @@ def case_table(document: Mapping[str, Any]) -> str:
                   for row in (case["scores"].get(m, {}) for m in methods)]  # fmt: skip
         residual = case.get("consistency", {}).get("rms_hu")
         rows.append([case["key"], case["category"], *scores, number(residual, 2)])
-    head = ["Pair", "Category", *(label(m) for m in methods), "RMS(Ax-y) (HU)"]
+    head = ["Pair", "Category", *(SHORT_LABELS.get(m, label(m)) for m in methods), "RMS(Ax-y) (HU)"]
     return table(head, rows, "PSNR in the window (dB) by case, and the output's misfit to the thick series")
 
 
@@ -210,9 +221,19 @@ def notes(document: Mapping[str, Any]) -> str:
 
 
 def definition_list(facts: Mapping[str, Any]) -> str:
-    """Names and values."""
-    return (
-        "<dl>"
-        + "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
-        + "</dl>"
-    )
+    """Names and values; a value that is a mapping is spelled out."""
+    rows = ((str(k), spelled(v) if isinstance(v, Mapping) else str(v)) for k, v in facts.items())
+    return "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows) + "</dl>"
+
+
+def spelled(facts: Mapping[str, Any]) -> str:
+    """Settings in a line for people: ``detail residual, consistency yes``. What was left at its default is left out."""
+    parts = []
+    for key, value in facts.items():
+        name = str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            inner = spelled(value)
+            parts += [f"{name} ({inner})"] if inner else []
+        elif value is not None and value != "":
+            parts.append(f"{name} {('no', 'yes')[value] if isinstance(value, bool) else value}")
+    return ", ".join(parts)

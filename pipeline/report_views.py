@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.geometry import Geometry
+
 VIEWER_VOXELS = 3_000_000
 """Voxels a volume keeps in the page, so that three cases of six volumes stay under 15 MB."""
 SPREAD_STEP_HU = 0.5
@@ -40,11 +42,32 @@ METHOD_LABELS = {
 
 @dataclass(frozen=True)
 class CaseView:
-    """Volumes of one case for the viewer, all on one grid (z, y, x) in HU, with the spacing in mm."""
+    """Volumes of one case for the viewer, all on one grid (z, y, x) in HU, with the spacing in mm.
+
+    ``towards`` has a letter an axis: where in the patient its index grows to, e.g. ``HPL``; empty where nobody knows.
+    """
 
     key: str
     spacing_mm_zyx: tuple[float, float, float]
     volumes: Mapping[str, NDArray[Any]]
+    towards: str = ""
+
+    @property
+    def encoded_voxels(self) -> int:
+        """Of all volumes, as the page keeps them."""
+        depth, rows, columns = (int(n) for n in next(iter(self.volumes.values())).shape)
+        stride = view_stride((depth, rows, columns))
+        return len(self.volumes) * depth * -(-rows // stride) * -(-columns // stride)
+
+
+def towards(geometry: Geometry) -> str:
+    """Where z, y and x grow to: the nearest of left, right, posterior, anterior, head, feet (PS3.3 C.7.6.1.1.1)."""
+    letters = ""
+    for axis in range(3):
+        step = geometry.affine[:3, axis]
+        along = int(np.argmax(np.abs(step)))
+        letters += ("LPH" if step[along] > 0 else "RAF")[along]
+    return letters
 
 
 def label(method: str) -> str:
@@ -66,8 +89,12 @@ def view_stride(shape_zyx: tuple[int, ...]) -> int:
     return stride
 
 
-def encode_view(view: CaseView, quality: int = 86) -> dict[str, Any]:
-    """A case as the page's JSON: every volume one JPEG sheet; reduced in-plane when it is still too large."""
+def encode_view(view: CaseView, quality: int | None = 86) -> dict[str, Any]:
+    """A case as the page's JSON: every volume one sheet; reduced in-plane when it is still too large.
+
+    ``quality`` is JPEG's; None is lossless. ``flat`` says of the samples' spread that there is none anywhere: a sampler
+    that draws no noise cannot tell how sure a model is.
+    """
     shape = next(iter(view.volumes.values())).shape
     stride = view_stride(shape)
     dz, dy, dx = view.spacing_mm_zyx
@@ -78,12 +105,14 @@ def encode_view(view: CaseView, quality: int = 86) -> dict[str, Any]:
         "key": view.key,
         "shape": [depth, rows, columns],
         "spacing": [dz, dy * stride, dx * stride],
+        "towards": view.towards,
         "across": across,
+        "flat": "uncertainty" in volumes and not np.any(volumes["uncertainty"]),
         "volumes": [{"name": n, "label": label(n), "src": _sheet(n, v, across, quality)} for n, v in volumes.items()],
     }
 
 
-def _sheet(name: str, volume: NDArray[Any], across: int, quality: int) -> str:
+def _sheet(name: str, volume: NDArray[Any], across: int, quality: int | None) -> str:
     depth, rows, columns = volume.shape
     down = -(-depth // across)
     sheet = np.zeros((down * rows, across * columns), np.uint8)
@@ -95,8 +124,12 @@ def _sheet(name: str, volume: NDArray[Any], across: int, quality: int) -> str:
     return data_url(sheet, quality)
 
 
-def data_url(grey: NDArray[np.uint8], quality: int = 86) -> str:
-    """A grey image (y, x) as a JPEG data URL."""
+def data_url(grey: NDArray[np.uint8], quality: int | None = 86) -> str:
+    """A grey image (y, x) as a data URL: JPEG of a quality, or PNG for None."""
     buffer = io.BytesIO()
-    Image.fromarray(grey).save(buffer, "JPEG", quality=quality)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    if quality is None:
+        Image.fromarray(grey).save(buffer, "PNG")
+    else:
+        Image.fromarray(grey).save(buffer, "JPEG", quality=quality)
+    kind = "png" if quality is None else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()

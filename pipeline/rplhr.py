@@ -24,6 +24,7 @@ from pipeline.evaluate import CaseScores
 from pipeline.evaluate_files import finished_case, keep_case
 from pipeline.evaluate_lattice import SPACING_TOLERANCE
 from pipeline.geometry import Geometry
+from pipeline.metrics_similarity import ssim
 from pipeline.slice_profile import SliceProfile
 from pipeline.volume import Volume
 
@@ -138,7 +139,7 @@ def protocol_scores(prediction: NDArray[Any], truth: NDArray[np.float32]) -> dic
     return {
         "psnr_db": float(-10 * np.log10(mse)) if mse > 0 else None,
         "identical": mse == 0,
-        "ssim": metrics.ssim(p, t, data_range=1.0, border="zero"),
+        "ssim": ssim(p, t, data_range=1.0, border="zero"),
         "mae_hu": HU_SPAN * metrics.mean_absolute_error(p, t),
     }
 

@@ -91,6 +91,19 @@ class SliceProfile:
 
         return (ramp(u + half) - ramp(u - half)) / self.fwhm_mm
 
+    @property
+    def standard_deviation_mm(self) -> float:
+        """Root mean square distance from the profile's centre, shift apart: a box of w has w / sqrt(12)."""
+        if self.kind == "gaussian":
+            return float(self.fwhm_mm * _FWHM_TO_SIGMA)
+        if self.kind == "measured":
+            at, weight = (np.asarray(v) for v in zip(*self.samples, strict=True))
+            fine = np.linspace(at[0], at[-1], 2001)
+            density = np.interp(fine, at, weight)
+            density /= density.sum()
+            return float(np.sqrt((density * (fine - (density * fine).sum()) ** 2).sum()))
+        return float(np.hypot(self.fwhm_mm / np.sqrt(12.0), self.blur_mm * _FWHM_TO_SIGMA))
+
     def shifted(self, shift_mm: float) -> SliceProfile:
         """The same shape, off centre by ``shift_mm``."""
         return replace(self, shift_mm=shift_mm)

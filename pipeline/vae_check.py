@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from latentcache.errors import InputError
 from latentcache.records import SeriesRecord
 from pipeline.hu import NAMED_WINDOWS, Window
-from pipeline.metrics import TISSUE_CLASSES_HU, bias_by_tissue, mean_absolute_error, psnr, ssim
+from pipeline.metrics import TISSUE_CLASSES_HU, bias_by_tissue, mean_absolute_error, psnr
+from pipeline.metrics_similarity import ssim
 
 
 class RoundTrip(Protocol):

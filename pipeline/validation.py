@@ -17,6 +17,7 @@ from pipeline.encode import Encoder
 from pipeline.evaluate import common_slices
 from pipeline.field_of_view import onto_field
 from pipeline.hu import Window
+from pipeline.metrics_similarity import ssim
 from pipeline.private import PrivateStore
 from pipeline.resample import resample_z
 from pipeline.vae_tiling import as_encoded
@@ -103,7 +104,7 @@ class HeldOutImages:
     def _scores(self, suffix: str, held: HeldOutPair, hu: NDArray[np.float32]) -> dict[str, float]:
         return {
             f"val_psnr_db{suffix}": metrics.psnr(hu, held.truth, data_range=self.window.width),
-            f"val_ssim{suffix}": metrics.ssim(hu, held.truth, data_range=self.window.width),
+            f"val_ssim{suffix}": ssim(hu, held.truth, data_range=self.window.width),
         }
 
 

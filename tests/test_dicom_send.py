@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import struct
 import subprocess
 import time
 import urllib.request
@@ -137,6 +138,39 @@ def test_a_storage_provider_that_refuses_one_and_dies_on_another(series: Path) -
     assert len(set(got)) == 6
 
 
+def test_no_connection_stays_open_where_the_pacs_died(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pynetdicom shuts a socket down before it closes it, and leaves it open where the first fails."""
+    from pynetdicom import AE, evt
+    from pynetdicom.sop_class import CTImageStorage
+
+    def die(event: evt.Event) -> int:
+        peer = event.assoc.dul.socket.socket
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as a dead host's
+        peer.close()
+        return 0
+
+    used: list[socket.socket] = []
+
+    def watched(self: CStore, first: Path) -> Any:
+        association = associate(self, first)
+        used.append(association.dul.socket.socket)
+        return association
+
+    associate = CStore._associate
+    monkeypatch.setattr(CStore, "_associate", watched)
+    port = free_port()
+    entity = AE(ae_title="PROVIDER")
+    entity.add_supported_context(CTImageStorage, ["1.2.840.10008.1.2.1"])
+    server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, die)])
+    try:
+        summary = send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=5), attempts=2, backoff_s=0)
+    finally:
+        server.shutdown()
+    assert len(summary.left) == 7
+    assert len(used) == 2
+    assert [one.fileno() for one in used] == [-1, -1]
+
+
 @pytest.mark.parametrize(("title", "address"), [("", "h"), ("A" * 17, "h"), ("A\\B", "h")])
 def test_impossible_titles_are_refused(title: str, address: str) -> None:
     with pytest.raises(InputError, match="application entity title"):
@@ -235,14 +269,17 @@ def test_orthanc_takes_the_series_and_gives_the_same_pixels_back(
     np.testing.assert_array_equal(orthanc.pixels(written.series_uid), hu)
 
 
+FULL_DEPTH = 300
+
+
 def full_size(out: Path, syntax: str) -> tuple[WrittenSeries, NDArray[np.int16]]:
-    """140 slices of 512 x 512 with noise of 12 HU on a few tissues: 70 MiB uncompressed."""
+    """300 slices of 512 x 512 with noise of 12 HU on a few tissues: 150 MiB uncompressed."""
     rng = np.random.default_rng(0)
-    levels = rng.choice([-1000, -850, -100, 40, 300], size=(140, 8, 8)).repeat(64, 1).repeat(64, 2)
+    levels = rng.choice([-1000, -850, -100, 40, 300], size=(FULL_DEPTH, 8, 8)).repeat(64, 1).repeat(64, 2)
     noise = rng.normal(0, 12, (4, 512, 512))
     hu = np.stack([np.rint(level + np.roll(noise[i % 4], i)) for i, level in enumerate(levels)]).astype(np.int16)
     affine = ((0.0, 0.0, 0.7, -179.2), (0.0, 0.7, 0.0, -179.2), (1.0, 0.0, 0.0, 694.21), (0.0, 0.0, 0.0, 1.0))
-    at = Geometry(hu.shape, affine, tuple(694.21 + np.arange(140.0)), 5.0)
+    at = Geometry(hu.shape, affine, tuple(694.21 + np.arange(float(FULL_DEPTH))), 5.0)
     return write(out, hu, at, transfer_syntax=syntax), hu
 
 
@@ -253,7 +290,7 @@ def test_orthanc_takes_a_series_of_full_size(orthanc: Orthanc, tmp_path: Path, w
     stow = StowRs(f"http://127.0.0.1:{orthanc.http}/dicom-web")
     destination = CStore("127.0.0.1", orthanc.dicom, "ORTHANC") if way == "c-store" else stow
     summary = send_folder(tmp_path / "series", destination)
-    assert (summary.sent, summary.left, summary.reason) == (140, [], "")
+    assert (summary.sent, summary.left, summary.reason) == (FULL_DEPTH, [], "")
     np.testing.assert_array_equal(orthanc.pixels(written.series_uid), hu)
 
 
@@ -278,13 +315,13 @@ def test_a_pacs_that_dies_half_way_gets_the_rest_when_it_is_back(tmp_path: Path,
 
     try:
         first = send_folder(tmp_path / "series", destination, attempts=2, backoff_s=0.1, progress=count)
-        assert 40 <= first.sent < 140
+        assert 40 <= first.sent < FULL_DEPTH
         assert first.reason
         assert json.loads(left_list(tmp_path / "series").read_text())["left"] == first.left
         server.process.wait(timeout=20)
         server = Orthanc(tmp_path / "pacs", ports)
         second = send_folder(tmp_path / "series", destination)
-        assert (second.already, second.sent, second.left) == (first.sent, 140 - first.sent, [])
+        assert (second.already, second.sent, second.left) == (first.sent, FULL_DEPTH - first.sent, [])
         assert not left_list(tmp_path / "series").exists()
         np.testing.assert_array_equal(server.pixels(written.series_uid), hu)
     finally:

@@ -23,11 +23,12 @@ from latentcache.errors import InputError
 from latentcache.schema import timings_table
 from latentcache.store import LatentStore
 from pipeline.decode_store import set_up as set_up_decoder
-from pipeline.encode_commit import INTERVAL_S, GroupCommit, Progress, read_progress
+from pipeline.encode_commit import INTERVAL_S, GroupCommit
 from pipeline.encode_plan import EncodePlan
 from pipeline.encode_store import EncodeSettings, load_encoder, set_up
 from pipeline.engine import Outcome
 from pipeline.private import PrivateStore
+from pipeline.progress import Progress, read_progress
 from pipeline.seen_folder import mark
 
 pytestmark = [
@@ -310,7 +311,7 @@ def test_progress_of_a_running_job_is_in_the_store(ingested: Path) -> None:
     progress.note(attempted=4, committed=11)
     found = read_progress(location)
     assert found is not None
-    assert (found["planned"], found["attempted"], found["latents"]) == (10, 4, 11)
+    assert (found["planned"], found["attempted"], found["done"]) == (10, 4, 11)
     assert found["seconds_left"] > 0
     assert ctpipe("status", ingested)["running"]["attempted"] == 4
     progress.end()

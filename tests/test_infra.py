@@ -7,15 +7,18 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import typer
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from cli.main import app
 
@@ -23,21 +26,10 @@ INFRA = Path(__file__).resolve().parent.parent / "infra"
 BASE = INFRA / "k8s" / "base"
 OVERLAYS = ("a100", "s3")
 KUBERNETES = "1.31"
+RUNBOOK = (INFRA / "RUNBOOK.md").read_text()
 
-# The fields of KubeRay's v1 API that we use. A field that is not here may be right, but nobody has looked it up.
-CLUSTER = {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"}
-AUTOSCALER = {"idleTimeoutSeconds", "resources", "securityContext"}
-HEAD = {"rayStartParams", "template"}
-WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
-JOB = {
-    "entrypoint",
-    "shutdownAfterJobFinishes",
-    "ttlSecondsAfterFinished",
-    "backoffLimit",
-    "submissionMode",
-    "submitterPodTemplate",
-    "rayClusterSpec",
-}
+# What KubeRay's own definitions (CRDs) allow; infra/k8s/schemas/kuberay-v1.json says what was left out of them.
+KUBERAY = json.loads((INFRA / "k8s" / "schemas" / "kuberay-v1.json").read_text())
 MONITOR = {"selector", "podMetricsEndpoints"}
 KNOWN_ELSEWHERE = {"RayCluster", "RayJob", "PodMonitor", "Kustomization"}
 
@@ -117,6 +109,30 @@ def test_image_is_plain_locked_and_without_weights() -> None:
     assert not re.search(r"^(COPY|ADD) .*(weights|\.pt\b|data)", text, re.MULTILINE)
 
 
+def test_what_the_image_copies_and_starts_exists() -> None:
+    text = (INFRA / "Dockerfile").read_text().replace("\\\n", " ")
+    root = INFRA.parent
+    copied = [
+        source for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE) for source in line.split()[:-1]
+    ]
+    assert copied
+    assert all((root / source).exists() for source in copied), copied
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    # Every package that the wheel is made of, and the files that its metadata names, are there when it is built.
+    needed = {*project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"], project["project"]["readme"]}
+    assert needed <= set(copied)
+    (entry,) = re.findall(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)
+    *_, program = json.loads(entry)
+    assert program in project["project"]["scripts"]
+    linked = re.search(r"ln -s (.+) /usr/local/bin/", text)
+    assert linked is not None
+    assert {Path(path).name for path in linked.group(1).split()} == {program, "ray", "python"}
+    # The lock was made for the Python that this Ubuntu has.
+    assert "ubuntu24.04" in text
+    assert "--python-version 3.12" in RUNBOOK
+    assert SpecifierSet(project["project"]["requires-python"]).contains("3.12")
+
+
 def test_lock_pins_everything_by_hash_and_agrees_with_the_constraints() -> None:
     entries = re.split(r"\n(?=\S)", (INFRA / "requirements.lock").read_text().strip())
     pinned = {}
@@ -178,30 +194,23 @@ def test_every_pod_is_valid_and_restricted(document: Document) -> None:
             assert "private" not in mounted, "workers need no identities"
 
 
-def check_cluster(spec: Document) -> None:
-    assert set(spec) <= CLUSTER
-    assert set(spec.get("autoscalerOptions", {})) <= AUTOSCALER
-    assert set(spec["headGroupSpec"]) == HEAD
-    groups = [spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]
-    for group in groups:
-        # KubeRay hands these to `ray start`: words, never numbers.
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-    for group in groups[1:]:
-        assert set(group) == WORKERS
+@pytest.mark.parametrize("document", [*every("RayCluster"), *every("RayJob")])
+def test_kuberay_accepts_it(document: Document) -> None:
+    assert document["apiVersion"] == "ray.io/v1"
+    problems = jsonschema.Draft202012Validator(KUBERAY[document["kind"]]).iter_errors(document)
+    assert [f"{list(problem.absolute_path)}: {problem.message}" for problem in problems] == []
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    for group in spec.get("workerGroupSpecs", ()):
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
-@pytest.mark.parametrize("document", [*every("RayCluster"), *every("RayJob")])
-def test_ray_documents_use_known_fields(document: Document) -> None:
-    assert document["apiVersion"] == "ray.io/v1"
-    assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
-    spec = document["spec"]
-    if document["kind"] == "RayJob":
-        assert set(spec) <= JOB
-        assert spec["submissionMode"] == "K8sJobMode"
-        assert isinstance(spec["backoffLimit"], int)
-        spec = spec["rayClusterSpec"]
-    check_cluster(spec)
+def test_kuberays_schema_finds_what_is_wrong() -> None:
+    (cluster,) = [d for d in VARIANTS["base"] if d["kind"] == "RayCluster"]
+    broken = deepcopy(cluster)
+    broken["spec"]["workerGroupSpecs"][0]["replica"] = 1
+    broken["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0  # KubeRay hands words to `ray start`, no numbers
+    found = [e.message for e in jsonschema.Draft202012Validator(KUBERAY["RayCluster"]).iter_errors(broken)]
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("document", every("PodMonitor"))
@@ -266,7 +275,6 @@ def test_the_runbook_names_what_exists() -> None:
         assert (INFRA.parent / path).exists(), path
 
 
-RUNBOOK = (INFRA / "RUNBOOK.md").read_text()
 LINES = re.findall(r"^(?: {4}| {7})(ctpipe .+)$", RUNBOOK, re.MULTILINE)
 MENTIONED = re.findall(r"`(ctpipe [a-z][^`]*)`", RUNBOOK)
 

@@ -34,6 +34,15 @@ def test_the_slowest_resource_binds_and_sets_the_time() -> None:
     assert cost(1e6, 0, rates, cores=4).binds == "CPU (decoding and encoding)"
 
 
+def test_fewer_workers_than_cores_encode_while_the_others_read() -> None:
+    rates = Rates(encode_core_s=9.0, latents_per_series=1.0, decode_core_s=1.0)
+    assert cost(100, 0, rates, cores=2, workers=1).hours * 3600 == pytest.approx(900.0)
+    assert cost(100, 0, rates, cores=2, workers=2).hours * 3600 == pytest.approx(500.0)
+    assert cost(100, 0, rates, workers=2).hours == cost(100, 0, rates, cores=2).hours
+    slow_reading = replace(rates, decode_core_s=30.0)
+    assert cost(100, 0, slow_reading, cores=2, workers=1).binds == "CPU (decoding and encoding)"
+
+
 def test_storage_is_bytes_a_latent_times_latents() -> None:
     found = cost(1000, 1, Rates(latent_mb=4 * 75 * 128 * 128 * 2 / 1e6, latents_per_series=1))
     assert found.store_tb == pytest.approx(1000 * 9_830_400 / 1e12)

@@ -18,20 +18,10 @@ from latentcache.errors import InputError
 from pipeline.compose import ComposeSettings, compose
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
-from pipeline.refiner import (
-    Refiner,
-    RefinerCard,
-    RefinerConfig,
-    RefinerFile,
-    folded,
-    refine,
-    save_refiner,
-    settle,
-    tiles,
-    unfolded,
-    with_halo,
-)
-from pipeline.refiner_input import ThickView
+from pipeline.refiner import RefinerCard, RefinerFile, refine, save_refiner, settle, tiles, with_halo
+from pipeline.refiner_input import RefinerInput, ThickView, neighbours
+from pipeline.refiner_network import Refiner, RefinerConfig, folded, unfolded
+from pipeline.resample import z_weights
 from pipeline.slice_profile import SliceProfile, slice_operator
 from pipeline.volume import Volume
 
@@ -62,32 +52,49 @@ def scene(shape: tuple[int, int, int] = (20, 13, 17)) -> tuple[Volume, Geometry,
     return thick, target, rng.uniform(-900, 600, shape).astype(np.float32)
 
 
-def refined(file: RefinerFile, composed: NDArray[np.float32], **options: tuple[int, int, int]) -> float:
+def refined(file: RefinerFile, composed: NDArray[np.float32], **options: int) -> float:
     thick, target, _ = scene()
     return refine(file, composed, thick, target, PROFILE, WINDOW, "residual", **options)
 
 
-def test_untrained_it_changes_nothing(tmp_path: Path) -> None:
-    _, _, composed = scene()
-    before = composed.copy()
-    assert refined(saved(Refiner(CONFIG), tmp_path), composed) < 1e-4
-    np.testing.assert_allclose(composed, before, atol=1e-4)
+def view_of(thick: Volume, target: Geometry) -> ThickView:
+    return ThickView.of(np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm), PROFILE)
 
 
-@pytest.mark.parametrize("tile", [(4, 6, 8), (7, 5, 3), (64, 4, 64)])
-def test_tiles_give_the_numbers_of_one_pass(tmp_path: Path, tile: tuple[int, int, int]) -> None:
+def passed(made: Refiner, given: RefinerInput) -> NDArray[np.float32]:
+    with torch.no_grad():
+        out: NDArray[np.float32] = made(*(torch.from_numpy(part)[None] for part in given))[0, 0].numpy()
+    return out
+
+
+def test_untrained_it_back_projects(tmp_path: Path) -> None:
+    thick, target, composed = scene()
+    smooth = np.clip(composed / 10, -100, 200).astype(np.float32)
+    measured = Volume(
+        slice_operator(PROFILE, np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm)).apply(smooth), thick.geometry
+    )
+    before = smooth + 20
+    expected = view_of(thick, target).back_projected(measured.hu, before)
+    change = refine(saved(Refiner(CONFIG), tmp_path), before, measured, target, PROFILE, WINDOW, "residual")
+    assert change == pytest.approx(20, abs=2)
+    inside = (before > WINDOW.lower) & (before < WINDOW.upper)
+    np.testing.assert_allclose(before[inside], expected[inside], atol=1e-2)
+
+
+@pytest.mark.parametrize(("tile", "slices"), [(8, 7), (3, 32), (64, 1)])
+def test_tiles_give_the_numbers_of_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, slices: int
+) -> None:
     file = saved(network(), tmp_path)
     thick, target, composed = scene()
     whole, tiled = composed.copy(), composed.copy()
-    change = refined(file, whole, tile_zyx=(64, 64, 64))
-    refined(file, tiled, tile_zyx=tile)
+    change = refined(file, whole, tile=64)
+    monkeypatch.setattr("pipeline.refiner.SLICES", slices)
+    refined(file, tiled, tile=tile)
     np.testing.assert_allclose(tiled, whole, atol=2e-3)
     assert change == pytest.approx(float(np.sqrt(np.mean((whole - composed) ** 2))), rel=1e-3)
     assert change > 1
-    view = ThickView.of(np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm), PROFILE)
-    given = view.inputs(thick.hu, slice(None), WINDOW.to_unit(composed), WINDOW)[None]
-    with torch.no_grad():
-        direct = network()(torch.from_numpy(given))[0, 0].clamp(-1, 1).numpy()
+    direct = passed(network(), view_of(thick, target).inputs(thick.hu, composed, WINDOW)).clip(-1, 1)
     inside = (composed > WINDOW.lower) & (composed < WINDOW.upper)
     np.testing.assert_allclose(WINDOW.to_unit(whole)[inside], direct[inside], atol=1e-5)
 
@@ -97,12 +104,15 @@ def test_what_the_window_hides_is_left_alone(tmp_path: Path) -> None:
     torch.nn.init.zeros_(made.leave.weight)
     assert made.leave.bias is not None
     torch.nn.init.constant_(made.leave.bias, -0.5)
-    _, _, composed = scene()
+    thick, target, composed = scene()
     before = composed.copy()
+    expected = np.clip(view_of(thick, target).back_projected(thick.hu, composed), WINDOW.lower, WINDOW.upper) - 100
     refined(saved(made, tmp_path), composed)
-    np.testing.assert_array_equal(composed[before <= WINDOW.lower], before[before <= WINDOW.lower])
-    inside = (before > 0) & (before < 200)
-    np.testing.assert_allclose(composed[inside], before[inside] - 100, atol=0.01)
+    beyond = (before <= WINDOW.lower) & (expected <= WINDOW.lower)
+    assert beyond.sum() > 50
+    np.testing.assert_array_equal(composed[beyond], before[beyond])
+    inside = (before > WINDOW.lower) & (before < WINDOW.upper)
+    np.testing.assert_allclose(composed[inside], np.maximum(expected, WINDOW.lower)[inside], atol=0.01)
 
 
 @given(height=st.integers(1, 9), width=st.integers(1, 9), fold=st.integers(1, 3))
@@ -120,7 +130,39 @@ def test_the_phase_says_where_a_thick_slice_lies() -> None:
     np.testing.assert_allclose(view.phase[:8], [0.4, 0.2, 0.0, 0.2, 0.4, 0.4, 0.2, 0.0], atol=1e-6)
     operator = slice_operator(PROFILE, np.array([2.0, 7.0, 12.0]), np.arange(15.0))
     thick = np.random.default_rng(0).normal(size=(3, 4))
-    assert np.abs(operator.matrix @ view.weights @ thick - thick).max() < 0.1, "the linear estimate agrees with y"
+    assert np.abs(operator.matrix @ view.linear @ thick - thick).max() < 0.1, "the linear estimate agrees with y"
+    cubic = z_weights(np.array([2.0, 7.0, 12.0]), np.arange(15.0), "cubic").astype(np.float32) @ thick
+    composed = cubic[:, :, None].astype(np.float32)
+    np.testing.assert_allclose(view.back_projected(thick[:, :, None], composed)[..., 0], view.linear @ thick, atol=1e-4)
+
+
+def test_neighbours_beyond_the_ends_are_the_outermost() -> None:
+    view = ThickView.of(np.array([2.0, 7.0, 12.0]), np.arange(15.0), PROFILE)
+    below, between = neighbours(view.place, 3)
+    np.testing.assert_array_equal(below, [0] * 7 + [1] * 8)
+    np.testing.assert_allclose(between, [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1], atol=1e-6)
+    assert view.width == pytest.approx(1 / np.sqrt(12))
+    assert SliceProfile("box", 5.0, blur_mm=3.0).standard_deviation_mm == pytest.approx(
+        np.hypot(5 / 12**0.5, 3 / 2.3548), 1e-3
+    )
+    triangle = SliceProfile.measured([-5.0, 0.0, 5.0], [0.0, 1.0, 0.0])
+    assert triangle.standard_deviation_mm == pytest.approx(5 / np.sqrt(6), rel=1e-4)
+
+
+def test_every_thin_slice_sees_its_own_neighbours() -> None:
+    """Features that are each thick slice's number come out as the number of the place, where the matrices say so."""
+    made = Refiner(RefinerConfig(width=1, blocks=0, fold=1))
+    torch.nn.init.zeros_(made.mix.weight)
+    assert made.mix.bias is not None
+    torch.nn.init.zeros_(made.mix.bias)
+    with torch.no_grad():
+        # below x 1, below x -between, above x between: linear interpolation.
+        made.mix.weight[:, 0, 0, 0, 0] = torch.tensor([1.0, -1.0, 0.0, 0.0, 1.0, 0.0])
+    numbers = torch.arange(4.0).reshape(1, 1, 4, 1, 1).expand(1, 1, 4, 2, 3)
+    places = np.array([0.0, 0.3, 1.0, 1.75, 2.5, 3.0], np.float32)
+    below, between = (torch.from_numpy(part)[None] for part in neighbours(places, 4))
+    mixed = made._mixed(numbers, below, between)
+    np.testing.assert_allclose(mixed[0, 0, :, 1, 2].detach().numpy(), places, atol=1e-6)
 
 
 @given(composed=st.floats(-1024, 3000), start=st.floats(-160, 230))

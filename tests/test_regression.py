@@ -18,8 +18,9 @@ from pipeline.compose import ComposeSettings, compose, interpolated
 from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.phantom import make_patient
-from pipeline.refiner import Refiner, RefinerCard, RefinerConfig, RefinerFile, save_refiner
+from pipeline.refiner import RefinerCard, RefinerFile, save_refiner
 from pipeline.refiner_data import RefinerCase
+from pipeline.refiner_network import Refiner, RefinerConfig
 from pipeline.refiner_source import RefinerSource
 from pipeline.regression import check_same_split, regression_facts, training_pairs, training_recipe
 from pipeline.volume import Volume

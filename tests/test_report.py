@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import canvas, chromium, difference, grave_violations, opened
+from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from cli.report import lead_paragraph
 from pipeline.evaluate import CaseScores
 from pipeline.evaluate_summary import summarise
+from pipeline.geometry import Geometry
 from pipeline.hu import Window
 from pipeline.report import write_report
-from pipeline.report_views import CODE_KNOTS, CODE_KNOTS_HU, CaseView, encode_view, view_stride
+from pipeline.report_tables import spelled
+from pipeline.report_views import CODE_KNOTS, CODE_KNOTS_HU, CaseView, encode_view, towards, view_stride
 
 SHAPE = (40, 60, 80)
 
@@ -70,7 +75,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lead=lead_paragraph(document()),
         document=document(),
         window=Window(),
-        views=[CaseView("aa01", (1.0, 1.0, 1.0), view), CaseView("aa02", (1.0, 1.0, 1.0), {"truth": volume(50.0),
+        views=[CaseView("aa01", (1.0, 1.0, 1.0), view, "HPL"), CaseView("aa02", (1.0, 1.0, 1.0), {"truth": volume(50.0),
                "linear": volume(50.0), "model": volume(50.0)})],
         training=[{"step": i, "loss": 1 / (i + 1)} for i in range(10)],
         provenance={"split": "test", "sampling": "</script><b>"},
@@ -140,11 +145,18 @@ def test_the_keyboard_is_enough(desk: tuple[Page, list[str]]) -> None:
     assert complaints == []
 
 
-def test_every_mode_paints_something_else(desk: tuple[Page, list[str]]) -> None:
+def test_every_mode_paints_something_else_and_says_what(desk: tuple[Page, list[str]]) -> None:
     page, complaints = desk
     sums = []
-    for mode in ("wipe", "diff", "error", "spread"):
+    modes = {
+        "wipe": "Left of the line: Linear",
+        "diff": "minus ctpipe model: white is equal",
+        "error": "minus the true thin series",
+        "spread": "the more orange, the less sure",
+    }
+    for mode, said in modes.items():
         page.locator("#mode").select_option(mode)
+        assert said in page.locator("#legend").inner_text()
         sums.append(canvas_sum(page, 0))
     assert len(set(sums)) == 4
     page.locator("#case").select_option("1")
@@ -153,6 +165,41 @@ def test_every_mode_paints_something_else(desk: tuple[Page, list[str]]) -> None:
     page.locator("#case").select_option("0")
     page.wait_for_function("document.getElementById('status').textContent.indexOf('spread') > 0")
     assert complaints == []
+
+
+def test_edges_are_named_as_a_radiologist_reads_them(desk: tuple[Page, list[str]]) -> None:
+    """The drawn letters are taken from the calls, since pixels cannot be read; the second case has no known sides."""
+    page, _ = desk
+    page.evaluate("""() => {
+        const draw = CanvasRenderingContext2D.prototype.fillText;
+        window.drawn = [];
+        CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+            window.drawn.push([this.canvas.id, text, Math.round(2 * x / this.canvas.width),
+                               Math.round(2 * y / this.canvas.height)]);
+            draw.call(this, text, x, y);
+        };
+        render();
+    }""")
+    places = {(name, x, y): text for name, text, x, y in page.evaluate("window.drawn")}
+    left, right, top, bottom = (0, 1), (2, 1), (1, 0), (1, 2)
+    for view, edges in (("c0", "RLAP"), ("c1", "RLHF"), ("c2", "APHF")):
+        assert "".join(places[view, *at] for at in (left, right, top, bottom)) == edges
+    page.locator("#case").select_option("1")
+    page.wait_for_function("document.getElementById('status').textContent.indexOf('spread') < 0")
+    page.evaluate("window.drawn = []; render()")
+    assert page.evaluate("window.drawn") == []
+    page.locator("#case").select_option("0")
+    page.wait_for_function("document.getElementById('status').textContent.indexOf('spread') > 0")
+
+
+@pytest.mark.parametrize(
+    ("columns", "letters"),
+    [(((0, 0, 1), (0, 1, 0), (1, 0, 0)), "HPL"), (((0, 0, -1), (0, -0.9, 0.3), (-1, 0, 0)), "FAR")],
+)
+def test_sides_follow_from_the_affine(columns: tuple[tuple[float, ...], ...], letters: str) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(columns).T
+    assert towards(Geometry((2, 2, 2), tuple(tuple(row) for row in affine.tolist()), (0.0, 1.0), 1.0)) == letters
 
 
 def test_axe_finds_no_serious_violation(desk: tuple[Page, list[str]]) -> None:
@@ -189,6 +236,17 @@ def test_the_text_is_plain_escaped_and_complete(page_file: Path) -> None:
 def test_the_first_paragraph_is_honest_about_losses() -> None:
     good = document()
     assert "1.00 dB more than cubic" in lead_paragraph(good)
+    assert "off by 4.0 HU on average, one of cubic interpolation of the thick slices by 4.0 HU" in lead_paragraph(good)
+    assert "fine detail" not in lead_paragraph(good), "nothing was measured of it"
+    good["methods"]["cubic_consistent"] = {**good["methods"]["cubic"], "psnr_db": 29.75}
+    assert "cubic interpolation alone reaches 29.75 dB: the network itself adds 0.25 dB" in lead_paragraph(good)
+    good["methods"]["cubic_consistent"]["psnr_db"] = 30.5
+    assert "30.50 dB: the network adds nothing" in lead_paragraph(good)
+    good["methods"]["model"]["detail_explained"] = 0.351
+    good["methods"]["cubic"]["detail_explained"] = -0.2
+    assert "it gets 35% right (cubic interpolation 0%); the rest is missing or made up" in lead_paragraph(good)
+    good["methods"]["model"]["detail_explained"] = -0.1
+    assert "None of the fine detail that it adds between the thick slices is true" in lead_paragraph(good)
     good["methods"]["model"]["psnr_db"] = 20.0
     assert "do not use this model" in lead_paragraph(good)
     good["methods"]["model"]["psnr_db"] = None
@@ -218,6 +276,7 @@ def test_what_physicists_and_radiologists_measure_has_its_tables(page_file: Path
     assert "nodules in the true thin series measure -5%" in text
     assert "1.0 of 2.0" in text
     assert "Lung density" not in text
+    assert "<th scope=col>APE (2 pairs)</th><th scope=col>non-APE (2 pairs)</th>" in text
 
 
 def test_a_page_stays_under_15_mb_at_full_size(tmp_path: Path) -> None:
@@ -230,6 +289,31 @@ def test_a_page_stays_under_15_mb_at_full_size(tmp_path: Path) -> None:
     path = tmp_path / "big.html"
     write_report(path, title="t", lead="l", document=document(), window=Window(), views=views)
     assert path.stat().st_size < 15_000_000
+    text = path.read_text(encoding="utf-8")
+    assert text.count("data:image/jpeg") == 18, "all three cases stay, at less quality"
+
+
+def test_small_volumes_are_kept_without_loss(page_file: Path) -> None:
+    text = page_file.read_text(encoding="utf-8")
+    assert "data:image/jpeg" not in text
+    case = encode_view(CaseView("k", (1.0, 1.0, 1.0), {"truth": volume(200.0)}), quality=None)
+    coded = case["volumes"][0]["src"].split(",")[1]
+    with Image.open(io.BytesIO(base64.b64decode(coded))) as image:
+        sheet = np.asarray(image)
+    middle = np.interp(sheet[60:120, :80].astype(float), CODE_KNOTS, CODE_KNOTS_HU)  # slice 7 of rows of 7
+    inside = volume(200.0)[7] > -240
+    assert np.abs(middle - volume(200.0)[7])[inside].max() < 2, "the coding adds nothing to the companding"
+
+
+def test_a_spread_of_nothing_is_said_to_tell_nothing() -> None:
+    still = {"truth": volume(10), "uncertainty": np.zeros(SHAPE)}
+    assert encode_view(CaseView("k", (1.0, 1.0, 1.0), still))["flat"] is True
+    assert encode_view(CaseView("k", (1.0, 1.0, 1.0), {**still, "uncertainty": np.ones(SHAPE)}))["flat"] is False
+
+
+def test_settings_are_spelled_for_people() -> None:
+    facts = {"detail": "residual", "consistency": True, "refiner_sha256": "", "sampling": {"steps": None, "seed": 0}}
+    assert spelled(facts) == "detail residual, consistency yes, sampling (seed 0)"
 
 
 def test_companding_keeps_soft_tissue_within_3_hu() -> None:

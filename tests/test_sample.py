@@ -15,7 +15,8 @@ from diffusion.alignment import align_depth
 from diffusion.model import Interpolator
 from diffusion.model_config import UNetConfig
 from diffusion.objective import build_objective
-from diffusion.sample import SampleSettings, condition_of, generate_store, generation_key
+from diffusion.sample import condition_of, draw, generate_store, prepare, set_up
+from diffusion.sample_plan import SampleSettings, generation_key, open_generated, plan_samples
 from diffusion.unet import build_unet
 from latentcache.errors import InputError
 from latentcache.store import LatentStore
@@ -129,3 +130,31 @@ def test_a_pair_without_its_condition_is_named(store: LatentStore) -> None:
     stranger = replace(store.pairs()[0], pair_key="e" * 16)
     with pytest.raises(InputError, match=r"e{16} has no thick_on_thin latent"):
         condition_of(store, model, stranger)
+
+
+def test_a_worker_with_another_checkpoint_or_store_is_refused(store: LatentStore, tmp_path: Path) -> None:
+    model = model_for(store)
+    out = open_generated(store, model, SETTINGS)
+    facts = {"out_url": out.url, "fingerprint": out.secret_fingerprint, "settings": SETTINGS}
+    key = generation_key(model, SETTINGS)
+    drawing = set_up("cpu", load=lambda device: model, expected_key=key, **facts)  # type: ignore[arg-type]
+    (task, *_), already = plan_samples(store, model, None, out)
+    record = draw(drawing, prepare(task, store_url=store.url))
+    assert (record.key, record.source_digest, already) == (task.name, key, 0)
+    with pytest.raises(InputError, match=r"generation key .*same run's folder"):
+        set_up("cpu", load=lambda device: model_for(store, sha="b" * 64), expected_key=key, **facts)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="does not see the store"):
+        set_up("cpu", load=lambda device: model, expected_key=key, **{**facts, "out_url": str(tmp_path / "no")})  # type: ignore[arg-type]
+
+
+def test_a_worker_without_cuda_says_so(store: LatentStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device"):
+        set_up(
+            "cuda:0",
+            load=lambda device: model_for(store),
+            out_url=store.url,
+            fingerprint="",
+            settings=SETTINGS,
+            expected_key="",
+        )

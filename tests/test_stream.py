@@ -17,9 +17,11 @@ from diffusion.config import DataConfig
 from diffusion.made_up import ENCODING, key_of, make_store, smooth, stage
 from diffusion.objective import build_objective
 from diffusion.pairs import whole_latents_inside
-from diffusion.stream import Batch, PairStream, valid_mask
+from diffusion.stream import Batch, PairStream
 from diffusion.unet import build_unet
+from latentcache.compaction import extend
 from latentcache.errors import CorruptLatentError, InputError
+from latentcache.schema import to_table
 from latentcache.store import LatentStore
 
 WINDOWS = DataConfig(window=4, windows_per_volume=3, batch_size=2, readers=0)
@@ -114,13 +116,6 @@ def test_latents_inside_by_definition(z0: float, dz: float, low: float, length: 
             assert begin < low + slack or end > low + length - slack
 
 
-def test_padding_in_plane_is_masked() -> None:
-    mask = valid_mask((40, 60, 52), 3, (16, 16))
-    assert mask.shape == (1, 3, 16, 16)
-    assert mask[:, :, :15, :13].min() == 1
-    assert mask.sum() == 3 * 15 * 13
-
-
 @pytest.mark.parametrize("readers", [1, 3])
 def test_readers_do_not_change_the_order(store: LatentStore, readers: int) -> None:
     reference = batches(PairStream(store, WINDOWS, samples_per_step=4, seed=7), 9)
@@ -196,7 +191,8 @@ def test_a_growing_store_does_not_change_a_pinned_stream(tmp_path: Path) -> None
     assert len(PairStream(LatentStore.open(tmp_path / "s"), WINDOWS).pairs) == 3
 
 
-def test_a_flipped_bit_raises_with_the_series_key_instead_of_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("readers", [0, 2])
+def test_a_flipped_bit_raises_with_the_series_key_instead_of_training(tmp_path: Path, readers: int) -> None:
     store = make_store(tmp_path / "s", splits=("train",))
     record = store.records(role="thin")[0]
     file = max((p for p in (tmp_path / "s" / record.path).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -204,7 +200,7 @@ def test_a_flipped_bit_raises_with_the_series_key_instead_of_training(tmp_path: 
     damaged[len(damaged) // 2] ^= 1
     file.chmod(0o644)
     file.write_bytes(damaged)
-    stream = PairStream(store, DataConfig(depth_bucket=1, readers=0))
+    stream = PairStream(store, DataConfig(depth_bucket=1, readers=readers))
     with pytest.raises(CorruptLatentError, match=record.key):
         batches(stream, 1)
 
@@ -219,6 +215,31 @@ def test_mixed_encode_keys_are_refused_until_one_is_chosen(tmp_path: Path) -> No
     assert len(PairStream(store, replace(WINDOWS, encode_key=ENCODING.encode_key)).pairs) == 1
     with pytest.raises(InputError, match="encode key nonsense"):
         PairStream(store, replace(WINDOWS, encode_key="nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("role", "shape", "said"),
+    [("thin", (6, 12, 16, 16), "6 channels"), ("thick_on_thin", (4, 12, 16, 20), "one grid")],
+)
+def test_latents_that_cannot_be_one_sample_are_refused(
+    tmp_path: Path, role: str, shape: tuple[int, ...], said: str
+) -> None:
+    """Such rows can only come from another program: the store refuses them at write."""
+    store = make_store(tmp_path / "s", splits=("train",))
+    rows = [replace(row, shape=shape) if row.role == role else row for row in store.records()]
+    with store.writer() as writer:
+        writer.retire(store.manifest_table())
+        writer.replace(lambda base: extend(store.location, base, {"manifest": to_table("manifest", rows)}))
+    key = next(row.key for row in rows if row.role == "thin")
+    with pytest.raises(InputError, match=said) as caught:
+        PairStream(LatentStore.open(tmp_path / "s"), WINDOWS)
+    assert key in str(caught.value)
+
+
+def test_an_epochs_steps_are_counted_without_planning_it(store: LatentStore) -> None:
+    for per_step in (1, 2, 4, 7):
+        stream = PairStream(store, WINDOWS, samples_per_step=per_step)
+        assert len(stream) == next(iter(stream)).steps_in_epoch
 
 
 def test_pairs_without_latents_are_counted_not_guessed(tmp_path: Path) -> None:

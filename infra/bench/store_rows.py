@@ -9,6 +9,7 @@ The rows are what an archive of pairs gives: a third each of thin, thick and thi
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -119,22 +120,29 @@ def _ragged(rows: list[np.ndarray], item: Any) -> Any:
 
 
 def plan_epoch_of(store_url: str, key: str) -> dict[str, float]:
-    """What a training run does before its first step: open, plan an epoch of pairs, and find one row; and its peak."""
+    """What a training run does before its first step: open, plan an epoch of pairs, and find one row; and its peak.
+
+    On one core, whatever the machine has.
+    """
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     began = time.perf_counter()
     sys.path.insert(0, str(ROOT))
+    import pyarrow as pa
+
+    pa.array([0])  # imports pandas, where it is installed
     from diffusion.config import DataConfig
     from diffusion.order import plan_epoch  # noqa: F401 - imported here so that its import is not timed below
     from diffusion.stream import PairStream
     from latentcache.store import LatentStore
 
-    imported, before = time.perf_counter(), _peak_gib()
+    imported, before, cpu = time.perf_counter(), _peak_gib(), time.process_time()
     store = LatentStore.open(store_url)
     opened = time.perf_counter()
     stream = PairStream(store, DataConfig(), samples_per_step=16)
     steps = len(stream)
     planned = time.perf_counter()
     row = store.find(key, "thin")
-    found = time.perf_counter()
+    found, cpu = time.perf_counter(), time.process_time() - cpu
     assert row is not None
     assert row.key == key
     first = stream.pairs[0], stream.pairs[len(stream.pairs) - 1]
@@ -148,6 +156,7 @@ def plan_epoch_of(store_url: str, key: str) -> dict[str, float]:
         "plan_s": planned - opened,
         "find_s": found - planned,
         "total_s": found - imported,
+        "cpu_s": cpu,
         "imports_gib": before,
         "peak_gib": _peak_gib(),
     }
