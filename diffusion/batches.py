@@ -155,8 +155,8 @@ class BatchReader:
 
     def _read(self, record: PlannedLatent, depth: slice, sample: Sample, out: Tensor) -> None:
         """Slices ``depth`` of a latent in the sample's rows and columns, whitened, into (4, d, H, W) float32."""
-        raw = self._scratch((record.shape[0], depth.stop - depth.start, *record.shape[2:]))
-        self.store.read(record, depth=depth, out=raw)
+        scratch = self._scratch((record.shape[0], depth.stop - depth.start, *record.shape[2:]))
+        raw = self.store.read(record, depth=depth, out=scratch)
         # Where log-variances are stored too, they follow the means.
         whitened = out.numpy()
         widen(raw[:LATENT_CHANNELS, :, sample.rows, sample.columns], whitened)

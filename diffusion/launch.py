@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from latentcache.errors import CtpipeError, InputError
+from latentcache.errors import CtpipeError, InputError, no_ray_cluster
 
 
 def is_worker() -> bool:
@@ -88,11 +88,7 @@ def train_on_ray(
             own = {"address": "local", "include_dashboard": False} if address is None else {"address": address}
             ray.init(**own, log_to_driver=False)
         except ConnectionError as error:
-            raise InputError(
-                "no Ray cluster answers at that address",
-                expected="a running head node",
-                remedy="Start one: ray start --head.",
-            ) from error
+            raise no_ray_cluster() from error
 
     def loop(config: dict[str, Any]) -> dict[str, Any]:
         figures = dict(worker(config))

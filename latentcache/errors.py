@@ -40,3 +40,13 @@ class CorruptLatentError(InputError):
 
 class NonFiniteError(InputError):
     """A tensor holds NaN or infinity. Names the step, the series key and the tensor."""
+
+
+def no_ray_cluster() -> InputError:
+    """What training and every other stage say where nothing answers at a Ray address."""
+    return InputError(
+        "no Ray cluster answers at that address",
+        expected="a running head node, and its token where it asks for one",
+        remedy="Start one: ray start --head. If it runs with token authentication, set RAY_AUTH_MODE=token and "
+        "give its token as Ray finds it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token).",
+    )

@@ -99,6 +99,17 @@ def series_dataset(
     return ds
 
 
+def multi_frame_dataset(identity: SeriesIdentity, provenance: Provenance) -> Dataset:
+    """What an enhanced image and a parametric map begin with: patient, study, provenance; how a frame was derived
+    stands in a functional group there."""
+    ds = Dataset()
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    add_patient_and_study(ds, identity)
+    add_provenance(ds, provenance, (), identity.source_sop_class)
+    del ds.DerivationDescription, ds.DerivationCodeSequence
+    return ds
+
+
 def add_patient_and_study(ds: Dataset, identity: SeriesIdentity) -> None:
     """Patient, General Study and Frame of Reference modules (PS3.3 C.7.1.1, C.7.2.1, C.7.4.1); type 2 may be empty."""
     for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex"):

@@ -21,13 +21,13 @@ from latentcache.errors import InputError
 from pipeline.atomic_folder import atomic_folder, refuse_existing, sync_file
 from pipeline.dicom_dataset import (
     SharedHeader,
-    add_patient_and_study,
     described,
     file_prefix,
+    multi_frame_dataset,
     spell_number,
 )
 from pipeline.dicom_encode import PixelFormat, frames_element, transfer_syntax_uid
-from pipeline.dicom_provenance import Provenance, add_provenance, coded
+from pipeline.dicom_provenance import Provenance, coded
 from pipeline.dicom_uids import SeriesIdentity, derived_uid
 from pipeline.dicom_write import SERIES_NUMBER, WrittenSeries, series_digest
 from pipeline.geometry import Geometry
@@ -138,11 +138,7 @@ def _dataset(
     sop_uid: str,
 ) -> Dataset:
     """Everything but the pixels."""
-    ds = Dataset()
-    ds.SpecificCharacterSet = "ISO_IR 192"
-    add_patient_and_study(ds, identity)
-    add_provenance(ds, provenance, (), identity.source_sop_class)
-    del ds.DerivationDescription, ds.DerivationCodeSequence  # these stand in a functional group here
+    ds = multi_frame_dataset(identity, provenance)
     ds.ContentQualification = "RESEARCH"
     ds.SourceImageEvidenceSequence = DicomSequence([evidence_item(header, identity, provenance)])
     description, _ = described(provenance)

@@ -16,9 +16,9 @@ from pipeline.atomic_folder import atomic_folder, refuse_existing, sync_file
 from pipeline.dicom_dataset import (
     UNPAIRED_BODY_PARTS,
     SharedHeader,
-    add_patient_and_study,
     described,
     file_prefix,
+    multi_frame_dataset,
 )
 from pipeline.dicom_enhanced import (
     FILE_NAME,
@@ -29,7 +29,7 @@ from pipeline.dicom_enhanced import (
     frame_groups,
     lattice_groups,
 )
-from pipeline.dicom_provenance import ALGORITHM, Provenance, add_provenance, coded
+from pipeline.dicom_provenance import ALGORITHM, Provenance, coded
 from pipeline.dicom_uids import SeriesIdentity, derived_uid
 from pipeline.dicom_write import UNCERTAINTY_SERIES_NUMBER, WrittenSeries, series_digest
 from pipeline.geometry import Geometry
@@ -87,11 +87,7 @@ def _dataset(
     largest: float,
 ) -> Dataset:
     """Everything but the pixels. The map is ctpipe's own product, so the equipment named is ctpipe."""
-    ds = Dataset()
-    ds.SpecificCharacterSet = "ISO_IR 192"
-    add_patient_and_study(ds, identity)
-    add_provenance(ds, provenance, (), identity.source_sop_class)
-    del ds.DerivationDescription, ds.DerivationCodeSequence  # these stand in a functional group here
+    ds = multi_frame_dataset(identity, provenance)
     ds.SOPClassUID, ds.SOPInstanceUID = PARAMETRIC_MAP_STORAGE, sop_uid
     ds.Modality, ds.SeriesInstanceUID, ds.SeriesNumber = "CT", series_uid, UNCERTAINTY_SERIES_NUMBER
     ds.SeriesDescription, ds.InstanceNumber = described(provenance)[0], 1

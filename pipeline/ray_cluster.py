@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from latentcache.errors import InputError
+from latentcache.errors import InputError, no_ray_cluster
 from pipeline.engine import EngineOptions
 
 log = logging.getLogger("ctpipe.engine")
@@ -67,12 +67,7 @@ def _init(ray: Any, options: EngineOptions) -> None:
             )
             return
         except ConnectionError as error:
-            raise InputError(
-                "no Ray cluster answers at that address",
-                expected="a running head node, and its token where it asks for one",
-                remedy="Start one: ray start --head. If it runs with token authentication, set RAY_AUTH_MODE=token and "
-                "give its token as Ray finds it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token).",
-            ) from error
+            raise no_ray_cluster() from error
         except Exception as error:
             # Ray gives its own processes 30 s, which a busy machine may not keep; it raises a bare Exception then.
             if "timed out during startup" not in str(error):
