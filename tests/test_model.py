@@ -213,6 +213,8 @@ def test_conditions_that_cannot_be_used_are_refused() -> None:
     model = interpolator()
     with pytest.raises(InputError, match="depth, height, width"):
         model.generate(latents()[None])
+    with pytest.raises(InputError, match=r"a condition of shape \(6, "):
+        model.generate(np.concatenate([latents(), latents()[:2]]))
     spoiled = latents()
     spoiled[1, 2, 3, 1] = np.nan
     with pytest.raises(NonFiniteError, match="verify"):
