@@ -1,6 +1,6 @@
 """The whole way out on data that nothing was trained on: model, refiner and consistency beside interpolation.
 
-    python infra/bench/refiner.py [--quick] [--work FOLDER] [--real FOLDER] [--train-seconds 240] [--refiner-steps 400]
+    python infra/bench/refiner.py [--quick] [--work FOLDER] [--real FOLDER] [--refiner-steps 2400]
 
 A diffusion model (preset tiny, objective bridge) and a refiner that corrects its output are trained on phantoms alone,
 through `ctpipe ingest`, `encode --window maisi`, `train` and `train-refiner --checkpoint`: patients of two voxel sizes
@@ -80,11 +80,11 @@ def main() -> None:
         type=Path,
         default=Path(os.environ.get("CTPIPE_REAL_DATA") or ROOT.parent / "shared" / "data" / "real"),
     )
-    parser.add_argument("--patients", type=int, default=2, help="of each group")
-    parser.add_argument("--train-seconds", type=float, default=240.0)
-    parser.add_argument("--refiner-steps", type=int, default=400)
+    parser.add_argument("--patients", type=int, default=5, help="of each group")
+    parser.add_argument("--train-seconds", type=float, default=180.0)
+    parser.add_argument("--refiner-steps", type=int, default=2400)
     parser.add_argument("--chest-slices", type=int, default=80)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     if options.quick:
         options.patients, options.train_seconds, options.refiner_steps, options.chest_slices = 2, 2.0, 4, 20
