@@ -17,6 +17,9 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 AHEAD_BYTES = 4 * 2**30
 """Results that wait together hold no more than this, however many may be ahead; one alone may be larger."""
+LOOK_S = 0.01
+"""How often a reader without room looks for it. A reader that the consumer wakes takes the consumer's core, or its turn
+at the interpreter's lock, just while a batch is wanted; one that wakes by itself does so while the trainer computes."""
 
 
 def prefetch(
@@ -62,14 +65,17 @@ class _Room:
             return self.closed or self.held == 0 or fits
 
         with self.changed:
-            self.changed.wait_for(free)
+            while not free():
+                self.changed.wait(LOOK_S)
             self.held, self.held_size = self.held + 1, self.held_size + size
             return not self.closed
 
     def give(self, size: int) -> None:
+        """Give room back. While half of the results are still there, nobody is woken: who waits looks by itself."""
         with self.changed:
             self.held, self.held_size = self.held - 1, self.held_size - size
-            self.changed.notify()
+            if self.held <= self.results // 2:
+                self.changed.notify()
 
     def close(self) -> None:
         with self.changed:
