@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache.errors import InputError
-from pipeline.jpeg2000_stream import codestream_size, mend_codestream
+from pipeline.jpeg2000_stream import NO_PACKET, codestream_size, mend_codestream
 from pipeline.jpeg_stream import decode_jpeg, parse_jpeg_header
 from pipeline.jpegls_stream import parse_jpegls
 
@@ -170,7 +170,7 @@ def encapsulated_frame(
             cells = _decode_jpegls(stream, form)
         elif syntax in JPEG_2000:
             _same_size(codestream_size(stream), form)
-            cells = imagecodecs.jpeg2k_decode(mend_codestream(stream), numthreads=1)
+            cells = _decode_jpeg2000(stream)
         else:
             raise PixelError(f"transfer syntax {refused_syntax(syntax)}", "Convert the series to a supported one.")
     except PixelError:
@@ -202,6 +202,15 @@ def _same_size(size: tuple[int, ...], form: SampleFormat) -> None:
     if size != (form.rows, form.columns):
         shape = " x ".join(str(n) for n in size)
         raise PixelError(f"a compressed frame of {shape} where {form.rows} x {form.columns} are declared")
+
+
+def _decode_jpeg2000(stream: bytes) -> NDArray[Any]:
+    mended = mend_codestream(stream)
+    cells: NDArray[Any] = imagecodecs.jpeg2k_decode(mended, numthreads=1)
+    if mended is not stream:
+        # Cut between two packets, a stream is a sound one of a coarser image: the decoder must not wait for more.
+        imagecodecs.jpeg2k_decode(mend_codestream(stream, after=NO_PACKET), numthreads=1)
+    return cells
 
 
 def _decode_jpeg(stream: bytes, form: SampleFormat, out: NDArray[np.uint16] | None) -> NDArray[Any]:

@@ -120,6 +120,16 @@ def test_a_wrong_tile_length_is_mended(missing: int, error: int) -> None:
     assert np.array_equal(encapsulated_frame(wrong, J2K, FORM), stored)
 
 
+@pytest.mark.parametrize("ending", [b"", b"\xff\xd9", b"\xff\xd9" + bytes(20)])
+def test_a_codestream_is_refused_wherever_it_is_cut(ending: bytes) -> None:
+    stored = image()
+    stream = compress(stored, J2K).removesuffix(b"\xff\xd9")
+    for length in range(stream.find(b"\xff\x90"), len(stream)):
+        with pytest.raises(PixelError):
+            encapsulated_frame(stream[:length] + ending, J2K, FORM)
+    assert np.array_equal(encapsulated_frame(stream + ending, J2K, FORM), stored)
+
+
 def test_every_syntax_is_read_or_refused_by_name() -> None:
     assert set(LOSSLESS) <= set(READABLE)
     assert refused_syntax(EXPLICIT) == ""
