@@ -25,12 +25,7 @@ def back_projection_weights(
         operator: A. Rows that the thin grid does not cover correct nothing.
         start: C, (n_thin, n_thick), an interpolation.
     """
-    n_thick = start.shape[1]
-    correct = start * operator.covered[None, :]
-    weights = start.copy()
-    for _ in range(rounds):
-        weights = weights + correct @ (np.eye(n_thick) - operator.matrix @ weights)
-    return weights
+    return start + projection(operator, start, rounds) @ (np.eye(start.shape[1]) - operator.matrix @ start)
 
 
 def projection(

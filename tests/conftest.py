@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,3 +25,15 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """Whatever Ray session a module's tests start, ended after them."""
+    ray = pytest.importorskip("ray")
+    yield
+    with warnings.catch_warnings():
+        # Ray leaves the handles of its processes to the collector, which complains of them.
+        warnings.simplefilter("ignore", ResourceWarning)
+        ray.shutdown()
+        gc.collect()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import logging
 import os
@@ -73,16 +72,11 @@ def dask_scheduler() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    ray = pytest.importorskip("ray")
+def ray_session(ray_session: None) -> None:
+    import ray
+
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    yield
-    with warnings.catch_warnings():
-        # Ray leaves the handles of its processes to the collector, which complains of them.
-        warnings.simplefilter("ignore", ResourceWarning)
-        ray.shutdown()
-        gc.collect()
 
 
 def test_dask_cluster_gives_every_item_one_outcome(dask_scheduler: str) -> None:

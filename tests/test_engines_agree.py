@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import json
 import shutil
-import warnings
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,17 +88,6 @@ def ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ctpipe("phantom", root / "data", "--patients", "4", "--size", "64", "--thin-slices", "44")
     ctpipe("ingest", root / "data", root / "store")
     return root / "store"
-
-
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    ray = pytest.importorskip("ray")
-    yield
-    with warnings.catch_warnings():
-        # Ray leaves the handles of its processes to the collector, which complains of them.
-        warnings.simplefilter("ignore", ResourceWarning)
-        ray.shutdown()
-        gc.collect()
 
 
 def test_engines_give_equal_bytes_and_equal_manifests(ingested: Path, ray_session: None, tmp_path: Path) -> None:

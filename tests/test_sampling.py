@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,17 +60,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     # The U-Net's last layer begins at zero: two steps, so that what a sampler asks the network for is not nothing.
     ctpipe("train", here.store, here.run, "--preset", "tiny", "--max-steps", 2, *sets)
     return here
-
-
-@pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    ray = pytest.importorskip("ray")
-    yield
-    with warnings.catch_warnings():
-        # Ray leaves the handles of its processes to the collector, which complains of them.
-        warnings.simplefilter("ignore", ResourceWarning)
-        ray.shutdown()
-        gc.collect()
 
 
 def rows(store: LatentStore) -> dict[str, dict[str, Any]]:
