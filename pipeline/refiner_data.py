@@ -1,7 +1,8 @@
 """Patches for the refiner: thin slices as truth, and the thick ones measured, or simulated by other slice operators.
 
 A network trained on one scanner's slices alone learns its operator by heart. So half of the patches re-simulate the
-thick series from the thin one: boxes and Gaussians of several widths, any phase, with and without overlap.
+thick series from the thin one: boxes and Gaussians of several widths, any phase, closer slices, with and without
+overlap.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from pipeline.volume import Volume
 
 GAUSSIAN_WIDTHS = (1.0, 1.34)
 """FWHM of the Gaussian operators over the nominal thickness: 5 mm measures 5.0 to 6.7 mm by scanner."""
-OVERLAPS = (1.0, 1.0, 0.8, 0.6)
-"""Slice spacing over thickness of the simulated series."""
+CLOSEST = 0.6
+"""Least spacing of simulated slices over the nominal thickness; in half of the series it is that thickness itself."""
 MEASURED_SHARE = 0.5
 """Share of patches whose thick slices are the measured ones."""
 STATED_SHARE = 0.25
@@ -60,13 +61,40 @@ Operator = tuple[SliceProfile, NDArray[np.float64]]
 """A slice profile and the thick slices' positions in mm."""
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One patch to be cut.
+
+    Attributes:
+        box: Its place on the thin slices' grid.
+        operator, told, flips: As `cut_patch` takes them.
+        transpose: Rows and columns exchanged.
+        reach: Thick slices that its thin ones span, and CONTEXT.
+    """
+
+    case: RefinerCase
+    box: tuple[slice, ...]
+    operator: Operator | None
+    told: SliceProfile | None
+    flips: Sequence[int]
+    transpose: bool
+
+    @property
+    def reach(self) -> int:
+        return shown_slices(self.case, self.box[0], self.operator)
+
+
 def draw_operator(rng: np.random.Generator, thin_z: NDArray[np.float64], thickness_mm: float) -> Operator:
-    """A slice operator for training: box or Gaussian, any phase, spacing at or below the thickness."""
+    """A slice operator for training: box or Gaussian, any phase, slices that abut or overlap, none above the nominal.
+
+    Where slices lie closer than the nominal thickness they are thinner too, by anything down to their spacing.
+    """
+    spacing = thickness_mm * (1.0 if rng.random() < 0.5 else float(rng.uniform(CLOSEST, 1.0)))
+    thickness = float(rng.uniform(spacing, thickness_mm))
     if rng.random() < 0.5:
-        profile = SliceProfile("box", thickness_mm)
+        profile = SliceProfile("box", thickness)
     else:
-        profile = SliceProfile("gaussian", thickness_mm * float(rng.uniform(*GAUSSIAN_WIDTHS)))
-    spacing = thickness_mm * float(rng.choice(OVERLAPS))
+        profile = SliceProfile("gaussian", thickness * float(rng.uniform(*GAUSSIAN_WIDTHS)))
     return profile, positions(thin_z, spacing, float(rng.uniform(0.0, 1.0)))
 
 
@@ -140,7 +168,10 @@ class RefinerPatches:
         group = [self.keys[i] for i in order[first : first + self.held]]
         rng = np.random.default_rng([self.settings.seed, epoch, index])
         cases = [self._case(group[int(rng.integers(len(group)))]) for _ in range(self.settings.batch)]
-        cut = [self._patch(case, rng) for case in cases]
+        draws = [self._draw(case, rng) for case in cases]
+        # Slices that lie closer need more of them shown, and a batch has one number.
+        reach = max(draw.reach for draw in draws)
+        cut = [cut_draw(draw, self.window, reach) for draw in draws]
         # Volumes smaller than a patch give smaller ones: a batch takes what all of its patches have.
         depth, *plane = (int(n) for n in np.min([target.shape for _, target in cut], axis=0)[1:])
         slices = min(given.thick.shape[1] for given, _ in cut)
@@ -161,19 +192,14 @@ class RefinerPatches:
             self._cases.move_to_end(key)
             return self._cases[key]
 
-    def _patch(self, case: RefinerCase, rng: np.random.Generator) -> tuple[RefinerInput, NDArray[np.float32]]:
+    def _draw(self, case: RefinerCase, rng: np.random.Generator) -> Draw:
         measured = bool(rng.random() < MEASURED_SHARE)
-        thin_z, thickness = np.asarray(case.thin.geometry.z_mm), case.thick.geometry.thickness_mm
-        thickness = thickness or case.thick.geometry.spacing_mm_zyx[0]
-        operator = None if measured else draw_operator(rng, thin_z, thickness)
+        thickness = case.thick.geometry.thickness_mm or case.thick.geometry.spacing_mm_zyx[0]
+        operator = None if measured else draw_operator(rng, np.asarray(case.thin.geometry.z_mm), thickness)
         # A fitted profile is the true one, a stated thickness need not be: the network meets both.
         told = SliceProfile("box", thickness) if rng.random() < STATED_SHARE else None
         flips = rng.integers(0, 2, 3).tolist()
-        box = self._box(case, rng)
-        inputs, target = cut_patch(case, box, operator, self.window, flips=flips, told=told)
-        if target.shape[-2] == target.shape[-1] and rng.random() < 0.5:
-            return transposed(inputs), np.ascontiguousarray(target.swapaxes(-1, -2))
-        return inputs, target
+        return Draw(case, self._box(case, rng), operator, told, flips, bool(rng.random() < 0.5))
 
     def _box(self, case: RefinerCase, rng: np.random.Generator) -> tuple[slice, ...]:
         """A patch's place; air alone and bone alone teach nothing, so a few draws look for something in the window."""
@@ -188,6 +214,22 @@ class RefinerPatches:
         return box
 
 
+def shown_slices(case: RefinerCase, depth: slice, operator: Operator | None) -> int:
+    """How many thick slices the thin ones ``depth`` span, and CONTEXT."""
+    step = float(np.mean(np.diff(case.thin.geometry.z_mm)))
+    spacing = float(np.mean(np.diff(case.thick.geometry.z_mm if operator is None else operator[1])))
+    spanned: float = (depth.stop - depth.start) * step / spacing
+    return round(spanned) + CONTEXT
+
+
+def cut_draw(draw: Draw, window: Window, reach: int) -> tuple[RefinerInput, NDArray[np.float32]]:
+    """`cut_patch` of a draw, rows and columns exchanged where it says so and the patch is square."""
+    inputs, target = cut_patch(draw.case, draw.box, draw.operator, window, draw.flips, draw.told, reach)
+    if draw.transpose and target.shape[-2] == target.shape[-1]:
+        return transposed(inputs), np.ascontiguousarray(target.swapaxes(-1, -2))
+    return inputs, target
+
+
 def cut_patch(
     case: RefinerCase,
     box: tuple[slice, ...],
@@ -195,6 +237,7 @@ def cut_patch(
     window: Window,
     flips: Sequence[int] = (0, 0, 0),
     told: SliceProfile | None = None,
+    reach: int | None = None,
 ) -> tuple[RefinerInput, NDArray[np.float32]]:
     """Inputs and target (1, D, H, W) of one place, in unit scale.
 
@@ -202,12 +245,12 @@ def cut_patch(
         operator: Simulates the thick slices from the thin ones; None takes the measured ones.
         flips: 1 for every axis to be mirrored.
         told: The slice profile that composition believes in; by default the operator's own, else the stated box.
+        reach: Thick slices to show; by default those that ``box`` spans, and CONTEXT.
     """
     depth, plane = box[0], box[1:]
     columns = case.thin.hu[(slice(None), *plane)]
     thin_z = np.asarray(case.thin.geometry.z_mm)
-    spacing = case.thick.geometry.spacing_mm_zyx[0]
-    stated = default_profile(case.thick.geometry.thickness_mm, spacing)
+    stated = default_profile(case.thick.geometry.thickness_mm, case.thick.geometry.spacing_mm_zyx[0])
     if operator is None:
         profile, thick_z = stated, np.asarray(case.thick.geometry.z_mm)
         thick = case.thick.hu[(slice(None), *plane)]
@@ -217,10 +260,8 @@ def cut_patch(
     composed = _interpolated(thick, thick_z, thin_z, "cubic")
     if case.detail is not None:
         composed += case.detail[(slice(None), *plane)].astype(np.float32)
-    step = float(np.mean(np.diff(thin_z)))
-    reach = round((depth.stop - depth.start) * step / spacing) + CONTEXT
     view = ThickView.of(thick_z, thin_z, told or profile)
-    inputs = view.inputs(thick, composed, window, depth, reach)
+    inputs = view.inputs(thick, composed, window, depth, reach or shown_slices(case, depth, operator))
     return flipped(inputs, flips), turned(window.to_unit(columns[depth])[None], flips)
 
 

@@ -22,6 +22,7 @@ from pipeline.refiner_data import (
     draw_operator,
     held_out_operator,
     positions,
+    shown_slices,
 )
 from pipeline.refiner_input import ThickView
 from pipeline.resample import resample_z
@@ -63,7 +64,8 @@ def test_a_batch_is_the_same_whenever_it_is_asked_for() -> None:
             np.testing.assert_array_equal(one_part, other_part)
         assert ours["study_key"] == theirs["study_key"]
         assert ours["inputs"].fine.shape == (3, 3, 8, 12, 12)
-        assert ours["inputs"].thick.shape == (3, 2, 4, 12, 12)
+        assert ours["inputs"].thick.shape[:2] == (3, 2)
+        assert ours["inputs"].thick.shape[2] in (4, 5)
         assert ours["inputs"].below.shape == ours["inputs"].between.shape == (3, 8)
         assert ours["target"].shape == (3, 1, 8, 12, 12)
     assert not np.array_equal(first.batch(0, 2)["inputs"].fine, other.batch(0, 2)["inputs"].fine)
@@ -86,9 +88,22 @@ def test_operators_stay_on_the_thin_grid(seed: int, spacing: float, phase: float
     assert at[-1] + spacing / 2 <= 39.5 + 1e-6
     profile, thick_z = draw_operator(np.random.default_rng(seed), THIN_Z, 5.0)
     assert profile.kind in ("box", "gaussian")
-    assert 5.0 <= profile.fwhm_mm <= 6.7 + 1e-9
+    apart = np.diff(thick_z).min()
+    assert 3.0 - 1e-9 <= apart <= 5.0 + 1e-9
+    assert apart - 1e-9 <= profile.fwhm_mm <= (5.0 if profile.kind == "box" else 6.7) + 1e-9
     assert profile.blur_mm == 0, "the blurred box is held out"
-    assert 3.0 - 1e-9 <= np.diff(thick_z).min() <= 5.0 + 1e-9
+
+
+@pytest.mark.parametrize("spacing", [3.0, 4.0, 5.0])
+def test_closer_slices_are_all_shown(spacing: float) -> None:
+    one = case()
+    box = (slice(12, 28), slice(0, 24), slice(0, 24))
+    operator = (SliceProfile("box", spacing), positions(THIN_Z, spacing, 0.0))
+    widest = shown_slices(one, box[0], (SliceProfile("box", 3.0), positions(THIN_Z, 3.0, 0.0)))
+    for reach in (None, widest):
+        inputs, _ = cut_patch(one, box, operator, WINDOW, reach=reach)
+        # Clipped to the outermost slice shown, thin slices would share one place.
+        np.testing.assert_allclose(np.diff(inputs.below + inputs.between), 1 / spacing, atol=1e-5)
 
 
 def test_the_held_out_operator_is_no_other() -> None:
