@@ -86,7 +86,7 @@ def dot_chart(title: str, rows: Sequence[tuple[str, Sequence[float]]], x_label: 
 
 def histogram(title: str, values: Sequence[float], x_label: str, bins: int = 20) -> str:
     """How values are distributed; whole numbers get bins that are whole numbers wide, centred on them."""
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    figure = Figure(figsize=(4.8, 2.2), layout="constrained")  # a phone shows it whole: half of it would mislead
     axes = figure.add_subplot()
     low, high = min(values), max(values)
     if all(isinstance(value, int) for value in values):

@@ -102,7 +102,7 @@ def _geometry(rows: Sequence[dict[str, Any]]) -> str:
             (f"Spacing between slices, {role} series", [r["spacing_mm_zyx"][0] for r in chosen], "mm"),
             (f"Number of slices, {role} series", [r["n_slices"] for r in chosen], "slices"),
         ):
-            out += f"<figure class=chart tabindex=0>{histogram(title, values, unit)}</figure>"
+            out += f"<figure class=chart>{histogram(title, values, unit)}</figure>"
     out = f"<div class=charts>{out}</div>"
     kernels = Counter((r["kernel"] or "not stated", r["role"]) for r in used)
     caption = "Reconstruction kernels" + (
@@ -129,7 +129,7 @@ def _latents(store: LatentStore) -> str:
     ceilings = [m["round_trip_psnr"] for m in manifest if m["round_trip_psnr"] is not None]
     if ceilings:
         title = "VAE round trip in the window: the ceiling of any model on these latents"
-        out += f"<figure class=chart tabindex=0>{histogram(title, ceilings, 'PSNR (dB)')}</figure>"
+        out += f"<figure class=chart>{histogram(title, ceilings, 'PSNR (dB)')}</figure>"
     else:
         out += "<p>No round trip was measured.</p>"
     return out

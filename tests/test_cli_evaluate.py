@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,33 @@ def test_a_refiner_changes_the_model_and_nothing_else(
         assert scores[0][method] == scores[1][method]
     with pytest.raises(InputError, match=r"no refiner\.safetensors"):
         evaluated(site, site.run, capsys, "--refiner", site.store)
+
+
+def test_two_runs_are_compared_on_the_patients_that_both_scored(
+    site: Site,  # noqa: F811
+    refiner: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(site.run, other, ignore=shutil.ignore_patterns("evaluation"))
+    plain = evaluated(site, site.run, capsys, "--refiner", "none")
+    refined = evaluated(site, other, capsys, "--refiner", refiner)
+    assert ctpipe("compare", site.run, other, "--json") == Exit.OK
+    found = result(capsys)
+    assert found["common_pairs"] == 1
+    row = found["model"]["psnr_db"]
+    a, b = (document["methods"]["model"]["psnr_db"] for document in (plain, refined))
+    assert (row["a"], row["b"]) == (pytest.approx(a), pytest.approx(b))
+    assert row["difference"]["mean"] == pytest.approx(b - a)
+    assert row["difference"]["low"] is None, "one patient gives no interval"
+    assert found["settings_differ"]["refiner_sha256"] == ["", refined["settings"]["refiner_sha256"]]
+    assert ctpipe("compare", site.run, other) == Exit.OK
+    said = capsys.readouterr().out
+    assert "too few patients" in said
+    assert "differs: refiner_sha256" in said
+    with pytest.raises(InputError, match="evaluat"):
+        ctpipe("compare", site.run, refiner)
 
 
 def test_rplhr_scores_the_model_with_its_refiner(

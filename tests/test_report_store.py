@@ -21,5 +21,9 @@ def test_the_stores_page_works_on_a_desk_and_on_a_phone(tmp_path: Path) -> None:
             assert "usable thick/thin pairs" in page.locator(".lead").inner_text()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.locator("svg[role=img]").count() >= 1, "histograms with a name for those who cannot see them"
+            beyond = page.evaluate(
+                "[...document.querySelectorAll('.chart')].filter(c => c.scrollWidth > c.clientWidth)"
+            )
+            assert beyond == [], "half of a histogram would mislead"
             assert grave_violations(page) == []
             assert complaints == []
