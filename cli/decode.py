@@ -9,6 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.options import (
+    Detail,
+    Enhanced,
+    MemoryGib,
+    Private,
+    RefinerChoice,
+    Sampler,
+    Samples,
+    Seed,
+    Steps,
+    TransferSyntax,
+    Uncertainty,
+    UncertaintyMap,
+)
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 from cli.spread import (
     DaskScheduler,
@@ -38,33 +52,24 @@ def decode(
     series: Annotated[list[str] | None, typer.Option(help="Only this series or pair key; may be repeated.")] = None,
     vae: Annotated[str, typer.Option(help="The VAE that encoded the store: `tiny` or a path.")] = "tiny",
     encode_key: Annotated[str | None, typer.Option(help="Which encoding, where the store holds several.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="Sampler; by default the objective's own.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the objective's own.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples whose mean is written.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
-    uncertainty: Annotated[
-        bool, typer.Option("--uncertainty", help="Also write the standard deviation over samples, in HU.")
-    ] = False,
-    uncertainty_map: Annotated[
-        bool, typer.Option("--uncertainty-map", help="The same as a Parametric Map instead of a second CT series.")
-    ] = False,
-    detail: Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")] = "residual",
+    sampler: Sampler = None,
+    steps: Steps = None,
+    samples: Samples = 1,
+    seed: Seed = 0,
+    uncertainty: Uncertainty = False,
+    uncertainty_map: UncertaintyMap = False,
+    detail: Detail = "residual",
     consistency: Annotated[
         bool | None,
         typer.Option(help="Project onto the measured thick slices; by default where thin slices are sampled."),
     ] = None,
-    refiner: Annotated[
-        Path | None,
-        typer.Option(help="A run of `ctpipe train-refiner`; by default the checkpoint's own, where it won. Or `none`."),
-    ] = None,
-    transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
-    enhanced: Annotated[
-        bool, typer.Option("--enhanced", help="Write one Enhanced CT instance instead of one CT instance a slice.")
-    ] = False,
+    refiner: RefinerChoice = None,
+    transfer_syntax: TransferSyntax = "explicit",
+    enhanced: Enhanced = False,
     restore_identity: Annotated[
         bool, typer.Option("--restore-identity", help="Write the patient's identity back, for use inside the hospital.")
     ] = False,
-    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    private: Private = None,
     gpus: Gpus = 0,
     workers: Workers = 1,
     gpu_share: GpuShare = 1.0,
@@ -73,7 +78,7 @@ def decode(
     ray_address: RayAddress = None,
     threads: Threads = 2,
     series_timeout: SeriesTimeout = None,
-    memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device.")] = None,
+    memory_gib: MemoryGib = None,
     as_json: AsJson = False,
 ) -> int:
     """Write stored thin latents, or thin latents sampled from thick ones, as DICOM series.

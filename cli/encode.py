@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.options import MemoryGib, Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 from cli.spread import (
     DaskScheduler,
@@ -40,14 +41,14 @@ def encode(
     tiling: Annotated[
         str, typer.Option(help="exact, or sliding: the blended windows that others use, to compare with.")
     ] = "exact",
-    memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device.")] = None,
+    memory_gib: MemoryGib = None,
     threads: Threads = 2,
     prefetch: Prefetch = 1,
     series_timeout: SeriesTimeout = None,
     round_trip: Annotated[
         float, typer.Option(min=0, max=1, help="Share of latents whose round trip is measured.")
     ] = 0.02,
-    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    private: Private = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Make latents of archives that have changed since anew.")
     ] = False,

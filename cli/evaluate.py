@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import Detail, Device, MemoryGib, Private, RefinerChoice, Sampler, Samples, Seed, Steps
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 from cli.spread import DaskScheduler, RayAddress, SeriesTimeout, Threads, engine_options
 
@@ -33,19 +34,16 @@ def evaluate(
         str, typer.Option(help="train, val or test. Every evaluation of test is logged in the run.")
     ] = "test",
     vae: Annotated[str, typer.Option(help="The VAE that the store was encoded with: `tiny` or a path.")] = "tiny",
-    sampler: Annotated[str | None, typer.Option(help="Sampler; by default the objective's own.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the objective's own.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples whose mean is scored.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
-    detail: Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")] = "residual",
+    sampler: Sampler = None,
+    steps: Steps = None,
+    samples: Samples = 1,
+    seed: Seed = 0,
+    detail: Detail = "residual",
     consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
-    refiner: Annotated[
-        Path | None,
-        typer.Option(help="A run of `ctpipe train-refiner`; by default RUN's own, where it won. Or `none`."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE.")] = None,
-    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    refiner: RefinerChoice = None,
+    device: Device = "cpu",
+    memory_gib: MemoryGib = None,
+    private: Private = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate this many pairs at most.")] = None,
     engine: Annotated[
         str, typer.Option(help="inline (one pair after the other, the default), dask or ray.")

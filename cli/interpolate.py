@@ -9,6 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from cli.decode import own_refiner, refiner_of, sampling_facts
+from cli.options import (
+    Detail,
+    Device,
+    Enhanced,
+    MemoryGib,
+    RefinerChoice,
+    Sampler,
+    Samples,
+    Seed,
+    Steps,
+    TransferSyntax,
+    Uncertainty,
+    UncertaintyMap,
+)
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 
@@ -25,34 +39,25 @@ def interpolate(
         float | None, typer.Option(min=0.2, max=10, help="Spacing the model learnt; by default the run's own, else 1.")
     ] = None,
     vae: Annotated[str, typer.Option(help="The VAE that the run was trained with: `tiny` or a path.")] = "tiny",
-    sampler: Annotated[str | None, typer.Option(help="Sampler; by default the objective's own.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the objective's own.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples whose mean is written.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
-    uncertainty: Annotated[
-        bool, typer.Option("--uncertainty", help="Also write the standard deviation over samples, in HU.")
-    ] = False,
-    uncertainty_map: Annotated[
-        bool, typer.Option("--uncertainty-map", help="The same as a Parametric Map instead of a second CT series.")
-    ] = False,
-    detail: Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")] = "residual",
+    sampler: Sampler = None,
+    steps: Steps = None,
+    samples: Samples = 1,
+    seed: Seed = 0,
+    uncertainty: Uncertainty = False,
+    uncertainty_map: UncertaintyMap = False,
+    detail: Detail = "residual",
     consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
     fwhm_mm: Annotated[
         float | None, typer.Option(min=0.1, help="Measured width of the slice profile; by default the thickness.")
     ] = None,
-    refiner: Annotated[
-        Path | None,
-        typer.Option(help="A run of `ctpipe train-refiner`; by default the checkpoint's own, where it won. Or `none`."),
-    ] = None,
-    transfer_syntax: Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")] = "explicit",
-    enhanced: Annotated[
-        bool, typer.Option("--enhanced", help="Write one Enhanced CT instance instead of one CT instance a slice.")
-    ] = False,
+    refiner: RefinerChoice = None,
+    transfer_syntax: TransferSyntax = "explicit",
+    enhanced: Enhanced = False,
     restore_identity: Annotated[
         bool, typer.Option("--restore-identity", help="Keep the patient's identity, for use inside the hospital.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE.")] = None,
+    device: Device = "cpu",
+    memory_gib: MemoryGib = None,
     as_json: AsJson = False,
 ) -> int:
     """Predict thin slices over the whole extent of a thick series and write them as DICOM.

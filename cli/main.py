@@ -26,7 +26,7 @@ app = typer.Typer(
 # The base of every usage error, whether typer uses click or, since 0.29, carries a copy of it.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
-NOT_COMMANDS = {"main", "output", "spread", "sampling", "evaluate_rplhr"}
+NOT_COMMANDS = {"main", "options", "output", "spread", "sampling", "evaluate_rplhr"}
 
 
 def command_modules() -> list[str]:

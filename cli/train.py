@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def train(
     vae: Annotated[
         str | None, typer.Option(help="The VAE of the store (`tiny` or a path), for image losses and validation.")
     ] = None,
-    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    private: Private = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it needs.")] = False,
     as_json: AsJson = False,
 ) -> int:

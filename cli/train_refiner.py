@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import Device, Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def train_refiner(
     sampling_steps: Annotated[int | None, typer.Option(min=1, help="Of the diffusion run's sampler.")] = None,
     seed: Annotated[int, typer.Option(help="Of patches, operators and sampling.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    device: Device = "cpu",
+    private: Private = None,
     as_json: AsJson = False,
 ) -> int:
     """Train the refiner on patches streamed from the archives that the store was made of.

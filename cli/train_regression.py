@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.options import Device, Private
 from cli.output import AsJson, Exit, emit, progress_wanted
 
 ALL_STEPS = 10**7
@@ -30,8 +31,8 @@ def train_regression(
     patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "20,64,64",
     learning_rate: Annotated[float, typer.Option(help="Learning rate, constant after a warm-up.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of weights and patches.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    device: Device = "cpu",
+    private: Private = None,
     as_json: AsJson = False,
 ) -> int:
     """Train a small residual network from interpolated thick to thin slices, on the same split and for as long.

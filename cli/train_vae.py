@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def train_vae(
     discriminator_weight: Annotated[float, typer.Option(min=0, help="Weight of a patch discriminator.")] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of crops and noise.")] = 0,
-    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    private: Private = None,
     as_json: AsJson = False,
 ) -> int:
     """Train the decoder alone (cached latents stay valid as data), or the whole VAE, under one window.

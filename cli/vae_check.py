@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cli.options import MemoryGib, Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 
@@ -22,9 +23,9 @@ def vae_check(
     ] = "soft-tissue,maisi,lung",
     sample: Annotated[int, typer.Option(min=1, help="Series to measure.")] = 4,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    memory_gib: Annotated[float | None, typer.Option(help="Memory budget of the VAE.")] = None,
+    memory_gib: MemoryGib = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the figures into this .png or .svg.")] = None,
-    private: Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")] = None,
+    private: Private = None,
     as_json: AsJson = False,
 ) -> int:
     """Round trip of a sample of the store's series: PSNR, SSIM, error and HU bias by tissue, and the ceiling they set.
