@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache.errors import InputError
-from pipeline.jpeg2000_stream import NO_PACKET, codestream_size, mend_codestream
+from pipeline.jpeg2000_stream import NO_PACKET, codestream_size, has_every_tile, mend_codestream
 from pipeline.jpeg_stream import decode_jpeg, parse_jpeg_header
 from pipeline.jpegls_stream import parse_jpegls
 
@@ -206,6 +206,8 @@ def _same_size(size: tuple[int, ...], form: SampleFormat) -> None:
 
 def _decode_jpeg2000(stream: bytes) -> NDArray[Any]:
     mended = mend_codestream(stream)
+    if not has_every_tile(mended):
+        raise PixelError("a JPEG 2000 stream without all of its tiles")
     cells: NDArray[Any] = imagecodecs.jpeg2k_decode(mended, numthreads=1)
     if mended is not stream:
         # Cut between two packets, a stream is a sound one of a coarser image: the decoder must not wait for more.

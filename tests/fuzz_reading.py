@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import atheris
+from PIL import Image
 
 with atheris.instrument_imports(include=["pipeline"]):
     from pipeline.archive import Limits, ZipSource
@@ -109,11 +110,14 @@ def fuzz_frame(data: bytes) -> None:
 def seeds(target: str) -> list[bytes]:
     """Sound inputs to start from, one of every kind."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from dicom_files import LOSSLESS, anatomy, compress, enhanced, series_files, zip_of
+    from dicom_files import J2K, LOSSLESS, anatomy, compress, enhanced, series_files, zip_of
 
     stored = anatomy(3, 16)
     if target == "frame":
-        return [bytes([i]) + compress(stored[0], uid) for i, uid in enumerate(ENCAPSULATED) if uid in LOSSLESS]
+        tiled = io.BytesIO()
+        Image.fromarray(stored[0]).save(tiled, "JPEG2000", no_jp2=True, irreversible=False, tile_size=(8, 8))
+        plain = [bytes([i]) + compress(stored[0], uid) for i, uid in enumerate(ENCAPSULATED) if uid in LOSSLESS]
+        return [*plain, bytes([ENCAPSULATED.index(J2K)]) + tiled.getvalue()]
     files = [series_files(stored, syntax=syntax) for syntax in LOSSLESS]
     if target == "dicom":
         return [one[1] for one in files] + [enhanced(stored, [0, 5, 10])]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import imagecodecs
 import numpy as np
 import pytest
 from dicom_files import EXPLICIT, J2K, JPEG12, JPEGLS, LOSSLESS, RLE, SV1, anatomy, compress
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydicom.uid import UID
 
 from pipeline import jpeg_stream
@@ -128,6 +131,28 @@ def test_a_codestream_is_refused_wherever_it_is_cut(ending: bytes) -> None:
         with pytest.raises(PixelError):
             encapsulated_frame(stream[:length] + ending, J2K, FORM)
     assert np.array_equal(encapsulated_frame(stream + ending, J2K, FORM), stored)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_tiled_codestream_is_refused_wherever_it_is_cut(layers: int) -> None:
+    file = io.BytesIO()
+    rates = {"quality_mode": "rates", "quality_layers": [20, 5, 1][-layers:]}
+    Image.fromarray(image()).save(file, "JPEG2000", no_jp2=True, irreversible=False, tile_size=(32, 32), **rates)
+    stream = file.getvalue().removesuffix(b"\xff\xd9")
+    whole = imagecodecs.jpeg2k_decode(stream + b"\xff\xd9")
+    for ending in (b"", b"\xff\xd9"):
+        assert np.array_equal(encapsulated_frame(stream + ending, J2K, FORM), whole)
+        for length in range(stream.find(b"\xff\x90"), len(stream), 3):
+            with pytest.raises(PixelError):
+                encapsulated_frame(stream[:length] + ending, J2K, FORM)
+
+
+@pytest.mark.parametrize("length", range(120))
+def test_a_codestream_that_ends_within_its_headers_is_refused(length: int) -> None:
+    stream = compress(image(), J2K)
+    assert stream.find(b"\xff\x90") < 120
+    with pytest.raises(PixelError):
+        encapsulated_frame(stream[:length], J2K, FORM)
 
 
 def test_every_syntax_is_read_or_refused_by_name() -> None:
