@@ -85,9 +85,9 @@ class Draw:
 
 
 def draw_operator(rng: np.random.Generator, thin_z: NDArray[np.float64], thickness_mm: float) -> Operator:
-    """A slice operator for training: box or Gaussian, any phase, slices that abut or overlap, none above the nominal.
+    """A slice operator for training: box or Gaussian, any phase, slices that abut or overlap.
 
-    Where slices lie closer than the nominal thickness they are thinner too, by anything down to their spacing.
+    Spacing is the nominal thickness or down to CLOSEST of it; thickness lies between the spacing and the nominal one.
     """
     spacing = thickness_mm * (1.0 if rng.random() < 0.5 else float(rng.uniform(CLOSEST, 1.0)))
     thickness = float(rng.uniform(spacing, thickness_mm))
