@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
         size: Annotated[int, typer.Option(min=64, help="In-plane matrix size.")] = 192,
         slices: Annotated[int, typer.Option(min=40, help="Thin slices a patient.")] = 96,
         train_seconds: Annotated[float, typer.Option(min=1, help="Seconds of training.")] = 240.0,
-        seed: Annotated[int, typer.Option(help="Seed of the patients, the split and the training.")] = 0,
+        seed: Annotated[int, typer.Option(help="Seed of the patients and the training.")] = 0,
         as_json: AsJson = False,
     ) -> int:
         """Synthetic archive to thin-slice DICOM and a report, on this machine's CPU.
