@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cli.options import Store
 from cli.output import AsJson, Exit, emit
 
 
@@ -15,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def diff(
-    store: Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")],
+    store: Store,
     a: Annotated[str, typer.Argument(help="The first encode key.")],
     b: Annotated[str, typer.Argument(help="The second encode key.")],
     sample: Annotated[int | None, typer.Option(min=1, help="Read at most this many common latents.")] = None,

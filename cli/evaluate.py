@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Detail, Device, MemoryGib, Private, RefinerChoice, Sampler, Samples, Seed, Steps
+from cli.options import Consistency, Detail, Device, MemoryGib, Private, RefinerChoice, Sampler, Samples, Seed, Steps
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 from cli.spread import DaskScheduler, RayAddress, SeriesTimeout, Threads, engine_options
 
@@ -39,7 +39,7 @@ def evaluate(
     samples: Samples = 1,
     seed: Seed = 0,
     detail: Detail = "residual",
-    consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
+    consistency: Consistency = True,
     refiner: RefinerChoice = None,
     device: Device = "cpu",
     memory_gib: MemoryGib = None,

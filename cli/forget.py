@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cli.options import Private
 from cli.output import AsJson, Exit, emit
 
 HELP = """Remove one patient from a store: catalog, pairs, latents, older snapshots, generated stores and private part.
@@ -28,7 +29,7 @@ def register(app: typer.Typer) -> None:
     def forget(
         store: Annotated[str, typer.Argument(help="The store.")],
         patient_key: Annotated[str, typer.Argument(help="The patient's key, as the catalog lists it.")],
-        private: Annotated[str | None, typer.Option(help="Place of the private part (default STORE/private).")] = None,
+        private: Private = None,
         yes: Annotated[bool, typer.Option("--yes", help="Do not ask: this cannot be undone.")] = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
         as_json: AsJson = False,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cli.options import Store
 from cli.output import AsJson, Exit, emit
 
 
@@ -15,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def gc(
-    store: Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")],
+    store: Store,
     grace_hours: Annotated[float, typer.Option(min=0, help="Spare attempts younger than this.")] = 24.0,
     expire_snapshots: Annotated[
         bool, typer.Option("--expire-snapshots", help="Drop older snapshots that no run has pinned, too.")

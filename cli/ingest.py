@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cli.options import Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 from cli.spread import DaskScheduler, RayAddress, engine_options
 
@@ -50,7 +51,7 @@ def register(app: typer.Typer) -> None:
     def ingest(
         dataset: Annotated[str, typer.Argument(help="Folder, zip or s3:// URL of the archive.")],
         store: Annotated[str, typer.Argument(help="Where the store is or shall be.")],
-        private: Annotated[str | None, typer.Option(help="Place of the private part (default STORE/private).")] = None,
+        private: Private = None,
         pairs: Annotated[Path | None, typer.Option(help="CSV: thick, thin (series keys or UIDs).")] = None,
         splits: Annotated[Path | None, typer.Option(help="CSV: patient, split (patient keys or PatientIDs).")] = None,
         exclude: Annotated[Path | None, typer.Option(help="CSV: any of archive, patient, study, series.")] = None,

@@ -10,6 +10,7 @@ import typer
 
 from cli.decode import own_refiner, refiner_of, sampling_facts
 from cli.options import (
+    Consistency,
     Detail,
     Device,
     Enhanced,
@@ -46,7 +47,7 @@ def interpolate(
     uncertainty: Uncertainty = False,
     uncertainty_map: UncertaintyMap = False,
     detail: Detail = "residual",
-    consistency: Annotated[bool, typer.Option(help="Project onto the measured thick slices.")] = True,
+    consistency: Consistency = True,
     fwhm_mm: Annotated[
         float | None, typer.Option(min=0.1, help="Measured width of the slice profile; by default the thickness.")
     ] = None,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
+from cli.options import Store
 from cli.output import AsJson, Exit, emit
 
 
@@ -14,7 +13,7 @@ def register(app: typer.Typer) -> None:
 
 
 def migrate(
-    store: Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")],
+    store: Store,
     as_json: AsJson = False,
 ) -> int:
     """Rewrite the tables of an older store in place; latents stay as they are. A current store is left alone.

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+Store = Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")]
 Private = Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 MemoryGib = Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device, GiB.")]
@@ -17,6 +18,7 @@ Samples = Annotated[int, typer.Option(min=1, help="Samples whose mean is the out
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 
 Detail = Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")]
+Consistency = Annotated[bool, typer.Option(help="Project onto the measured thick slices.")]
 RefinerChoice = Annotated[
     Path | None,
     typer.Option(help="A run of `ctpipe train-refiner`; by default the checkpoint's own, where it won. Or `none`."),

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.options import Store
 from cli.output import AsJson, Exit, emit
 
 
@@ -14,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def stats(
-    store: Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")],
+    store: Store,
     encode_key: Annotated[str | None, typer.Option(help="Only this encode key.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="Latents read for histograms and correlations.")] = 32,
     as_json: AsJson = False,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.options import Store
 from cli.output import AsJson, Exit, emit
 
 
@@ -14,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    store: Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")],
+    store: Store,
     snapshot: Annotated[int | None, typer.Option(help="Show this snapshot instead of the last.")] = None,
     as_json: AsJson = False,
 ) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cli.options import Store
 from cli.output import AsJson, Exit, emit
 
 
@@ -14,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(
-    store: Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")],
+    store: Store,
     snapshot: Annotated[int | None, typer.Option(help="Check the latents of this snapshot, not the last.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads that read and hash.")] = 2,
     as_json: AsJson = False,

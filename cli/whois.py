@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cli.options import Private
 from cli.output import AsJson, Exit, emit
 
 HELP = """Tell who a patient, study, series, pair or archive key is, from the private part of the store.
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
     def whois(
         store: Annotated[str, typer.Argument(help="The store that holds the key.")],
         key: Annotated[str, typer.Argument(help="16 hex digits.")],
-        private: Annotated[str | None, typer.Option(help="Place of the private part (default STORE/private).")] = None,
+        private: Private = None,
         as_json: AsJson = False,
     ) -> int:
         from latentcache.store import LatentStore

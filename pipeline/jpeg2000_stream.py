@@ -10,7 +10,7 @@ _SOC, _SIZ, _SOT, _EOC = b"\xff\x4f", b"\xff\x51", b"\xff\x90", b"\xff\xd9"
 _PSOT_AT = 6
 _SOT_SIZE = 12
 _SIZ_FIELDS = struct.Struct(">8I")
-"""Xsiz to YTOsiz, which begin _SIZ_AT bytes from the start of the codestream."""
+"""Xsiz, Ysiz, XOsiz, YOsiz, XTsiz, YTsiz, XTOsiz, YTOsiz, which begin _SIZ_AT bytes behind the start of SOC."""
 _SIZ_AT = 8
 
 NO_PACKET = b"\xfe" * 8
@@ -18,10 +18,9 @@ NO_PACKET = b"\xfe" * 8
 
 
 class _TilePart(NamedTuple):
-    """Where a tile-part starts, its length (Psot; 0: to the end), its tile, and of how many parts (0: not said)."""
+    """Where a tile-part starts, its tile, and of how many parts that tile is said to be (0: not said)."""
 
     start: int
-    length: int
     tile: int
     parts: int
 
@@ -54,12 +53,12 @@ def mend_codestream(stream: bytes, after: bytes = b"") -> bytes:
 def has_every_tile(stream: bytes) -> bool:
     """Whether every tile, and every part that a tile is said to have, begins; JP2 files are taken to be whole.
 
-    A decoder leaves the place of a missing tile empty without a word.
+    A decoder leaves the place of a missing tile empty without a word. Raises ValueError where there is no SIZ marker.
     """
-    if not stream.startswith(_SOC + _SIZ) or len(stream) < _SIZ_AT + _SIZ_FIELDS.size:
+    if not stream.startswith(_SOC):
         return True
     parts, _ = _tile_parts(stream)
-    right, bottom, _, _, width, height, left, top = _SIZ_FIELDS.unpack_from(stream, _SIZ_AT)
+    right, bottom, _, _, width, height, left, top = _image_and_tiles(stream)
     if not width or not height:
         return False
     counts = Counter(part.tile for part in parts)
@@ -73,7 +72,7 @@ def _tile_parts(stream: bytes) -> tuple[list[_TilePart], int]:
     position = stream.find(_SOT) if stream.startswith(_SOC) else -1
     while position >= 0 and stream[position : position + 2] == _SOT and position + _SOT_SIZE <= len(stream):
         tile, length, _, parts = struct.unpack_from(">HIBB", stream, position + 4)
-        found.append(_TilePart(position, length, tile, parts))
+        found.append(_TilePart(position, tile, parts))
         if length < _SOT_SIZE:
             break
         position += length
@@ -82,8 +81,12 @@ def _tile_parts(stream: bytes) -> tuple[list[_TilePart], int]:
 
 def codestream_size(stream: bytes) -> tuple[int, int]:
     """Rows and columns from the SIZ marker (ISO/IEC 15444-1 A.5.1); raises ValueError where there is none."""
-    start = stream.find(_SOC + _SIZ, 0, 4096)
-    if start < 0 or len(stream) < start + 24:
-        raise ValueError("no JPEG 2000 codestream")
-    width, height, left, top = struct.unpack_from(">4I", stream, start + 8)
+    width, height, left, top = _image_and_tiles(stream)[:4]
     return height - top, width - left
+
+
+def _image_and_tiles(stream: bytes) -> tuple[int, ...]:
+    start = stream.find(_SOC + _SIZ, 0, 4096)
+    if start < 0 or len(stream) < start + _SIZ_AT + _SIZ_FIELDS.size:
+        raise ValueError("no JPEG 2000 codestream")
+    return _SIZ_FIELDS.unpack_from(stream, start + _SIZ_AT)

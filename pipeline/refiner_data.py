@@ -55,6 +55,11 @@ class RefinerCase:
     thick: Volume
     detail: NDArray[np.float16] | None = None
 
+    @property
+    def stated(self) -> SliceProfile:
+        """The profile that the thick series' header states."""
+        return default_profile(self.thick.geometry.thickness_mm, self.thick.geometry.spacing_mm_zyx[0])
+
 
 Load = Callable[[str], RefinerCase]
 Operator = tuple[SliceProfile, NDArray[np.float64]]
@@ -69,7 +74,6 @@ class Draw:
         box: Its place on the thin slices' grid.
         operator, told, flips: As `cut_patch` takes them.
         transpose: Rows and columns exchanged.
-        reach: Thick slices that its thin ones span, and CONTEXT.
     """
 
     case: RefinerCase
@@ -81,6 +85,7 @@ class Draw:
 
     @property
     def reach(self) -> int:
+        """Thick slices that its thin ones span, and CONTEXT."""
         return shown_slices(self.case, self.box[0], self.operator)
 
 
@@ -194,10 +199,10 @@ class RefinerPatches:
 
     def _draw(self, case: RefinerCase, rng: np.random.Generator) -> Draw:
         measured = bool(rng.random() < MEASURED_SHARE)
-        thickness = case.thick.geometry.thickness_mm or case.thick.geometry.spacing_mm_zyx[0]
-        operator = None if measured else draw_operator(rng, np.asarray(case.thin.geometry.z_mm), thickness)
+        thin_z = np.asarray(case.thin.geometry.z_mm)
+        operator = None if measured else draw_operator(rng, thin_z, case.stated.fwhm_mm)
         # A fitted profile is the true one, a stated thickness need not be: the network meets both.
-        told = SliceProfile("box", thickness) if rng.random() < STATED_SHARE else None
+        told = case.stated if rng.random() < STATED_SHARE else None
         flips = rng.integers(0, 2, 3).tolist()
         return Draw(case, self._box(case, rng), operator, told, flips, bool(rng.random() < 0.5))
 
@@ -250,9 +255,8 @@ def cut_patch(
     depth, plane = box[0], box[1:]
     columns = case.thin.hu[(slice(None), *plane)]
     thin_z = np.asarray(case.thin.geometry.z_mm)
-    stated = default_profile(case.thick.geometry.thickness_mm, case.thick.geometry.spacing_mm_zyx[0])
     if operator is None:
-        profile, thick_z = stated, np.asarray(case.thick.geometry.z_mm)
+        profile, thick_z = case.stated, np.asarray(case.thick.geometry.z_mm)
         thick = case.thick.hu[(slice(None), *plane)]
     else:
         profile, thick_z = operator

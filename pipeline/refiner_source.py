@@ -106,8 +106,7 @@ def held_out_figures(source: RefinerSource, keys: Sequence[str], network: nn.Mod
     for key in keys:
         case = source.case(key)
         thin = case.thin
-        thickness = case.thick.geometry.thickness_mm or case.thick.geometry.spacing_mm_zyx[0]
-        operator = held_out_operator(np.asarray(thin.geometry.z_mm), thickness)
+        operator = held_out_operator(np.asarray(thin.geometry.z_mm), case.stated.fwhm_mm)
         box = tuple(
             slice(max(0, n // 2 - s // 2), n // 2 + s // 2) for n, s in zip(thin.hu.shape, HELD_OUT_ZYX, strict=True)
         )

@@ -1,6 +1,6 @@
 """The whole way out on data that nothing was trained on: model, refiner and consistency beside interpolation.
 
-    python infra/bench/refiner.py [--quick] [--work FOLDER] [--real FOLDER] [--refiner-steps 2400]
+    python infra/bench/refiner.py [--quick] [--work FOLDER] [--real FOLDER] [--refiner-steps 3600]
 
 A diffusion model (preset tiny, objective bridge) and a refiner that corrects its output are trained on phantoms alone,
 through `ctpipe ingest`, `encode --window maisi`, `train` and `train-refiner --checkpoint`: patients of two voxel sizes
@@ -83,7 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--patients", type=int, default=5, help="of each group")
     parser.add_argument("--train-seconds", type=float, default=180.0)
-    parser.add_argument("--refiner-steps", type=int, default=2400)
+    parser.add_argument("--refiner-steps", type=int, default=3600)
     parser.add_argument("--chest-slices", type=int, default=80)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
