@@ -27,7 +27,7 @@ real: .venv/.dev
 
 test-all: .venv/.dev
 	$(BIN)/python -m pytest
-	$(BIN)/python tests/fuzz_reading.py --seconds 600
+	$(BIN)/python tests/fuzz/fuzz_reading.py --seconds 600
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""The ctpipe command: parse, call, print."""
+"""The command line: parse, call one workflow, print."""

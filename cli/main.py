@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-import cli
+import cli.commands
 from cli.output import Exit, stderr
-from latentcache.errors import CtpipeError
-from pipeline import log_lines
+from latentcache import CtpipeError
+from pipeline.engines import job_log
 
 app = typer.Typer(
     name="ctpipe",
@@ -23,19 +23,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 # The base of every usage error, whether typer uses click or, since 0.29, carries a copy of it.
 UsageError: Any = typer.BadParameter.__bases__[0]
 
-NOT_COMMANDS = {"main", "options", "output", "spread", "sampling", "evaluate_rplhr"}
-
 
 def command_modules() -> list[str]:
-    """Names of the modules under ``cli`` that define commands; each has ``register(app)``."""
-    return sorted(m.name for m in pkgutil.iter_modules(cli.__path__) if m.name not in NOT_COMMANDS)
+    """Names of the modules under ``cli.commands``; each has ``register(app)``."""
+    return sorted(m.name for m in pkgutil.iter_modules(cli.commands.__path__))
 
 
 for _name in command_modules():
-    importlib.import_module(f"cli.{_name}").register(app)
+    importlib.import_module(f"cli.commands.{_name}").register(app)
 
 
 @app.callback()
@@ -46,10 +45,10 @@ def logs(
     debug: Annotated[bool, typer.Option("--debug", help="Log more, with tracebacks of what was set aside.")] = False,
 ) -> None:
     """Thick-slice CT archives to trustworthy thin slices."""
-    if log_json or os.environ.get(log_lines.ENVIRONMENT) == "json":
-        log_lines.start(debug)
+    if log_json or os.environ.get(job_log.ENVIRONMENT) == "json":
+        job_log.start(debug)
     elif debug:
-        logging.getLogger(log_lines.OURS).setLevel(logging.DEBUG)
+        logging.getLogger(job_log.OURS).setLevel(logging.DEBUG)
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except CtpipeError as error:
-        if log_lines.active():
+        if job_log.active():
             logging.getLogger("ctpipe.main").error("%s", error)
         else:
             stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)

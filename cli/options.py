@@ -3,19 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from latentcache import InputError
+
+if TYPE_CHECKING:
+    from pipeline.engines import EngineOptions
+
+
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs to use; 0 computes on the CPU.")]
+Workers = Annotated[int, typer.Option(min=1, help="Without GPUs: series in work at once on CPUs.")]
+GpuShare = Annotated[
+    float, typer.Option(min=0.05, max=1, help="On Ray, a worker's share of a GPU; 0.5 puts two on each.")
+]
+Engine = Annotated[str, typer.Option(help="dask (embedded, the default), ray, or inline.")]
+DaskScheduler = Annotated[str | None, typer.Option(help="A dask scheduler, e.g. tcp://host:8786.")]
+RayAddress = Annotated[str | None, typer.Option(help="A Ray cluster's address, or `auto`.")]
+Threads = Annotated[int, typer.Option(min=1, help="Arithmetic threads a device; pinned, for equal bytes.")]
+Prefetch = Annotated[int, typer.Option(min=0, help="Series read ahead of each device.")]
+SeriesTimeout = Annotated[float | None, typer.Option(min=1, help="On Ray, seconds after which a series is set aside.")]
+
+
+def engine_options(
+    engine: str,
+    gpus: int,
+    *,
+    workers: int = 1,
+    gpu_share: float = 1.0,
+    dask_scheduler: str | None = None,
+    ray_address: str | None = None,
+    prefetch: int = 1,
+    series_timeout: float | None = None,
+) -> EngineOptions:
+    """How to spread work, as the user asked for it.
+
+    Raises:
+        InputError: An unknown engine, or an option that this engine does not have.
+    """
+    from pipeline.engines import EngineOptions
+
+    if gpu_share < 1 and engine != "ray":
+        raise InputError("--gpu-share without Ray", expected="--engine ray", remedy="Give --engine ray, or no share.")
+    if ray_address is not None and engine != "ray":
+        raise InputError("--ray-address without Ray", expected="--engine ray", remedy="Give --engine ray too.")
+    if dask_scheduler is not None and engine != "dask":
+        raise InputError("--dask-scheduler without dask", expected="--engine dask", remedy="Give --engine dask too.")
+    return EngineOptions(
+        name=engine,  # type: ignore[arg-type]
+        devices=tuple(f"cuda:{i}" for i in range(round(gpus / gpu_share))) or ("cpu",) * workers,
+        gpus_per_worker=gpu_share,
+        prefetch=prefetch,
+        scheduler=dask_scheduler,
+        ray_address=ray_address,
+        timeout_s=series_timeout,
+    )
+
 
 Store = Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")]
 Private = Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 MemoryGib = Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device, GiB.")]
 
+
 Sampler = Annotated[str | None, typer.Option(help="Sampler; by default the objective's own.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the objective's own.")]
 Samples = Annotated[int, typer.Option(min=1, help="Samples whose mean is the output.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
+
 
 Detail = Annotated[str, typer.Option(help="absolute or residual: how decoded slices become HU.")]
 Consistency = Annotated[bool, typer.Option(help="Project onto the measured thick slices.")]
@@ -23,6 +79,7 @@ RefinerChoice = Annotated[
     Path | None,
     typer.Option(help="A run of `ctpipe train-refiner`; by default the checkpoint's own, where it won. Or `none`."),
 ]
+
 
 Uncertainty = Annotated[
     bool, typer.Option("--uncertainty", help="Also write the standard deviation over samples, in HU.")

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from pipeline import log_lines
+from pipeline.engines import job_log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diffusion.training import Progress
+    from pipeline.workflows import OnProgress
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -29,9 +37,47 @@ class Exit(IntEnum):
 
 def progress_wanted() -> bool:
     """Progress bars are for people: only when stderr is a terminal, and not among JSON lines."""
-    return sys.stderr.isatty() and not log_lines.active()
+    return sys.stderr.isatty() and not job_log.active()
 
 
 def emit(result: Mapping[str, Any], text: str, as_json: bool) -> None:
     """Print a command's result once: as JSON for machines, else the text for people."""
     typer.echo(json.dumps(result, sort_keys=True, default=str) if as_json else text)
+
+
+@contextmanager
+def progress_bars() -> Iterator[OnProgress]:
+    """Progress bars for a workflow, one for each part of the job; none where nobody looks."""
+    from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Bars(*columns, console=stderr, disable=not progress_wanted()) as bars:
+
+        def show(now: Any) -> None:
+            if now.part not in tasks:
+                tasks[now.part] = bars.add_task(now.part, total=None)
+            bars.update(tasks[now.part], completed=now.done, total=now.total or None, description=now.step or now.part)
+
+        yield show
+
+
+@contextmanager
+def training_bar(wanted: bool) -> Iterator[Callable[[Progress], None]]:
+    """A progress bar with the figures that show whether a training run is well."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
+
+    figures = TextColumn("{task.description}")
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), figures)
+    with Bars(*columns, console=stderr, disable=not wanted) as bars:
+        task = bars.add_task("", total=None)
+
+        def show(now: Progress) -> None:
+            mfu = "" if now.mfu is None else f" mfu {now.mfu:.0%}"
+            text = (
+                f"loss {now.loss:.4f} {now.samples_per_s:.1f} samples/s data wait {now.data_wait_fraction:.1%}"
+                f" {now.memory_gib:.1f} GiB{mfu}"
+            )
+            bars.update(task, total=now.total_steps, completed=now.step, description=text)
+
+        yield show

@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from pipeline.hu import Window
 from pipeline.phantom import PhantomSettings, make_patient
-from pipeline.resample import resample_z
+from pipeline.volume import Window, resample_z
 
 TRAINING_SEED = 1_000_000  # phantoms of users and tests have small seeds: training never sees them
 SOFT_TISSUE = Window()

@@ -1,6 +1,6 @@
 """The recipe of the ``tiny`` VAE: MAISI's architecture at narrow width, trained on phantoms alone.
 
-    python infra/train_tiny_vae.py --minutes 45 --out pipeline/weights/tiny_vae.safetensors
+    python infra/train_tiny_vae.py --minutes 45 --out pipeline/vae/tiny_vae.safetensors
 
 Inputs are crops of synthetic chests (`tiny_vae_crops`). The network starts as a linear autoencoder on principal
 components (`tiny_vae_start`), which is worth hours of two CPU cores. Crops are small at first, for many steps, and grow
@@ -231,7 +231,7 @@ def report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("pipeline/weights/tiny_vae.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("pipeline/vae/tiny_vae.safetensors"))
     parser.add_argument("--checkpoint", type=Path, default=Path("tiny_vae.pt"))
     parser.add_argument("--minutes", type=float, default=45.0, help="Length of the run; the schedule follows it.")
     parser.add_argument("--steps", type=int, help="Ends, and paces the schedule, by steps instead of the clock.")

@@ -7,9 +7,17 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+
+def valid_latents(valid_zyx: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Latents (d, h, w) that hold at least one true voxel: the padding beyond is left out of statistics."""
+    z, y, x = (-(-n // COMPRESSION) for n in valid_zyx)
+    return (z, y, x)
+
+
 SeriesRole = Literal["thick", "thin", "other"]
 LatentRole = Literal["thin", "thick", "thick_on_thin"]
 Split = Literal["train", "val", "test", ""]
+
 
 FORMAT_VERSION = 1
 LATENT_CHANNELS = 4

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,146 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from latentcache.admission import check_key, check_latent, load_encoding
-from latentcache.arrays import Latent, read_latent, write_latent
-from latentcache.commit import Writer
-from latentcache.errors import StoreError
-from latentcache.header import Header, is_store
-from latentcache.index import RowFinder
-from latentcache.location import Location, open_location
-from latentcache.manifest import Keep, Snapshot, distinct, load_snapshot, read_table
-from latentcache.records import Encoding, LatentPlace, LatentRecord, LatentRole, PairRecord, SeriesRecord
-from latentcache.schema import Kind, from_table
-from latentcache.statistics import Moments, valid_latents
-from latentcache.whitening import training_moments
+from latentcache.checks import check_key, check_latent, load_encoding
+from latentcache.errors import InputError, StoreError
+from latentcache.moments import ROW, Moments, moments_of
+from latentcache.records import (
+    FORMAT_VERSION,
+    Encoding,
+    LatentPlace,
+    LatentRecord,
+    LatentRole,
+    PairRecord,
+    SeriesRecord,
+    valid_latents,
+)
+from latentcache.shard import Latent, read_latent, write_latent
+from latentcache.storage import Location, open_location
+from latentcache.tables import (
+    Keep,
+    Kind,
+    RowFinder,
+    Snapshot,
+    check_version,
+    distinct,
+    from_table,
+    load_snapshot,
+    read_table,
+    snapshot_path,
+)
+from latentcache.writer import Writer
+
+STORE = "store.json"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What never changes about a store: whose secret made its keys, and the seed of its splits."""
+
+    secret_fingerprint: str
+    split_seed: int
+
+    @classmethod
+    def read(cls, location: Location) -> Header:
+        """Raises StoreError: no store, an unreadable header, or another format version."""
+        try:
+            data = location.read(STORE)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(
+                f"there is no store at {location.url}",
+                expected=f"a folder or prefix with {STORE}",
+                remedy="Make one with `ctpipe ingest DATASET STORE`; if this is a copy, copy it whole.",
+            ) from error
+        try:
+            body = json.loads(data)
+            version = body["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _unreadable() from error
+        check_version(version)
+        try:
+            return cls(body["secret_fingerprint"], body["split_seed"])
+        except KeyError as error:
+            raise _unreadable() from error
+
+    def create(self, location: Location) -> Snapshot:
+        """Make an empty store; returns its first snapshot.
+
+        Raises:
+            StoreError: There is one already.
+        """
+        body = {
+            "format_version": FORMAT_VERSION,
+            "secret_fingerprint": self.secret_fingerprint,
+            "split_seed": self.split_seed,
+        }
+        empty = Snapshot(0)
+        # store.json comes last: a store that has one is whole, and a creation that was killed can be repeated.
+        try:
+            location.put_once(snapshot_path(0), [empty.to_json()])
+        except FileExistsError:
+            load_snapshot(location, 0)
+        try:
+            location.put_once(STORE, [json.dumps(body, indent=1).encode()])
+        except FileExistsError as error:
+            raise StoreError(
+                f"there is a store at {location.url} already",
+                expected="a place without one",
+                remedy="Open it, or choose another place.",
+            ) from error
+        return empty
+
+
+def _unreadable() -> StoreError:
+    return StoreError(
+        f"{STORE} cannot be read",
+        expected="a JSON object with format_version, secret_fingerprint and split_seed",
+        remedy="Restore it from a copy of the store.",
+    )
+
+
+def is_store(location: Location) -> bool:
+    """Whether there is a store, of whatever version."""
+    try:
+        location.size(STORE)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def open_on_worker(url: str, fingerprint: str) -> LatentStore:
+    """The driver's store, opened on a worker; ``fingerprint`` is that of the secret that made the driver's keys.
+
+    Raises:
+        InputError: There is no store at this URL, or another one.
+    """
+    try:
+        store = LatentStore.open(url)
+    except InputError as error:
+        raise InputError(
+            f"a worker does not see the store {url}",
+            expected="the same store at the same URL on every node",
+            remedy=f"Mount it there, or use s3://. On the worker: {error.found}.",
+        ) from error
+    if store.secret_fingerprint != fingerprint:
+        raise InputError(
+            f"a worker sees another store at {url}",
+            expected=f"the driver's store, secret fingerprint {fingerprint}",
+            remedy=f"The worker's has {store.secret_fingerprint}: mount the same volume on every node.",
+        )
+    return store
+
+
+def training_moments(store: LatentStore, encode_key: str) -> Moments:
+    """Per-channel moments over the training split's thin latents under an encode key; they serve all roles.
+
+    Raises:
+        InputError: There are none.
+    """
+
+    def thin(rows: pa.Table) -> pa.ChunkedArray:
+        return pc.and_(pc.equal(rows["encode_key"], encode_key), pc.equal(rows["role"], "thin"))
+
+    return moments_of(store.manifest_table(ROW, thin), store.catalog_table(("series_key", "split")), encode_key)
 
 
 class LatentStore:
@@ -223,7 +353,7 @@ class LatentStore:
         Raises:
             StoreError: On entry, if a living driver holds the lease or the store is pinned.
         """
-        return Writer(self)
+        return Writer(self.location, self)
 
     def attach(self, writer: Writer) -> None:
         """A writer opened: bring this object to the current snapshot."""

@@ -82,7 +82,7 @@ class _Clock:
 
 
 def _found(index: int) -> Any:
-    from pipeline.discover import FoundArchive
+    from pipeline.archive import FoundArchive
 
     category = "APE" if index % 3 == 0 else "non-APE"
     return FoundArchive(f"/archive/{category}/patient_{index:07d}.zip", 10**8 + index, 10**18 + index, "", category)
@@ -90,15 +90,13 @@ def _found(index: int) -> Any:
 
 def _reingest(store_url: str, archives: int) -> dict[str, Any]:
     """A genuine ingest of archives of which none has changed."""
-    from pipeline import ingest as module
-    from pipeline import ingest_scan
-    from pipeline.ingest import IngestOptions, ingest, open_stores
+    from pipeline.ingest import IngestOptions, ingest, ingest as module, open_stores, scan as ingest_scan
 
     found = [_found(i) for i in range(archives)]  # what listing the dataset would give; not timed
     opened: list[str] = []
     with (
         mock.patch.object(module, "discover", return_value=found),
-        mock.patch.object(ingest_scan, "open_source", side_effect=opened.append),
+        mock.patch.object(ingest_scan, "open_archive", side_effect=opened.append),
     ):
         clock = _Clock()
         store, private = open_stores(store_url)
@@ -111,8 +109,8 @@ def _reingest(store_url: str, archives: int) -> dict[str, Any]:
 
 def _plan(store_url: str, archives: int) -> dict[str, Any]:
     """What is left to encode."""
-    from latentcache.store import LatentStore
-    from pipeline.missing import missing_latents
+    from latentcache import LatentStore
+    from pipeline.encode import missing_latents
 
     clock = _Clock()
     left = missing_latents(LatentStore.open(store_url), ENCODE_KEY)
@@ -122,9 +120,9 @@ def _plan(store_url: str, archives: int) -> dict[str, Any]:
 
 
 def _simulate(store_url: str, archives: int) -> None:
-    from latentcache.compaction import extend
-    from latentcache.store import LatentStore
-    from pipeline.private import PrivateStore
+    from latentcache import LatentStore
+    from latentcache.tables import extend
+    from pipeline.identity import PrivateStore
 
     private = PrivateStore.open(store_url, create=True)
     store = LatentStore.create(store_url, secret_fingerprint=private.fingerprint)
@@ -145,7 +143,7 @@ def _split(index: np.ndarray[Any, Any]) -> list[str]:
 
 
 def _archive_row(i: int, private: Any) -> Any:
-    from pipeline.private_rows import ArchiveRow
+    from pipeline.identity import ArchiveRow
 
     f = _found(i)
     keys = tuple(f"{kind}{i:015x}" for kind in "abc")
@@ -156,7 +154,7 @@ def _archive_row(i: int, private: Any) -> Any:
 
 def _catalog(index: np.ndarray[Any, Any]) -> pa.Table:
     """Three rows an archive, positions of their own for every series."""
-    from latentcache.schema import SCHEMAS
+    from latentcache.tables import SCHEMAS
 
     n = len(index)
     rng = np.random.default_rng(int(index[0]))
@@ -201,7 +199,7 @@ def _lists(values: np.ndarray[Any, Any]) -> pa.Array:
 
 
 def _pairs(index: np.ndarray[Any, Any]) -> pa.Table:
-    from latentcache.schema import SCHEMAS
+    from latentcache.tables import SCHEMAS
 
     n = len(index)
     columns = {
@@ -223,7 +221,7 @@ def _pairs(index: np.ndarray[Any, Any]) -> pa.Table:
 
 def _manifest(index: np.ndarray[Any, Any], encoded: int) -> pa.Table:
     """The latents of the first half of the archives: thin, thick and thick_on_thin."""
-    from latentcache.schema import SCHEMAS
+    from latentcache.tables import SCHEMAS
 
     index = index[index < encoded]
     n = len(index)

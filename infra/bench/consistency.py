@@ -28,16 +28,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.archive import open_source
-from pipeline.compose import ComposeSettings, compose, interpolated
-from pipeline.consistency import residual_rms
-from pipeline.hu import Window
+from pipeline.archive import open_archive
+from pipeline.decode import ComposeSettings, compose
+from pipeline.forward_model import ProtocolFit, SliceProfile, fit_pair, residual_rms, slice_operator
 from pipeline.metrics import psnr
-from pipeline.protocol_fit import ProtocolFit, fit_pair
-from pipeline.series import scan
-from pipeline.slice_profile import SliceProfile, slice_operator
-from pipeline.volume import Volume
-from pipeline.volume_reader import read_scanned
+from pipeline.reading import read_scanned, scan
+from pipeline.volume import Volume, Window, interpolated
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDE, SOFT = Window.parse("maisi"), Window()
@@ -72,7 +68,7 @@ def main() -> None:
 
 def read_pair(folder: Path) -> Pair:
     """(thin, thick), as scanned."""
-    source = open_source(folder / "ape-layout" / "non-APE" / "head-phantom.zip")
+    source = open_archive(folder / "ape-layout" / "non-APE" / "head-phantom.zip")
     found = {one.role_hint: read_scanned(source, one, threads=1) for one in scan(source).series}
     source.close()
     return found["thin"], found["thick"]
@@ -150,9 +146,9 @@ def doubt(half: str, pair: Pair, fit: ProtocolFit, name: str, assumed: SliceProf
 
 def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, Any]:
     """A run's output, as `ctpipe interpolate` makes it."""
-    from diffusion.model import Interpolator
-    from pipeline.interpolate import condition_latent
+    from diffusion.sampling import Interpolator
     from pipeline.vae import load_vae
+    from pipeline.workflows import condition_latent
 
     thin, thick = pair
     vae, model = load_vae("tiny"), Interpolator.load(run)

@@ -85,11 +85,8 @@ def measure(writer: str, slices: int, repeat: int) -> dict[str, float]:
 def with_ctpipe(hu: np.ndarray[Any, np.dtype[np.int16]], out: Path, syntax: str) -> float:
     import imagecodecs  # noqa: F401 - not part of the time
 
-    from pipeline.dicom_provenance import Provenance
-    from pipeline.dicom_uids import SeriesIdentity
-    from pipeline.dicom_write import write_series
-    from pipeline.geometry import Geometry
-    from pipeline.volume import SourceHeader
+    from pipeline.volume import Geometry, SourceHeader
+    from pipeline.writing import Provenance, SeriesIdentity, write_ct_series
 
     affine = ((0.0, 0.0, 0.7, -179.2), (0.0, 0.7, 0.0, -179.2), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
     at = Geometry((len(hu), *hu.shape[1:]), affine, tuple(map(float, range(len(hu)))), 5.0)  # type: ignore[arg-type]
@@ -97,7 +94,7 @@ def with_ctpipe(hu: np.ndarray[Any, np.dtype[np.int16]], out: Path, syntax: str)
     who = SeriesIdentity.pseudonymous(**keys, source_slices=len(hu) // 5)
     made = Provenance("generated", "d" * 16, (40.0, 400.0), 1.0)
     start = time.perf_counter()
-    write_series(hu, at, SourceHeader(), out, uids=who, provenance=made, transfer_syntax=syntax, threads=2)
+    write_ct_series(hu, at, SourceHeader(), out, uids=who, provenance=made, transfer_syntax=syntax, threads=2)
     return time.perf_counter() - start
 
 

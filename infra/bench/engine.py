@@ -36,12 +36,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from latentcache.records import Encoding, LatentRecord
-from latentcache.store import LatentStore
-from pipeline.encode import Encoded, EncodeTask
-from pipeline.encode_commit import GroupCommit
-from pipeline.encode_store import EncodeSettings, encode_store
-from pipeline.engine import EngineName, EngineOptions, Stage, stream
+from latentcache import Encoding, LatentRecord, LatentStore
+from pipeline.encode import EncodeSettings, EncodeTask, encode_store
+from pipeline.engines import EngineName, EngineOptions, GroupCommit, Stage, StagedLatents, stream
 from pipeline.ingest import IngestOptions, ingest, open_stores
 from pipeline.phantom import write_dataset
 
@@ -184,8 +181,8 @@ def hand_back(state: str, item: int) -> int:
     return item
 
 
-def hand_in(state: str, task: EncodeTask, *, record: LatentRecord) -> Encoded:
-    return Encoded(task.name, (replace(record, key=task.name, source_digest=task.name),), seconds={"vae": 1.0})
+def hand_in(state: str, task: EncodeTask, *, record: LatentRecord) -> StagedLatents:
+    return StagedLatents(task.name, (replace(record, key=task.name, source_digest=task.name),), seconds={"vae": 1.0})
 
 
 def simulated(series: int, options: EngineOptions) -> dict[str, float]:

@@ -5,7 +5,7 @@
 
 One zip (a thick and a thin series, as a scanner would file them) is ingested, its latents are stored, and as many
 pairs as cases are asked for are entered into the catalog, each a patient of its own that reads these same series: disk
-does not grow with the cases, work and memory do. Then ``pipeline.evaluate_store.evaluate_pairs`` runs as the command
+does not grow with the cases, work and memory do. Then ``pipeline.evaluation.run.evaluate_pairs`` runs as the command
 runs it: every pair reads its slices, decodes three latents, and scores every default method with every figure.
 
 ``--decoder held`` decodes as a GPU does for this process: what comes back is the volume. ``windows`` is the CPU's way
@@ -35,20 +35,15 @@ from typing import Any
 
 import numpy as np
 
-from latentcache.records import Encoding, LatentRole, PairRecord
-from latentcache.store import LatentStore
-from pipeline.compose import ComposeSettings
-from pipeline.evaluate_methods import EvaluationSettings
-from pipeline.evaluate_store import evaluate_pairs
-from pipeline.geometry import Geometry
-from pipeline.hu import Window
+from latentcache import Encoding, LatentRole, LatentStore, PairRecord
+from pipeline.decode import ComposeSettings
+from pipeline.evaluation import EvaluationSettings, evaluate_pairs
+from pipeline.forward_model import SliceProfile, slice_operator
+from pipeline.identity import PrivateStore
 from pipeline.ingest import ingest
-from pipeline.phantom_dicom import patient_zip
-from pipeline.private import PrivateStore
-from pipeline.resample import resample_z
-from pipeline.slice_profile import SliceProfile, slice_operator
-from pipeline.volume import Volume
-from pipeline.volume_reader import read_series
+from pipeline.phantom import patient_zip
+from pipeline.reading import read_series
+from pipeline.volume import Geometry, Volume, Window, resample_z
 
 WINDOW = Window(0.0, 2000.0)
 BOUND_GIB = 4.0
@@ -116,9 +111,7 @@ def random_vae(**architecture: Any) -> Any:
     """A VAE of an architecture with random weights."""
     import torch
 
-    from pipeline.vae import Vae
-    from pipeline.vae_architecture import KlAutoencoder, VaeArchitecture
-    from pipeline.vae_weights import VaeWeights
+    from pipeline.vae import KlAutoencoder, Vae, VaeArchitecture, VaeWeights
 
     torch.manual_seed(0)
     shape = VaeArchitecture(**architecture)
@@ -128,7 +121,7 @@ def random_vae(**architecture: Any) -> Any:
 def decoder_of(kind: str) -> Any:
     if kind == "held":
         return HeldDecoder()
-    from pipeline.vae_tiling import SlidingVae, Tiling
+    from pipeline.vae import SlidingVae, Tiling
 
     return SlidingVae(random_vae(**NARROW), Tiling())
 
@@ -259,8 +252,8 @@ def exact_plans(shape: tuple[int, int, int]) -> dict[str, float]:
     """GiB that the exact VAE plans for decoding this shape on a CPU, in float32."""
     import torch
 
-    from pipeline.vae_architecture import VaeArchitecture
-    from pipeline.vae_plan import rehearse
+    from pipeline.vae import VaeArchitecture
+    from pipeline.vae.streaming import rehearse
 
     d, h, w = (-(-n // 4) for n in shape)
     widths = {"tiny": VaeArchitecture((16, 32, 64), norm_num_groups=4), "full": VaeArchitecture()}

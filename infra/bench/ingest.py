@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
 READERS = ("ctpipe", "ctpipe, one thread", "dcm2niix", "SimpleITK")
 SYNTAXES = {"evle": "1.2.840.10008.1.2.1", "jpll": "1.2.840.10008.1.2.4.70"}
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _make_zip(path: Path, slices: int, syntax: str) -> Path:
-    from dicom_files import anatomy, dataset, file_bytes
+    from tests.support.dicom_files import anatomy, dataset, file_bytes
 
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for k in range(slices):
@@ -96,12 +96,11 @@ def _resident_mib() -> float:
 
 
 def _ctpipe(threads: int):  # type: ignore[no-untyped-def]
-    from pipeline.archive import open_source
-    from pipeline.series import scan
-    from pipeline.volume_reader import read_scanned
+    from pipeline.archive import open_archive
+    from pipeline.reading import read_scanned, scan
 
     def read(archive: Path):  # type: ignore[no-untyped-def]
-        source = open_source(archive)
+        source = open_archive(archive)
         try:
             (one,) = scan(source, keep_instances=True).series
             return read_scanned(source, one, threads=threads).hu

@@ -4,7 +4,7 @@
 
 Prints a line a store and, last, one JSON object, also kept in infra/bench/results/kills.json after every store. Stops
 at the number of kills or the time, whichever comes first; ``--resume`` goes on with the next seed. One process writes
-and one kills; no fsync, since no kernel is killed (lost writes are simulated in tests/test_commit.py).
+and one kills; no fsync, since no kernel is killed (lost writes are simulated in tests/latentcache/test_writer.py).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT)]
 A_STORE = 200
 """Kills a store: it stays small, so that a writer is killed while it commits and not while it starts."""
 
 
 def main() -> None:
-    from kills import kill_writers
+    from tests.support.kills import kill_writers
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10_000)

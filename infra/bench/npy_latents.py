@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.prefetch import prefetch
+from diffusion.data import prefetch
 
 Shape = tuple[int, int, int]
 Pair = tuple[Tensor, Tensor]
@@ -67,8 +67,8 @@ class Latents:
 
 def export(url: str, folder: Path) -> None:
     """Every pair of a store, whichever split, in order of pair key: raw latents in float16."""
-    from diffusion.pairs import choose_encode_key
-    from latentcache.store import LatentStore
+    from diffusion.data import choose_encode_key
+    from latentcache import LatentStore
 
     store = LatentStore.open(url)
     key = choose_encode_key(store, None)

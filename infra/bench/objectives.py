@@ -39,15 +39,15 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from phantom_cases import Case, decode, load_case, make_store, psnr  # noqa: E402
+from phantom_cases import Case, decode, load_case, make_store, psnr
 
-from diffusion.config import load_config  # noqa: E402
-from diffusion.model import Interpolator  # noqa: E402
-from diffusion.objective import OBJECTIVES  # noqa: E402
-from diffusion.run_card import RunCard  # noqa: E402
-from diffusion.train import train  # noqa: E402
-from latentcache.store import LatentStore  # noqa: E402
-from pipeline.vae import Vae, load_vae  # noqa: E402
+from diffusion.config import load_config
+from diffusion.objectives import OBJECTIVES
+from diffusion.runs import RunCard
+from diffusion.sampling import Interpolator
+from diffusion.training import train
+from latentcache import LatentStore
+from pipeline.vae import Vae, load_vae
 
 STARTED, TRY_AGAIN = time.perf_counter(), 75
 SETTINGS = ["validation.every_epochs=0", "budget.max_seconds=null", "budget.log_every_steps=50",

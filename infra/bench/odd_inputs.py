@@ -1,4 +1,4 @@
-"""What dcm2niix, SimpleITK, MONAI and ctpipe make of odd archives: a table of every case in tests/odd_cases.py.
+"""What dcm2niix, SimpleITK, MONAI and ctpipe make of odd archives: a table of every case in tests/support/odd_cases.py.
 
     python infra/bench/odd_inputs.py [--quick] [--real FOLDER] [--markdown FILE]
 
@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from odd_cases import CASES, OddCase  # noqa: E402
+from tests.support.odd_cases import CASES, OddCase
 
 Found = tuple[list[Any], str]
 """Volumes that came back with their spacing along z, and what the reader said."""
@@ -78,13 +78,12 @@ def main() -> None:
 
 
 def _ctpipe(path: Path) -> Found:
-    from latentcache.errors import InputError
-    from pipeline.archive import open_source
-    from pipeline.series import pointer_of, scan
-    from pipeline.volume_reader import read_series
+    from latentcache import InputError
+    from pipeline.archive import open_archive
+    from pipeline.reading import pointer_of, read_series, scan
 
     try:
-        result = scan(open_source(path))
+        result = scan(open_archive(path))
     except InputError as error:
         return [], error.found
     volumes, said = [], [reason for _, reason in result.problems]

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion.made_up import key_of, series, stage
-from latentcache.records import Encoding, PairRecord, Split
-from latentcache.store import LatentStore
-from pipeline.hu import Window
+from diffusion.data import key_of, series, stage
+from latentcache import Encoding, LatentStore, PairRecord, Split
 from pipeline.phantom import make_patient
-from pipeline.resample import resample_z
 from pipeline.vae import Vae
+from pipeline.volume import Window, resample_z
 
 WINDOW = Window()
 FIRST_SEED: dict[Split, int] = {"train": 1000, "val": 2000, "test": 3000}

@@ -23,12 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentcache.store import LatentStore
-from pipeline.encode_store import EncodeSettings, encode_store
-from pipeline.engine import EngineOptions
+from latentcache import LatentStore
+from pipeline.encode import EncodeSettings, encode_store
+from pipeline.engines import EngineOptions, Rates, cost, measured
 from pipeline.ingest import IngestOptions, ingest, open_stores
 from pipeline.phantom import write_dataset
-from pipeline.plan_cost import Rates, cost, measured
 
 SETTINGS = EncodeSettings(torch_threads=1, reader_threads=1, round_trip_fraction=0.0)
 

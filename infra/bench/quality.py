@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from cli.main import app
+from pipeline.evaluation import label, ordered
 from pipeline.metrics import TISSUE_CLASSES_HU
-from pipeline.report_views import label, ordered
 
 WINDOW_METHODS = (
     "nearest", "linear", "cubic", "cubic_back_projection", "cubic_consistent", "vae_ceiling", "regression", "model",

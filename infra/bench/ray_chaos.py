@@ -37,11 +37,9 @@ from typing import Any
 
 import numpy as np
 
-from latentcache.records import Encoding, LatentRecord
-from latentcache.store import LatentStore
-from pipeline.encode import Encoded, EncodeTask
-from pipeline.encode_commit import GroupCommit
-from pipeline.engine import EngineOptions, Stage, stream
+from latentcache import Encoding, LatentRecord, LatentStore
+from pipeline.encode import EncodeTask
+from pipeline.engines import EngineOptions, GroupCommit, Stage, StagedLatents, stream
 
 ENCODING = Encoding(vae_sha256="0" * 64, vae_architecture={"kind": "stand-in"}, window_center=40.0, window_width=400.0)
 NODES, LANES = 3, 3
@@ -67,7 +65,7 @@ def set_up(device: str, *, url: str, notes: Note) -> tuple[LatentStore, Note]:
     return LatentStore.open(url), notes
 
 
-def encode(state: tuple[LatentStore, Note], task: EncodeTask, *, seconds: float) -> Encoded:
+def encode(state: tuple[LatentStore, Note], task: EncodeTask, *, seconds: float) -> StagedLatents:
     """Stand-in for the VAE: takes its time, then stages a real latent of the series' own bytes."""
     store, notes = state
     began = time.time()
@@ -85,7 +83,7 @@ def encode(state: tuple[LatentStore, Note], task: EncodeTask, *, seconds: float)
         source_digest=task.name,
     )
     notes.write("end", task.name, began)
-    return Encoded(task.name, (record,))
+    return StagedLatents(task.name, (record,))
 
 
 def drive(url: str, notes: str, series: int, seconds: float, address: str) -> None:

@@ -38,21 +38,15 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_erosion, uniform_filter
 
 from cli.main import app
-from diffusion.model import Interpolator
-from pipeline.baselines import apply, weights
-from pipeline.compose import ComposeSettings, compose, interpolated
-from pipeline.evaluate import common_slices
-from pipeline.geometry import Geometry
-from pipeline.hu import Window
-from pipeline.interpolate import condition_latent
+from diffusion.sampling import Interpolator
+from pipeline.decode import ComposeSettings, compose
+from pipeline.forward_model import ProtocolFit, SliceProfile, apply, fit_pair, slice_operator, weights
 from pipeline.metrics import TISSUE_CLASSES_HU, bias_by_tissue, psnr
 from pipeline.phantom import PhantomSettings, make_patient, write_dataset
-from pipeline.protocol_fit import ProtocolFit, fit_pair
-from pipeline.refiner import RefinerFile
-from pipeline.refiner_data import held_out_operator, positions
-from pipeline.slice_profile import SliceProfile, slice_operator
+from pipeline.refiner import RefinerFile, held_out_operator, positions
 from pipeline.vae import Vae, load_vae
-from pipeline.volume import Volume
+from pipeline.volume import Geometry, Volume, Window, common_slices, interpolated
+from pipeline.workflows import condition_latent
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW = Window.parse("maisi")

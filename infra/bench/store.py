@@ -147,8 +147,8 @@ def _rate(call: Callable[[], Any], array: np.ndarray) -> float:
 
 def waiting(root: Path, steps: int) -> dict[str, dict[str, float]]:
     """The trainer's own stream, local and on S3, at a batch every 100 ms."""
-    from diffusion.made_up import make_store
-    from latentcache.store import LatentStore
+    from diffusion.data import make_store
+    from latentcache import LatentStore
 
     # In a process of its own: a server among the trainer's threads would make the trainer wait for the interpreter.
     command = [sys.executable, __file__, "--serve", str(root / "s3")]
@@ -167,9 +167,8 @@ def waiting(root: Path, steps: int) -> dict[str, dict[str, float]]:
 
 def _reading(store: Any) -> dict[str, float]:
     """What a reader does for such a batch, alone, ms; and float16 to float32 of one window, NumPy's way and ours."""
-    from diffusion.batches import widen
     from diffusion.config import DataConfig
-    from diffusion.stream import PairStream
+    from diffusion.data import PairStream, widen
 
     half = store.read(store.records(role="thin")[0], slice(0, WINDOW))
     wide = np.empty(half.shape, np.float32)
@@ -183,8 +182,8 @@ def _reading(store: Any) -> dict[str, float]:
 
 def serve_until_told(root: Path) -> None:
     """A real S3 server on loopback until standard input closes."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from s3_server import serve
+    sys.path.insert(0, str(ROOT))
+    from tests.support.s3_server import serve
 
     with serve(root) as server:
         print(json.dumps({"root": str(server.root), "environment": server.environment}), flush=True)
@@ -200,7 +199,7 @@ def _wait(store: Any, steps: int) -> dict[str, float]:
     would show there.
     """
     from diffusion.config import DataConfig
-    from diffusion.stream import PairStream
+    from diffusion.data import PairStream
 
     began = time.perf_counter()
     for _ in range(steps):

@@ -27,8 +27,7 @@ INSTALL = (
 
 
 def filled_store(root: Path, arrays: list[np.ndarray]) -> Any:
-    from latentcache.records import Encoding
-    from latentcache.store import LatentStore
+    from latentcache import Encoding, LatentStore
 
     store = LatentStore.create(root, secret_fingerprint="bench")
     key = store.register_encoding(Encoding("0" * 64, {}, 40, 400))

@@ -26,10 +26,8 @@ THICK, DEPTHS = 60, (64, 76, 88)
 
 def measure(root: Path, rows: int) -> dict[str, float]:
     """Write a store of ``rows`` latents; in a fresh process open it, plan an epoch and look one key up."""
-    from latentcache.compaction import extend
-    from latentcache.manifest import Snapshot, snapshot_path
-    from latentcache.records import Encoding
-    from latentcache.store import LatentStore
+    from latentcache import Encoding, LatentStore
+    from latentcache.tables import Snapshot, extend, snapshot_path
 
     store = LatentStore.create(root, secret_fingerprint="bench")
     encode_key = store.register_encoding(Encoding("0" * 64, {}, 40, 400))
@@ -49,8 +47,8 @@ def _tables(random: np.random.Generator, n: int, encode_key: str) -> tuple[dict[
     """Catalog, pairs and manifest rows of ``n`` pairs, and the key of the last thin series."""
     import pyarrow as pa
 
-    from latentcache.freshness import pair_digest
-    from latentcache.schema import SCHEMAS
+    from latentcache.maintenance import pair_digest
+    from latentcache.tables import SCHEMAS
 
     def keys() -> list[str]:
         return [f"{v:016x}" for v in random.integers(0, 2**63, n)]
@@ -131,9 +129,11 @@ def plan_epoch_of(store_url: str, key: str) -> dict[str, float]:
 
     pa.array([0])  # imports pandas, where it is installed
     from diffusion.config import DataConfig
-    from diffusion.order import plan_epoch  # noqa: F401 - imported here so that its import is not timed below
-    from diffusion.stream import PairStream
-    from latentcache.store import LatentStore
+    from diffusion.data import (
+        PairStream,
+        plan_epoch,  # noqa: F401 - imported here so that its import is not timed below
+    )
+    from latentcache import LatentStore
 
     imported, before, cpu = time.perf_counter(), _peak_gib(), time.process_time()
     store = LatentStore.open(store_url)

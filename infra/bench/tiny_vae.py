@@ -25,15 +25,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.archive import open_source
-from pipeline.hu import Window
+from pipeline.archive import open_archive
 from pipeline.metrics import psnr
 from pipeline.phantom import make_patient
-from pipeline.resample import resample_z
-from pipeline.series import pointer_of, scan
+from pipeline.reading import pointer_of, read_series, scan
 from pipeline.vae import Vae, load_vae
-from pipeline.volume import Volume
-from pipeline.volume_reader import read_series
+from pipeline.volume import Volume, Window, resample_z
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +85,7 @@ def phantoms(vae: Vae, clock: Clock, size: int, n_thin: int, count: int) -> dict
 
 def real_head(vae: Vae, clock: Clock, folder: Path, quick: bool) -> dict[str, float]:
     """The genuine pair of one acquisition: 28 x 5 mm and 140 x 1 mm."""
-    source = open_source(folder / "ape-layout" / "non-APE" / "head-phantom.zip")
+    source = open_archive(folder / "ape-layout" / "non-APE" / "head-phantom.zip")
     volumes = [read_series(pointer_of(one)) for one in scan(source).series]
     thick, thin = sorted(volumes, key=lambda v: v.hu.shape[0])
     if quick:

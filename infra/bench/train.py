@@ -35,22 +35,17 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import train_in_loop  # noqa: E402
+import train_in_loop
 
-from diffusion.config import DataConfig, load_config  # noqa: E402
-from diffusion.loop import Trainer  # noqa: E402
-from diffusion.loop_interface import LoopConfig  # noqa: E402
-from diffusion.made_up import make_store  # noqa: E402
-from diffusion.model_config import model_preset  # noqa: E402
-from diffusion.objective import build_objective  # noqa: E402
-from diffusion.stream import PairStream, Step  # noqa: E402
-from diffusion.train import latent_loss  # noqa: E402
-from diffusion.unet import build_unet, parameter_count  # noqa: E402
-from diffusion.world import World, default_device  # noqa: E402
-from latentcache.store import LatentStore  # noqa: E402
-from pipeline.vae import load_vae  # noqa: E402
+from diffusion.config import DataConfig, load_config
+from diffusion.data import PairStream, Step, make_store
+from diffusion.networks import build_unet, model_preset, parameter_count
+from diffusion.objectives import build_objective
+from diffusion.training import LoopConfig, Trainer, World, default_device, latent_loss
+from latentcache import LatentStore
+from pipeline.vae import load_vae
 
 CONSUMER_S = 0.1
 
@@ -196,7 +191,7 @@ def wait_fraction(store: LatentStore, batches: int) -> float:
 @contextmanager
 def s3_copy(source: Path, root: Path) -> Iterator[LatentStore]:
     """The same store behind a real S3 server on loopback."""
-    from s3_server import serve
+    from tests.support.s3_server import serve
 
     with serve(root) as server:
         os.environ.update(server.environment | {"AWS_ENDPOINT_URL": f"http://{server.direct}"})

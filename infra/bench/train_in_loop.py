@@ -16,12 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.estimate import count_forward
-from diffusion.model_config import model_preset
-from diffusion.unet import build_unet
-from pipeline.vae import Vae
-from pipeline.vae_architecture import KlAutoencoder, VaeArchitecture
-from pipeline.vae_weights import VaeWeights
+from diffusion.networks import build_unet, model_preset
+from diffusion.training import count_forward
+from pipeline.vae import KlAutoencoder, Vae, VaeArchitecture, VaeWeights
 
 THICK_SHARE = 60 / 300
 """Slices of a thick series over those of its thin one."""

@@ -39,16 +39,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
-import npy_latents  # noqa: E402
-from npy_latents import Latents, Pair, Shape  # noqa: E402
+import npy_latents
+from npy_latents import Latents, Pair, Shape
 
-from diffusion.ema import PowerEma  # noqa: E402
-from diffusion.estimate import count_forward  # noqa: E402
-from diffusion.model_config import UNetConfig, model_preset  # noqa: E402
-from diffusion.objective import build_objective  # noqa: E402
-from diffusion.progress import measured_matmul_rate  # noqa: E402
-from diffusion.unet import UNet, build_unet, parameter_count  # noqa: E402
-from diffusion.windows import DepthWindows  # noqa: E402
+from diffusion.networks import UNet, UNetConfig, build_unet, model_preset, parameter_count
+from diffusion.objectives import build_objective
+from diffusion.runs import PowerEma
+from diffusion.sampling import DepthWindows
+from diffusion.training import count_forward, measured_matmul_rate
 
 VARIANTS = {
     "eager": (False, False),

@@ -115,9 +115,7 @@ def _child(who: str, part: str, depth: int, side: int, threads: int, repeats: in
 def _measure(who: str, part: str, depth: int, side: int, repeats: int, threads: int) -> dict[str, Any]:
     import torch
 
-    from pipeline.vae import Vae
-    from pipeline.vae_architecture import KlAutoencoder, VaeArchitecture
-    from pipeline.vae_weights import VaeWeights
+    from pipeline.vae import KlAutoencoder, Vae, VaeArchitecture, VaeWeights
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -34,12 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from vae import RESULTS, Peak, monai_maisi, peak_above, relative_errors, versions  # noqa: E402
+from vae import RESULTS, Peak, monai_maisi, peak_above, relative_errors, versions
 
-from pipeline.vae import Vae  # noqa: E402
-from pipeline.vae_architecture import KlAutoencoder, VaeArchitecture  # noqa: E402
-from pipeline.vae_executor import SlabExecutor  # noqa: E402
-from pipeline.vae_weights import VaeWeights  # noqa: E402
+from pipeline.vae import KlAutoencoder, Vae, VaeArchitecture, VaeWeights
+from pipeline.vae.streaming import SlabExecutor
 
 Shape = tuple[int, int, int]
 Row = dict[str, Any]

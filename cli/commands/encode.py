@@ -1,0 +1,125 @@
+"""``ctpipe encode``: run the frozen VAE once per series into the latent store."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from cli.options import (
+    DaskScheduler,
+    Engine,
+    Gpus,
+    GpuShare,
+    MemoryGib,
+    Prefetch,
+    Private,
+    RayAddress,
+    SeriesTimeout,
+    Threads,
+    Workers,
+    engine_options,
+)
+from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+
+
+def register(app: typer.Typer) -> None:
+    app.command("encode")(encode)
+
+
+def encode(
+    store: Annotated[str, typer.Argument(help="The store that `ctpipe ingest` filled; a path or s3://bucket/prefix.")],
+    vae: Annotated[str, typer.Option(help="`tiny`, or the path of MAISI weights (.pt or .safetensors).")] = "tiny",
+    window: Annotated[str, typer.Option(help="soft-tissue, maisi, lung, or C:W in HU.")] = "soft-tissue",
+    gpus: Gpus = 0,
+    workers: Workers = 1,
+    gpu_share: GpuShare = 1.0,
+    engine: Engine = "dask",
+    dask_scheduler: DaskScheduler = None,
+    ray_address: RayAddress = None,
+    roles: Annotated[str, typer.Option(help="Latents wanted, by comma.")] = "thin,thick,thick_on_thin",
+    pad_in_plane: Annotated[int, typer.Option(help="Pad rows and columns to a multiple; 64 for latent patch 2.")] = 32,
+    tiling: Annotated[
+        str, typer.Option(help="exact, or sliding: the blended windows that others use, to compare with.")
+    ] = "exact",
+    memory_gib: MemoryGib = None,
+    threads: Threads = 2,
+    prefetch: Prefetch = 1,
+    series_timeout: SeriesTimeout = None,
+    round_trip: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of latents whose round trip is measured.")
+    ] = 0.02,
+    private: Private = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Make latents of archives that have changed since anew.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be encoded, and stop.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Encode every series and pair that the store lacks. Run it again to resume.
+
+    Latents of archives that have changed since stay until --refresh replaces them, since that changes what the next run
+    trains on; until then they are counted, no run trains on them, and the exit code is 3. Runs that are pinned to an
+    older snapshot keep the latents that they began with.
+
+    Examples:
+
+        ctpipe encode STORE --vae tiny
+
+        ctpipe encode STORE --gpus 2 --vae weights/autoencoder_epoch273.pt --window soft-tissue
+
+        ctpipe encode STORE --tiling sliding && ctpipe diff STORE EXACT_KEY SLIDING_KEY
+
+        ctpipe encode s3://archive/store --private /secure/private --engine ray --ray-address auto --gpus 8
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pipeline.encode import EncodeSettings, encode_store, parse_roles
+    from pipeline.vae import parse_tiling
+    from pipeline.volume import Window
+
+    settings = EncodeSettings(
+        vae=vae,
+        window=Window.parse(window),
+        roles=parse_roles(roles),
+        round_trip_fraction=round_trip,
+        memory_gib=memory_gib,
+        pad_in_plane=pad_in_plane,
+        tiling=parse_tiling(tiling),
+        torch_threads=threads,
+    )
+    options = engine_options(
+        engine,
+        gpus,
+        workers=workers,
+        gpu_share=gpu_share,
+        dask_scheduler=dask_scheduler,
+        ray_address=ray_address,
+        prefetch=prefetch,
+        series_timeout=series_timeout,
+    )
+    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not progress_wanted()) as progress:
+        bar = progress.add_task("encode", total=None)
+
+        def advance(outcome: Any, planned: int) -> None:
+            progress.update(bar, total=planned, advance=1)
+
+        summary = encode_store(
+            store, settings, options, private_url=private, dry_run=dry_run, refresh=refresh, on_outcome=advance
+        )
+    verb = "would encode" if dry_run else "encoded"
+    lines = [
+        f"{verb} {summary.planned} studies or series "
+        f"({summary.committed} latents committed, {summary.already} already there)",
+        f"encode key {summary.encode_key}, snapshot {summary.snapshot}",
+    ]
+    if summary.retired:
+        lines.append(f"{summary.retired} latents of archives that had changed were retired")
+    if summary.stale:
+        verb = "would be retired and made anew" if refresh else "give --refresh to make them anew"
+        lines.append(f"{summary.stale} latents are of archives that have changed since: {verb}")
+    lines += [f"set aside {name}: {reason}" for name, reason in sorted(summary.failed.items())]
+    lines += [f"pair refused {name}: {reason}" for name, reason in sorted(summary.unpaired_by_pixels.items())]
+    emit(vars(summary), "\n".join(lines), as_json)
+    return Exit.QUARANTINED if summary.failed or summary.unpaired_by_pixels or summary.stale else Exit.OK

@@ -1,0 +1,59 @@
+"""``ctpipe report``: one offline HTML page about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.output import AsJson, Exit, emit
+
+
+def register(app: typer.Typer) -> None:
+    app.command("report")(report)
+
+
+def report(
+    run: Annotated[
+        str,
+        typer.Argument(help="A training run that `ctpipe evaluate` has been run on, or a store.", metavar="RUN|STORE"),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the page; by default report.html in RUN or STORE.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The evaluated split to report.")] = "test",
+    private: Annotated[str | None, typer.Option(help="Where a store's private part is, if not STORE/private.")] = None,
+    thumbnails: Annotated[int, typer.Option(min=0, help="Series that a store's report shows.")] = 12,
+    as_json: AsJson = False,
+) -> int:
+    """Write the report of a run's evaluation, or of a store's data, in one file without network.
+
+    A run: viewer, tables, curves, provenance. A store: what was found and set aside,
+    spacing, kernels, latents, ceilings.
+
+    Examples:
+
+        ctpipe report RUN
+
+        ctpipe report RUN --split val --out val.html
+
+        ctpipe report STORE --out store.html
+    """
+    from latentcache import InputError, LatentStore
+    from pipeline.workflows import write_dataset_report, write_run_report
+
+    if (Path(run) / "run.json").is_file():
+        path = write_run_report(Path(run), split, out or Path(run) / "report.html")
+    elif LatentStore.exists(run):
+        if "://" in run and out is None:
+            raise InputError("a store at a URL", expected="a place for the page", remedy="Give --out store.html.")
+        path = write_dataset_report(run, private, out or Path(run) / "report.html", thumbnails)
+    else:
+        raise InputError(
+            "a folder that is neither a run nor a store",
+            expected="run.json or store.json in it",
+            remedy="Give the folder that `ctpipe train` or `ctpipe ingest` made.",
+        )
+    emit({"report": str(path), "bytes": path.stat().st_size}, f"written {path}", as_json)
+    return Exit.OK

@@ -1,0 +1,89 @@
+"""ctpipe: thick-slice CT archives to trustworthy thin slices.
+
+The public names of the project; each is imported when it is first used and documented where it is defined::
+
+    from ctpipe import Interpolator, interpolate_study, open_archive, read_series, scan
+
+    done = interpolate_study("thick.zip", "OUT", model="RUN", spacing_mm=1.0)
+    print(done.folder, done.figures["rms_after_hu"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusion import (
+        Interpolator as Interpolator,
+        TrainConfig as TrainConfig,
+        build_objective as build_objective,
+        load_config as load_config,
+        train as train,
+    )
+    from latentcache import (
+        Encoding as Encoding,
+        InputError as InputError,
+        LatentStore as LatentStore,
+    )
+    from pipeline import (
+        Geometry as Geometry,
+        Volume as Volume,
+        Window as Window,
+        decode_store as decode_store,
+        encode_store as encode_store,
+        evaluate_run as evaluate_run,
+        ingest as ingest,
+        interpolate_study as interpolate_study,
+        open_archive as open_archive,
+        read_series as read_series,
+        sample_store as sample_store,
+        scan as scan,
+    )
+    from pipeline.forward_model import SliceProfile as SliceProfile, slice_operator as slice_operator
+    from pipeline.metrics import psnr as psnr, ssim as ssim
+    from pipeline.vae import load_vae as load_vae
+    from pipeline.writing import (
+        Provenance as Provenance,
+        write_ct_series as write_ct_series,
+        write_enhanced_ct as write_enhanced_ct,
+    )
+
+HOMES = {
+    "diffusion": ("Interpolator", "TrainConfig", "build_objective", "load_config", "train"),
+    "latentcache": ("Encoding", "InputError", "LatentStore"),
+    "pipeline": (
+        "Geometry",
+        "Volume",
+        "Window",
+        "decode_store",
+        "encode_store",
+        "evaluate_run",
+        "ingest",
+        "interpolate_study",
+        "open_archive",
+        "read_series",
+        "sample_store",
+        "scan",
+    ),
+    "pipeline.forward_model": ("SliceProfile", "slice_operator"),
+    "pipeline.metrics": ("psnr", "ssim"),
+    "pipeline.vae": ("load_vae",),
+    "pipeline.writing": ("Provenance", "write_ct_series", "write_enhanced_ct"),
+}
+"""Where each public name comes from."""
+
+_HOME = {name: home for home, names in HOMES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"ctpipe has no {name!r}; it has {', '.join(__all__)}")
+    found = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

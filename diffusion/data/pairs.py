@@ -1,0 +1,308 @@
+"""Which pairs of a store can be trained on: their latents, and the run of thin latents that the overlap contains.
+
+Planning stays in Arrow and numpy, a column at a time: a million rows take a second or two. Python objects are made for
+a pair when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from diffusion.config import DataConfig
+from latentcache import (
+    ACROSS_FIELDS,
+    LATENT_CHANNELS,
+    ROW,
+    InputError,
+    LatentRole,
+    LatentStore,
+    Moments,
+    Split,
+    moments_of,
+)
+from latentcache.maintenance import pair_digests, unlike
+from latentcache.tables import matrix, positions
+
+EDGE_MM = 1e-3
+PAIR = ("pair_key", "study_key", "category", "thick_key", "thin_key", "overlap_mm", "split", "status")
+LATENT = ("key", "role", "shape", "path", "z0_mm", "dz_mm", "valid_zyx", "crc32c", "source_digest")
+SERIES = ("series_key", "split", "n_slices", "source_digest")
+
+
+@dataclass(frozen=True)
+class PlannedLatent:
+    """What a stream needs of a manifest row; see ``LatentRecord``."""
+
+    key: str
+    role: LatentRole
+    shape: tuple[int, int, int, int]
+    path: str
+    z0_mm: float
+    dz_mm: float
+    valid_zyx: tuple[int, int, int]
+    crc32c: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedPair:
+    """A pair whose latents are in the store, and the run of thin latents that its overlap wholly contains."""
+
+    pair_key: str
+    study_key: str
+    category: str
+    thin: PlannedLatent
+    condition: PlannedLatent
+    first: int
+    depth: int
+    num_thick_slices: int
+
+
+class Latents:
+    """The latents of a run of pairs: row ``at[i]`` of a manifest table belongs to pair i."""
+
+    def __init__(self, rows: pa.Table, at: NDArray[np.int64]) -> None:
+        self.rows, self.at = rows, at
+        self.shape = matrix(rows, "shape").reshape(-1, 4)[at].astype(np.int64)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(n,) of a column of numbers, (n, k) of one of lists."""
+        if pa.types.is_list(self.rows.schema.field(name).type):
+            return matrix(self.rows, name)[self.at]
+        return np.asarray(self.rows[name])[self.at]
+
+    def text(self, name: str) -> pa.ChunkedArray:
+        return self.rows[name].take(pa.array(self.at))
+
+    def chosen(self, pairs: NDArray[np.int64]) -> Latents:
+        """Those of some of the pairs."""
+        return Latents(self.rows, self.at[pairs])
+
+    def __getitem__(self, pair: int) -> PlannedLatent:
+        row = int(self.at[pair])
+
+        def value(name: str) -> Any:
+            found = self.rows[name][row].as_py()
+            return tuple(found) if isinstance(found, list) else found
+
+        return PlannedLatent(*(value(name) for name in PlannedLatent.__dataclass_fields__))
+
+
+class PlannedPairs(Sequence[PlannedPair]):
+    """The usable pairs of a split in key order. Each is made from its rows when it is asked for.
+
+    Attributes:
+        thin, condition: The latents of every pair.
+        first, depth: (n,) the run of thin latent slices that the overlap contains.
+    """
+
+    def __init__(
+        self,
+        pairs: pa.Table,
+        thin: Latents,
+        condition: Latents,
+        first: NDArray[np.int64],
+        depth: NDArray[np.int64],
+        num_thick_slices: NDArray[np.int64],
+    ) -> None:
+        self._pairs, self._num_thick_slices = pairs, num_thick_slices
+        self.thin, self.condition = thin, condition
+        self.first, self.depth = first, depth
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @overload
+    def __getitem__(self, index: int) -> PlannedPair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PlannedPair]: ...
+
+    def __getitem__(self, index: int | slice) -> PlannedPair | list[PlannedPair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        names = ("pair_key", "study_key", "category")
+        pair_key, study_key, category = (self._pairs[name][row].as_py() for name in names)
+        first, depth, thick = (int(a[row]) for a in (self.first, self.depth, self._num_thick_slices))
+        return PlannedPair(pair_key, study_key, category, self.thin[row], self.condition[row], first, depth, thick)
+
+
+def whole_latents_inside(
+    z0_mm: NDArray[np.float64], dz_mm: NDArray[np.float64], depth: NDArray[np.int64], overlap_mm: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First index and number of latent slices that lie wholly in a range of z; slice j spans z0 + (j -/+ 1/2) dz.
+
+    Args:
+        z0_mm, dz_mm, depth: (n,) of n latents.
+        overlap_mm: (n, 2) lower and upper end.
+    """
+    low = (overlap_mm[:, 0] - EDGE_MM - z0_mm) / dz_mm + 0.5
+    high = (overlap_mm[:, 1] + EDGE_MM - z0_mm) / dz_mm - 0.5
+    first = np.maximum(0, np.ceil(low)).astype(np.int64)
+    last = np.minimum(depth - 1, np.floor(high)).astype(np.int64)
+    return first, np.maximum(0, last - first + 1)
+
+
+def choose_encode_key(store: LatentStore, wanted: str | None) -> str:
+    """The encode key to train on: the one asked for, else the store's only one with thin latents."""
+    present = [encode_key for encode_key, role in store.encoded() if role == "thin"]
+    if wanted is not None and wanted not in present:
+        raise InputError(
+            f"encode key {wanted}",
+            expected=f"one of {', '.join(present) or 'none yet'}",
+            remedy="See `ctpipe status STORE`.",
+        )
+    if not present:
+        raise InputError(
+            "a store without thin latents", expected="encoded pairs", remedy="Run `ctpipe encode STORE` first."
+        )
+    if wanted is None and len(present) > 1:
+        raise InputError(
+            f"latents of {len(present)} encode keys ({', '.join(present)})",
+            expected="one, since latents of different VAEs or windows must never meet in one run",
+            remedy="Choose with --set data.encode_key=KEY.",
+        )
+    return wanted or present[0]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What planning and whitening need of a snapshot, every table read once.
+
+    Attributes:
+        condition: Role of the condition's latents.
+        latents: Rows of the thin latents and of the conditions, of one encode key.
+    """
+
+    encode_key: str
+    condition: LatentRole
+    pairs: pa.Table
+    latents: pa.Table
+    catalog: pa.Table
+
+    @classmethod
+    def read(cls, store: LatentStore, encode_key: str, data: DataConfig) -> Tables:
+        condition: LatentRole = "thick_on_thin" if data.alignment == "pixel" else "thick"
+
+        def wanted(rows: pa.Table) -> Any:
+            role = pc.or_(pc.equal(rows["role"], "thin"), pc.equal(rows["role"], condition))
+            return pc.and_(pc.equal(rows["encode_key"], encode_key), role)
+
+        return cls(
+            encode_key,
+            condition,
+            store.pairs_table((*PAIR, "evidence") if condition == "thick" else PAIR),
+            store.manifest_table(tuple(dict.fromkeys((*LATENT, *ROW))), wanted),
+            store.catalog_table(SERIES),
+        )
+
+    def moments(self) -> Moments:
+        """Per channel over the training split's thin latents; see ``LatentStore.whitening``."""
+        return moments_of(self.latents, self.catalog, self.encode_key)
+
+
+def plan_pairs(
+    store: LatentStore, encode_key: str, data: DataConfig, split: Split | Literal["all"], tables: Tables | None = None
+) -> tuple[PlannedPairs, dict[str, int]]:
+    """The split's pairs whose latents are committed, in key order, and how many were left out for which reason.
+
+    Args:
+        tables: Of this store, encode key and alignment, where they were read already.
+
+    Raises:
+        InputError: Latents that cannot be one sample: of unlike grids, or of another channel count.
+    """
+    tables = tables or Tables.read(store, encode_key, data)
+    role, pairs, catalog = tables.condition, tables.pairs, tables.catalog
+    if split != "all":
+        pairs = pairs.filter(pc.equal(pairs["split"], split))
+    usable = pairs.filter(pc.equal(pairs["status"], "ok"))
+    usable = usable.take(pc.sort_indices(usable["pair_key"])).combine_chunks()
+    left_out = {"quarantined": len(pairs) - len(usable)}
+    if role == "thick":
+        across = np.asarray(pc.match_substring(usable["evidence"], ACROSS_FIELDS), bool)
+        left_out["another field of view than the thick series (alignment `pixel` takes them)"] = int(across.sum())
+        usable = usable.filter(pa.array(~across)).combine_chunks()
+    latents = tables.latents.select(LATENT)
+    thin_at, condition_at = _latents_of(latents, usable, role)
+    left_out["no thin latent yet"] = int((thin_at < 0).sum())
+    left_out[f"no {role} latent yet"] = int(((thin_at >= 0) & (condition_at < 0)).sum())
+    there = np.flatnonzero((thin_at >= 0) & (condition_at >= 0))
+    usable = usable.take(pa.array(there))
+    thin, condition = Latents(latents, thin_at[there]), Latents(latents, condition_at[there])
+
+    thin_series, thick_series = (positions(usable[name], catalog["series_key"]) for name in ("thin_key", "thick_key"))
+    digests = [_taken(catalog["source_digest"], at, "") for at in (thin_series, thick_series)]
+    stale = _stale(digests, thin, condition, role)
+    first, depth = whole_latents_inside(
+        thin.column("z0_mm"), thin.column("dz_mm"), thin.shape[:, 1], matrix(usable, "overlap_mm").reshape(-1, 2)
+    )
+    left_out["a latent of an archive that has changed since (`ctpipe encode STORE --refresh`)"] = int(stale.sum())
+    left_out["the overlap holds no whole latent"] = int((~stale & (depth == 0)).sum())
+    thick = np.asarray(_taken(catalog["n_slices"], thick_series, 0), np.int64)
+    thick = np.where(thick > 0, thick, condition.column("valid_zyx").reshape(-1, 3)[:, 0])
+
+    kept = np.flatnonzero(~stale & (depth > 0))
+    planned = PlannedPairs(
+        usable.take(pa.array(kept)), thin.chosen(kept), condition.chosen(kept), first[kept], depth[kept], thick[kept]
+    )
+    check_shapes(planned, data.alignment)
+    return planned, {reason: count for reason, count in left_out.items() if count}
+
+
+def _latents_of(latents: pa.Table, pairs: pa.Table, role: LatentRole) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each pair, which rows are its thin latent and its condition; -1 where it has none."""
+    named = "pair_key" if role == "thick_on_thin" else "thick_key"
+    found = []
+    for name, each in (("thin_key", "thin"), (named, role)):
+        # By position among all rows: copying the rows of either role out would double the memory.
+        own = pc.equal(latents["role"], each)
+        rows = np.append(np.flatnonzero(np.asarray(own)), -1)  # index -1 is the last: still -1
+        found.append(rows[positions(pairs[name], latents["key"].filter(own))])
+    return found[0], found[1]
+
+
+def _taken(column: pa.ChunkedArray, at: NDArray[np.int64], absent: str | int) -> pa.ChunkedArray:
+    """A column's values at positions, ``absent`` where a position is -1."""
+    return pc.fill_null(pc.take(column, pa.array(at, mask=at < 0)), absent)
+
+
+def _stale(
+    digests: Sequence[pa.ChunkedArray], thin: Latents, condition: Latents, role: LatentRole
+) -> NDArray[np.bool_]:
+    """Which pairs hold a latent that was made from another archive than the catalog now describes.
+
+    Args:
+        digests: Of every pair's thin and thick series in the catalog.
+    """
+    of_condition = pair_digests(*digests) if role == "thick_on_thin" else digests[1]
+    return unlike(thin.text("source_digest"), digests[0]) | unlike(condition.text("source_digest"), of_condition)
+
+
+def check_shapes(planned: PlannedPairs, alignment: str) -> None:
+    """Refuse latents that cannot be one sample."""
+    thin, condition = planned.thin, planned.condition
+    channels = (LATENT_CHANNELS, 2 * LATENT_CHANNELS)
+    for latents in (thin, condition):
+        for row in np.flatnonzero(~np.isin(latents.shape[:, 0], channels))[:1]:
+            raise InputError(
+                f"a latent of {latents.shape[row, 0]} channels (series {latents[int(row)].key})",
+                expected=f"{LATENT_CHANNELS} channels of means, or as many of log-variance after them",
+                remedy="Choose another data.encode_key; see `ctpipe status STORE`.",
+            )
+    first = 0 if alignment == "pixel" else 2
+    for row in np.flatnonzero((thin.shape[:, first:] != condition.shape[:, first:]).any(axis=1))[:1]:
+        one, other = thin[int(row)], condition[int(row)]
+        raise InputError(
+            f"a thin latent of shape {one.shape} beside a {other.role} latent of shape {other.shape} "
+            f"(series {one.key})",
+            expected="latents of one grid",
+            remedy="Run `ctpipe verify STORE`; encode the pair again or exclude it.",
+        )

@@ -1,0 +1,9 @@
+from .checkpoint import (
+    CheckpointFolder as CheckpointFolder,
+    check_tensors as check_tensors,
+    gather as gather,
+    restore as restore,
+)
+from .ema import PowerEma as PowerEma
+from .run_card import RUN_CARD as RUN_CARD, RunCard as RunCard, pin_snapshot as pin_snapshot, reopen as reopen
+from .training_log import LOG as LOG, Journal as Journal, read_log as read_log

@@ -1,0 +1,17 @@
+from .depth_windows import DepthWindows as DepthWindows
+from .interpolator import Interpolator as Interpolator
+from .plan import (
+    SampleSettings as SampleSettings,
+    SampleTask as SampleTask,
+    generation_key as generation_key,
+    open_generated as open_generated,
+    plan_samples as plan_samples,
+)
+from .stage import (
+    PreparedSample as PreparedSample,
+    SampleWorker as SampleWorker,
+    condition_of as condition_of,
+    draw as draw,
+    prepare as prepare,
+    set_up as set_up,
+)

@@ -1,0 +1,306 @@
+"""A trained model as one object: raw latents of the thick series in, raw latents of the thin series out.
+
+    m = Interpolator.load("RUN")
+    thin = m.generate(condition, sampler="ddim", num_inference_steps=50)
+
+Shapes: C latent channels, D depth, H height, W width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffusion.data import align_depth, same_extent
+from diffusion.networks import UNet, build_unet
+from diffusion.objectives import DepthNoise, Objective
+from diffusion.runs import RunCard, check_tensors
+from diffusion.sampling.depth_windows import DepthWindows
+from latentcache import COMPRESSION, Encoding, InputError, NonFiniteError
+
+Alignment = Literal["pixel", "latent"]
+Latent = NDArray[Any] | Tensor
+
+
+class VolumeCodec(Protocol):
+    """A VAE as :meth:`Interpolator.generate_volume` needs it; volumes are (D, H, W) in [-1, 1]."""
+
+    def encode(self, unit_DHW: Tensor) -> Tensor: ...
+
+    def decode(self, latent_CDHW: Tensor, valid_zyx: tuple[int, int, int]) -> Tensor: ...
+
+
+class Interpolator:
+    """Predicts thin-slice latents from the condition's. Whitening, padding, windows and sampling are inside.
+
+    Attributes:
+        encode_key, encoding: What the latents must have been encoded with.
+        alignment: How the condition must be brought onto the thin grid: ``pixel`` (interpolated in HU, then encoded)
+            or ``latent`` (encoded, then interpolated along z).
+        checkpoint_sha256: SHA-256 of the weights' file; empty for a model that was not loaded from one.
+        depth_window: Latent slices that the network sees at once, by default; None: the whole volume.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        encode_key: str = "",
+        encoding: Encoding | None = None,
+        alignment: Alignment = "pixel",
+        checkpoint_sha256: str = "",
+        depth_window: int | None = None,
+        in_plane_multiple: int = 1,
+        card: RunCard | None = None,
+    ) -> None:
+        if len(mean) != len(std) or not all(np.isfinite([*mean, *std])) or min(std) <= 0:
+            raise InputError(
+                f"whitening with mean {list(mean)} and std {list(std)}",
+                expected="a finite mean and a positive std for every channel",
+                remedy="Check `ctpipe stats STORE`; a constant channel means that the encode went wrong.",
+            )
+        self.model = model
+        self.objective = objective
+        self.mean, self.std = list(map(float, mean)), list(map(float, std))
+        self.encode_key, self.encoding = encode_key, encoding
+        self.alignment: Alignment = alignment
+        self.checkpoint_sha256 = checkpoint_sha256
+        self.depth_window = depth_window
+        self.in_plane_multiple = in_plane_multiple
+        self.card = card
+
+    @classmethod
+    def from_parts(
+        cls, model: UNet, objective: Objective, mean: Sequence[float], std: Sequence[float], **described: Any
+    ) -> Interpolator:
+        """An interpolator around a model in memory, as the trainer validates it; the model is used, not copied.
+
+        ``described``: the keyword arguments of the constructor; the in-plane multiple is the U-Net's own.
+        """
+        return cls(model, objective, mean, std, in_plane_multiple=model.config.in_plane_multiple, **described)
+
+    @classmethod
+    def load(
+        cls, run_dir: str | Path, device: str | torch.device = "cpu", which: Literal["best", "last"] = "best"
+    ) -> Interpolator:
+        """Loads a run's averaged weights (``ema.safetensors``, else ``model.safetensors``) in evaluation mode.
+
+        ``best`` falls back to ``last`` where the run has no best checkpoint yet. On the device ``meta`` nothing is
+        loaded: what it says of the run (keys, alignment, objective) is there without the memory that weights take.
+
+        Raises:
+            InputError: No run there, no checkpoint yet, damaged weights, or weights of another architecture.
+        """
+        run_dir = Path(run_dir)
+        card = RunCard.read(run_dir)
+        path = _weights_file(run_dir, which)
+        described = torch.device(device).type == "meta"
+        with torch.device("meta") if described else contextlib.nullcontext():
+            model = build_unet(card.unet_config)
+        if not described:
+            model.load_state_dict(_checked_weights(model, path, which))
+        model = model.eval().requires_grad_(False).to(device)
+        return cls.from_parts(
+            model,
+            card.build_objective(),
+            card.whitening["mean"],
+            card.whitening["std"],
+            encode_key=card.encode_key,
+            encoding=card.build_encoding(),
+            alignment=card.alignment,
+            checkpoint_sha256=_sha256(path),
+            depth_window=card.depth_window,
+            card=card,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def generate(
+        self,
+        condition: Latent,
+        *,
+        sampler: str | None = None,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        samples: int = 1,
+        target_depth: int | None = None,
+        depth_window: int | None = None,
+        overlap: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Thin-slice latents, raw, (C, D, H, W) float32; with ``samples`` > 1 their mean, which errs least.
+
+        Args:
+            condition: (C, D, H, W) raw latents on the thin grid; or on any grid of the same extent, with
+                ``target_depth``.
+            sampler: One of ``objective.samplers``; the objective's default otherwise, and so for
+                ``num_inference_steps``.
+            seed: Noise follows from it, the sample's number and the absolute latent slice alone.
+            target_depth: Latent slices wanted; the condition is interpolated along z over the same extent.
+            depth_window: Latent slices that the network sees at once; by default as in training.
+            overlap: Slices that neighbouring windows share; half a window by default.
+
+        Raises:
+            InputError: A condition of another shape, an unknown sampler, a window that is not larger than its overlap.
+            NonFiniteError: NaN or infinity in the condition or in a sampler step.
+        """
+        options: dict[str, Any] = {
+            "sampler": sampler,
+            "num_inference_steps": num_inference_steps,
+            "seed": seed,
+            "target_depth": target_depth,
+            "depth_window": depth_window,
+            "overlap": overlap,
+        }
+        total: NDArray[np.float64] | None = None
+        for number in range(_positive(samples, "samples")):
+            one = self._one_sample(condition, sample=number, **options)
+            total = one.astype(np.float64) if total is None else total + one
+        assert total is not None
+        return (total / samples).astype(np.float32)
+
+    def generate_samples(self, condition: Latent, samples: int, **options: Any) -> NDArray[np.float32]:
+        """``samples`` independent draws, (N, C, D, H, W) float32; ``options`` as in :meth:`generate`."""
+        return np.stack(
+            [self._one_sample(condition, sample=n, **options) for n in range(_positive(samples, "samples"))]
+        )
+
+    def generate_volume(self, thick_DHW: Tensor, codec: VolumeCodec, *, target_depth: int, **options: Any) -> Tensor:
+        """A thin volume (target_depth, H, W) in [-1, 1] from a thick one of the same extent, through a VAE.
+
+        For volumes whose slices fill one extent evenly. Real series go by their own positions: align first (HU along
+        z, or :func:`diffusion.data.z_alignment.align_depth`) and call :meth:`generate`.
+        """
+        depth, height, width = thick_DHW.shape
+        z_thick, z_thin = same_extent(depth, target_depth)
+        if self.alignment == "pixel":
+            condition = codec.encode(align_depth(thick_DHW[None], z_thick, z_thin)[0])
+        else:
+            latent = codec.encode(thick_DHW)
+            count = -(-target_depth // COMPRESSION)
+            z_from = [(COMPRESSION * j + 2) / depth for j in range(latent.shape[1])]
+            z_to = [(COMPRESSION * k + 2) / target_depth for k in range(count)]
+            condition = align_depth(latent, z_from, z_to)
+        thin = torch.from_numpy(self.generate(condition, **options))
+        return codec.decode(thin, (target_depth, height, width))
+
+    @torch.no_grad()
+    def _one_sample(
+        self,
+        condition: Latent,
+        *,
+        sample: int,
+        sampler: str | None = None,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        target_depth: int | None = None,
+        depth_window: int | None = None,
+        overlap: int | None = None,
+    ) -> NDArray[np.float32]:
+        whitened = self._whiten(condition)
+        if target_depth is not None and target_depth != whitened.shape[1]:
+            whitened = align_depth(whitened, *same_extent(whitened.shape[1], target_depth))
+        height, width = whitened.shape[2:]
+        pad_h, pad_w = -height % self.in_plane_multiple, -width % self.in_plane_multiple
+        padded = F.pad(whitened[None], (0, pad_w, 0, pad_h, 0, 0), mode="replicate")
+        noise = DepthNoise(seed, sample)
+        shape = tuple(padded.shape[1:])
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            clean = self.objective.sample(
+                self._network(padded.shape[2], depth_window, overlap),
+                padded,
+                sampler=sampler,
+                num_inference_steps=num_inference_steps,
+                noise=lambda draw: noise(draw, shape)[None],
+            )[0, :, :, :height, :width]
+        finally:
+            self.model.train(was_training)
+        mean, std = self._moments(clean.device)
+        return np.asarray((clean * std + mean).cpu(), dtype=np.float32)
+
+    def _network(self, depth: int, window: int | None, overlap: int | None) -> DepthWindows:
+        window = window or self.depth_window or depth
+        device = self.device.type
+
+        def forward(x_BCDHW: Tensor, t_B: Tensor) -> Tensor:
+            # bf16 where it is fast; float16 is never used: its range is too small for the first steps.
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                out: Tensor = self.model(x_BCDHW, t_B)
+            return out
+
+        return DepthWindows(forward, window, window // 2 if overlap is None else overlap)
+
+    def _whiten(self, condition: Latent) -> Tensor:
+        latent = torch.as_tensor(condition).to(self.device, torch.float32)
+        if latent.ndim != 4 or latent.shape[0] != len(self.mean):
+            raise InputError(
+                f"a condition of shape {tuple(latent.shape)}",
+                expected=f"({len(self.mean)}, depth, height, width) raw latents",
+                remedy="Pass one series' latents, as LatentStore.read returns them.",
+            )
+        if not bool(torch.isfinite(latent).all()):
+            raise NonFiniteError(
+                "the condition holds NaN or infinity", expected="finite latents", remedy="Run `ctpipe verify STORE`."
+            )
+        mean, std = self._moments(latent.device)
+        return (latent - mean) / std
+
+    def _moments(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        shape = (-1, 1, 1, 1)
+        mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+        return mean.reshape(shape), std.reshape(shape)
+
+
+def _weights_file(run_dir: Path, which: Literal["best", "last"]) -> Path:
+    order = ("best", "last") if which == "best" else ("last",)
+    for name in order:
+        for file in ("ema.safetensors", "model.safetensors"):
+            path = run_dir / "checkpoints" / name / file
+            if path.is_file():
+                return path
+    raise InputError(
+        f"no {which!r} checkpoint in {run_dir}",
+        expected="checkpoints/best or checkpoints/last with weights",
+        remedy="Let `ctpipe train` reach its first checkpoint.",
+    )
+
+
+def _checked_weights(model: nn.Module, path: Path, which: str) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"the weights of checkpoint {which!r} cannot be read ({type(error).__name__})",
+            expected="a whole safetensors file",
+            remedy="Use the other of best and last, or restore the run from a copy.",
+        ) from error
+    check_tensors(model, weights)
+    return weights
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _positive(count: int, name: str) -> int:
+    if count < 1:
+        raise InputError(f"{count} {name}", expected="at least 1", remedy=f"Change {name}.")
+    return count

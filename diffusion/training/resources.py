@@ -1,0 +1,191 @@
+"""What a training step needs, before it runs: arithmetic, memory and disk, counted on shapes without allocating any."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion.networks import Stage, UNetConfig, build_unet
+from diffusion.training.distributed import World
+from latentcache import InputError
+
+if TYPE_CHECKING:
+    from diffusion.config import TrainConfig
+
+
+WORKSPACE = 1.15
+"""Allocator slack and convolution workspaces over what is counted."""
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """Needs of one rank.
+
+    Attributes:
+        forward_flops_per_sample: Floating point operations of one forward pass (a multiply-add is two).
+        state_bytes: Weights, gradients, AdamW's two moments and the average, as far as this rank keeps them.
+        activation_bytes: What the forward pass keeps for the backward pass, one micro-batch.
+        peak_bytes: All of it and slack.
+        checkpoint_bytes: One checkpoint on disk.
+    """
+
+    parameters: int
+    forward_flops_per_sample: float
+    state_bytes: int
+    activation_bytes: int
+    peak_bytes: int
+    checkpoint_bytes: int
+
+
+def estimate_step(config: TrainConfig, shape_dhw: tuple[int, int, int], world: World) -> StepEstimate:
+    """Count a training step of the configured model on samples of one latent shape."""
+    settings = config.optimiser
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and world.device.type == "cuda")
+    with_average = settings.ema_std > 0
+    parameters, flops, saved, stage = count_forward(config.model, config.data.batch_size, shape_dhw, bf16)
+    sharers = world.size if config.parallel.strategy == "fsdp" else 1
+    state = parameters * 4 * (5 if with_average else 4) // sharers
+    activations = saved + (stage if config.model.activation_checkpointing else 0)
+    casts = parameters * 2 if bf16 else 0
+    # Validation and checkpoints exchange or copy a tensor at a time; a step's own peak is above theirs.
+    peak = int((state + activations + casts) * WORKSPACE)
+    return StepEstimate(
+        parameters,
+        flops / config.data.batch_size,
+        state,
+        activations,
+        peak,
+        parameters * 4 * (4 if with_average else 3),
+    )
+
+
+def count_forward(
+    model: UNetConfig, batch: int, shape_dhw: tuple[int, int, int], bf16: bool
+) -> tuple[int, float, int, int]:
+    """Parameters, forward operations, bytes kept for the backward pass, and the largest block's share of such bytes
+    where blocks are recomputed (it lives while that block's backward pass runs)."""
+    with warnings.catch_warnings(), FakeTensorMode():
+        # A fused kernel's absence is no concern of a run on shapes alone.
+        warnings.simplefilter("ignore")
+        net = build_unet(model)
+        parameters = sum(p.numel() for p in net.parameters())
+        x = torch.zeros(batch, model.latent_channels + model.condition_channels, *shape_dhw)
+        t = torch.zeros(batch)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x, t)
+        with saved_bytes(net) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            net(x, t)
+        largest = 0
+        if model.activation_checkpointing:
+            largest = _largest_stage(net, x, t, bf16)
+    return parameters, float(counter.get_total_flops()), sum(kept.values()), largest
+
+
+@contextmanager
+def saved_bytes(module: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of every storage that autograd keeps inside the block, the parameters' own left out."""
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def _largest_stage(net: nn.Module, x: Tensor, t: Tensor, bf16: bool) -> int:
+    """Bytes that the most demanding block keeps while it is recomputed."""
+    sizes: list[int] = []
+    net.eval()  # without recomputation, so that a block's own bytes are seen
+    with saved_bytes(net) as kept:
+        before: list[int] = []
+
+        def enter(*_: Any) -> None:
+            before.append(sum(kept.values()))
+
+        def leave(*_: Any) -> None:
+            sizes.append(sum(kept.values()) - before.pop())
+
+        hooks = [
+            h
+            for m in net.modules()
+            if isinstance(m, Stage)
+            for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))
+        ]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            net(x, t)
+        for hook in hooks:
+            hook.remove()
+    return max(sizes)
+
+
+def check_resources(need: StepEstimate, config: TrainConfig, device: torch.device, run_dir: Path) -> None:
+    """Refuse to begin what cannot end: too little memory for a step, or no room for a checkpoint.
+
+    Raises:
+        InputError: Needed and present amounts, and what to change.
+    """
+    present = memory_present(device)
+    if need.peak_bytes > present:
+        raise InputError(
+            f"a training step needs about {need.peak_bytes / 2**30:.1f} GiB ({need.state_bytes / 2**30:.1f} for "
+            f"weights, gradients and optimiser, {need.activation_bytes / 2**30:.1f} for activations); "
+            f"{present / 2**30:.1f} GiB are free on {device.type}",
+            expected="a step that fits",
+            remedy="; ".join(remedies(config)) + ".",
+        )
+    folder = run_dir.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need.checkpoint_bytes * 1.05:
+        raise InputError(
+            f"{free / 2**30:.1f} GiB free for the run directory",
+            expected=f"{3 * need.checkpoint_bytes / 2**30:.1f} GiB: the last and best checkpoint, and one in writing",
+            remedy="Free space or choose a run directory on another disk.",
+        )
+
+
+def remedies(config: TrainConfig) -> list[str]:
+    """What would make a step smaller, the least costly first."""
+    hints = []
+    if config.data.batch_size > 1:
+        hints.append(f"--set data.batch_size={config.data.batch_size // 2} (results do not change)")
+    if not config.model.activation_checkpointing:
+        hints.append("--set model.activation_checkpointing=true (a third slower)")
+    if config.data.window is None:
+        hints.append("--set data.window=32 (depth windows instead of whole volumes)")
+    if config.model.latent_patch == 1:
+        hints.append("--latent-patch 2")
+    hints.append("several GPUs with --set parallel.strategy=fsdp, or a smaller preset")
+    return hints
+
+
+def memory_present(device: torch.device) -> int:
+    """Bytes free on the device; for the CPU those of the control group, if it sets a limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil  # here, so that counting needs torch alone (infra/bench/unet_gpu.py)
+
+    available = int(psutil.virtual_memory().available)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        available = min(available, max(0, int(text) - used))
+    return available

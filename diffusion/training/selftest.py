@@ -1,0 +1,185 @@
+"""Six quick checks that training can work here: data, model, losses, forward, training step, memory."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion.config import TrainConfig
+from diffusion.data import Batch, PairStream
+from diffusion.losses import Decoder, ImageLosses
+from diffusion.networks import UNet, build_unet
+from diffusion.objectives import OBJECTIVES, build_objective
+from diffusion.sampling import Interpolator
+from diffusion.training.distributed import World, default_device
+from diffusion.training.loop import LoopConfig, Trainer, to_device
+from diffusion.training.resources import estimate_step, memory_present
+from diffusion.training.throughput import Meter
+from diffusion.training.train import latent_loss
+from diffusion.training.validation import generators
+from latentcache import InputError, LatentStore
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check: what was found if it passed, what went wrong if not."""
+
+    name: str
+    passed: bool
+    detail: str
+    seconds: float
+
+
+class SelfTest:
+    """The six checks over one store and one configuration; later ones use what earlier ones built.
+
+    Args:
+        store: Made up, or the user's; nothing is written to it.
+        decoder: The VAE's, for the image losses; without it a stand-in that enlarges latents is used, and said.
+    """
+
+    def __init__(self, store: LatentStore, config: TrainConfig, decoder: Decoder | None = None) -> None:
+        self.store, self.config, self.decoder = store, config, decoder
+        self.world = World(device=default_device())
+        self.batch: Batch = {}
+        self.stream: PairStream | None = None
+        self.unet: UNet | None = None
+
+    def run(self) -> list[CheckResult]:
+        """All six, in order; a failed one does not keep the independent ones from running."""
+        checks: tuple[Callable[[], str], ...] = (
+            self.data, self.model, self.losses, self.forward, self.training_step, self.memory,
+        )  # fmt: skip
+        return [self._one(check) for check in checks]
+
+    def data(self) -> str:
+        """A batch of the training split: whitened, finite, of one depth."""
+        self.stream = PairStream(
+            self.store,
+            self.config.data,
+            split="train",
+            samples_per_step=self.config.data.batch_size,
+            seed=self.config.seed,
+            in_plane_multiple=self.config.model.in_plane_multiple,
+        )
+        if not self.stream.pairs:
+            raise InputError(
+                f"no usable training pair ({self.stream.left_out or 'none at all'})",
+                expected="at least one",
+                remedy="Run `ctpipe encode STORE`.",
+            )
+        self.batch = to_device(next(self.stream.fixed_batches(1)), self.world.device)
+        spread = float(self.batch["thin"].std())
+        if not 0.1 < spread < 10:
+            raise InputError(
+                f"whitened latents with a standard deviation of {spread:.3g}",
+                expected="about 1",
+                remedy="Run `ctpipe stats STORE` and look for outliers.",
+            )
+        shape = tuple(self.batch["thin"].shape)
+        return f"{len(self.stream.pairs)} pairs; a batch is {shape}, whitened to std {spread:.2f}"
+
+    def model(self) -> str:
+        """The U-Net of the configuration."""
+        torch.manual_seed(self.config.seed)
+        self.unet = build_unet(self.config.model).to(self.world.device)
+        count = sum(p.numel() for p in self.unet.parameters())
+        return f"{count / 1e6:.1f}M parameters ({self.config.preset}) on {self.world.device.type}"
+
+    def losses(self) -> str:
+        """Every objective's loss is finite; identical images have no image loss, unlike ones some."""
+        unet, batch = self._built()
+        values = []
+        for name in OBJECTIVES:
+            random = generators(batch["noise_seed"], self.world.device)
+            terms = build_objective(name).loss(unet, batch["thin"], batch["condition"], batch["mask"], random)
+            value = float(terms.per_sample.detach().mean())
+            _require(value == value and abs(value) != float("inf"), f"a {name} loss of {value}", "a finite loss")
+            values.append(f"{name} {value:.3f}")
+        images = ImageLosses(self.decoder or _enlarge, [0.0] * 4, [1.0] * 4, perceptual_weight=0, slab=2, crop=16)
+        found = []
+        one = slice(0, 1)
+        for prediction in (batch["thin"][one], batch["condition"][one]):
+            random = generators(batch["noise_seed"][one], self.world.device)
+            with torch.no_grad():
+                terms_of_one = images(
+                    prediction, batch["thin"][one], batch["mask"][one], torch.ones(1, dtype=torch.bool), random
+                )
+            found.append(float(terms_of_one.ms_ssim.mean()))
+        _require(abs(found[0]) < 1e-4 < found[1], f"1 - MS-SSIM of {found}", "0 for equal images and more for unlike")
+        through = "the VAE's decoder" if self.decoder else "a stand-in decoder (no VAE given)"
+        return ", ".join(values) + f"; 1 - MS-SSIM {found[1]:.3f} through {through}"
+
+    def forward(self) -> str:
+        """A forward pass; an untrained bridge gives the condition back."""
+        unet, batch = self._built()
+        begin = time.perf_counter()
+        with torch.no_grad():
+            out = unet(torch.cat([batch["thin"], batch["condition"]], dim=1), torch.full_like(batch["weight"], 0.5))
+        seconds = time.perf_counter() - begin
+        _require(out.shape == batch["thin"].shape, f"an output of shape {tuple(out.shape)}", "the latents' own shape")
+        raw = batch["condition"][0].cpu()
+        model = Interpolator.from_parts(unet, build_objective("bridge"), [0.0] * 4, [1.0] * 4)
+        same = torch.allclose(torch.as_tensor(model.generate(raw)), raw, atol=1e-5)
+        _require(same, "an untrained bridge that changes its condition", "the condition itself")
+        return f"{seconds:.2f} s for {tuple(batch['thin'].shape)}; an untrained bridge returns its condition"
+
+    def training_step(self) -> str:
+        """Two optimiser steps: finite losses, and every weight that has a gradient moves."""
+        unet, _ = self._built()
+        assert self.stream is not None
+        settings = replace(self.config.optimiser, warmup_steps=0, steps=2)
+        loop = LoopConfig(settings, self.config.validation, self.config.budget, self.config.parallel)
+        loss = latent_loss(build_objective(self.config.objective.name), self.world.device)
+        with tempfile.TemporaryDirectory() as folder:
+            meter = Meter(self.world.device, None, None)
+            trainer = Trainer(unet, loss, self.stream, loop, Path(folder), world=self.world, meter=meter)
+            before = [p.detach().clone() for p in unet.parameters()]
+            steps = iter(self.stream)
+            begin = time.perf_counter()
+            found = [trainer.training_step(next(steps))[0] for _ in range(2)]
+            seconds = (time.perf_counter() - begin) / 2
+            steps.close()  # type: ignore[attr-defined]
+        moved = sum(not torch.equal(a, b) for a, b in zip(before, unet.parameters(), strict=True))
+        _require(moved > 0, "no weight that moved", "weights that learn")
+        return f"losses {found[0]:.4f}, {found[1]:.4f}; {moved} of {len(before)} tensors moved; {seconds:.2f} s a step"
+
+    def memory(self) -> str:
+        """What a step of this configuration needs against what is free."""
+        assert self.stream is not None, "the data check failed"
+        need = estimate_step(self.config, self.stream.shapes[0], self.world)
+        present = memory_present(self.world.device)
+        text = f"a step needs about {need.peak_bytes / 2**30:.2f} GiB, {present / 2**30:.1f} GiB are free"
+        _require(need.peak_bytes <= present, text, "enough memory; `ctpipe doctor` says what to change")
+        return text
+
+    def _built(self) -> tuple[UNet, Batch]:
+        _require(self.unet is not None and bool(self.batch), "no batch or no model", "the checks before this one")
+        assert self.unet is not None
+        return self.unet, self.batch
+
+    def _one(self, check: Callable[[], str]) -> CheckResult:
+        begin = time.perf_counter()
+        name = check.__name__.replace("_", " ")
+        try:
+            detail, passed = check(), True
+        except (InputError, RuntimeError, AssertionError) as error:
+            detail, passed = str(error), False
+        return CheckResult(name, passed, detail, time.perf_counter() - begin)
+
+
+def _require(condition: bool, found: str, expected: str) -> None:
+    if not condition:
+        raise InputError(found, expected=expected, remedy="Report this with `ctpipe doctor --json`.")
+
+
+def _enlarge(latents: torch.Tensor) -> torch.Tensor:
+    """Stands in for a decoder: the mean over channels at voxel size."""
+    size: tuple[Any, ...] = tuple(4 * n for n in latents.shape[2:])
+    return torch.nn.functional.interpolate(latents, size=size).mean(1, keepdim=True).tanh()

@@ -1,0 +1,266 @@
+"""From a latent store to a trained run: what is fixed before the first step, and what a step of latents is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffusion.config import LossConfig, TrainConfig, check, check_precision, to_dict
+from diffusion.data import Batch, PairStream
+from diffusion.losses import Decoder, ImageLosses, load_vgg19
+from diffusion.networks import build_unet
+from diffusion.objectives import Objective, build_objective
+from diffusion.runs import RUN_CARD, CheckpointFolder, RunCard, pin_snapshot, reopen
+from diffusion.training.distributed import World, join
+from diffusion.training.loop import LoopConfig, Terms, Trainer, TrainSummary
+from diffusion.training.resources import check_resources, estimate_step, remedies
+from diffusion.training.throughput import Meter, Progress, measured_matmul_rate
+from diffusion.training.validation import ValidateImages, generators, validation
+from latentcache import InputError, LatentStore
+
+log = logging.getLogger("ctpipe.train")
+
+
+CONFIG = "config.json"
+
+
+def train(
+    store: LatentStore,
+    run_dir: str | Path,
+    config: TrainConfig,
+    *,
+    decoder: Decoder | None = None,
+    validate: ValidateImages | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> TrainSummary:
+    """Train a model on a store's latents; see ``loop`` for the loop and ``checkpoint`` for what is saved.
+
+    Args:
+        store: Any snapshot; a new run is pinned to it, a resumed run reopens its own.
+        decoder: The frozen VAE's decoder, for the image losses.
+        validate: Samples, decodes and scores held-out pairs.
+        resume: Continue the run in ``run_dir``; without it the folder must hold no run.
+
+    Raises:
+        InputError: Settings, store or device that cannot work, before the first step; see also ``Trainer.run``.
+    """
+    run_dir, world = Path(run_dir), join()
+    check(config)
+    check_precision(config, world.device)
+    if resume:
+        card = RunCard.read(run_dir)
+        store = reopen(store, card)
+        if world.rank == 0:
+            pin_snapshot(store, card)
+    elif (run_dir / RUN_CARD).exists():
+        raise InputError(
+            "a run directory that holds a run already",
+            expected="a new directory, or --resume",
+            remedy="Add --resume to continue it, or choose another directory.",
+        )
+    stream, held_out = open_streams(store, config, world)
+    if world.rank == 0 and stream.left_out:
+        log.warning("of the train split, %d pairs are used and left out are %s", len(stream.pairs), reasons(stream))
+    if not resume:
+        card = new_card(store, stream, config)
+        world.barrier()  # or a slower rank would find the card that the first one writes, and take the run for another
+        if world.rank == 0:
+            pin_snapshot(store, card)
+            card.write(run_dir)
+            (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
+    objective = card.build_objective()
+    need = estimate_step(config, stream.shapes[0], world)
+    check_resources(need, config, world.device, run_dir)
+    torch.manual_seed(config.seed)
+    unet = build_unet(card.unet_config).to(world.device)
+    if world.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    images = image_losses(config.losses, decoder, card, world.device)
+    rate = measured_matmul_rate(world.device, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
+    trainer = Trainer(
+        unet,
+        latent_loss(objective, world.device, images, config.losses.every),
+        stream,
+        LoopConfig(config.optimiser, config.validation, config.budget, config.parallel),
+        run_dir,
+        validate=validation(held_out, objective, card, config, validate, world, len(stream)) if held_out else None,
+        world=world,
+        identity=identity(card, config),
+        meter=Meter(world.device, need.forward_flops_per_sample, rate),
+        on_progress=on_progress,
+    )
+    try:
+        return trainer.run(resume=resume and CheckpointFolder(run_dir).path("last") is not None)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"out of memory at step {trainer.step}, where about {need.peak_bytes / 2**30:.1f} GiB were expected",
+            expected="a step that fits beside whatever else uses the device",
+            remedy="; ".join(remedies(config)) + "; then --resume.",
+        ) from error
+
+
+def open_streams(store: LatentStore, config: TrainConfig, world: World) -> tuple[PairStream, PairStream | None]:
+    """The training split as steps, and the validation split unless validation is switched off.
+
+    Raises:
+        InputError: A split without usable pairs, with what was left out and why.
+    """
+    common: dict[str, Any] = {
+        "seed": config.seed,
+        "rank": world.rank,
+        "world": world.size,
+        "in_plane_multiple": config.model.in_plane_multiple,
+        "pin_memory": world.device.type == "cuda",
+    }
+    stream = PairStream(store, config.data, split="train", samples_per_step=config.optimiser.samples_per_step, **common)
+    require_pairs(stream, "Encode more pairs (`ctpipe encode STORE`) or assign some with `ctpipe ingest --splits CSV`.")
+    if config.validation.every_epochs == 0:
+        return stream, None
+    held_out = PairStream(store, replace(config.data, windows_per_volume=1), split="val", **common)
+    require_pairs(
+        held_out,
+        "Assign patients to it with `ctpipe ingest DATASET STORE --splits CSV` (split `val`), or train without "
+        "validation: --set validation.every_epochs=0.",
+    )
+    return stream, held_out
+
+
+def require_pairs(stream: PairStream, remedy: str) -> None:
+    """Refuse a split in which there is nothing to train or validate on."""
+    if stream.pairs:
+        return
+    why = reasons(stream) or "it has no pairs at all"
+    raise InputError(f"no usable pair in the {stream.split} split ({why})", expected="at least one", remedy=remedy)
+
+
+def reasons(stream: PairStream) -> str:
+    """How many pairs are left out, for which reason."""
+    return ", ".join(f"{count} ({reason})" for reason, count in stream.left_out.items())
+
+
+def new_card(store: LatentStore, stream: PairStream, config: TrainConfig) -> RunCard:
+    """What the run is, fixed for good: data, whitening, model and objective."""
+    settings = dict(config.objective.settings)
+    objective = build_objective(config.objective.name, **settings)
+    if "residual_std" not in settings:
+        settings["residual_std"] = residual_std(store, config)
+        objective = build_objective(config.objective.name, **settings)
+    return RunCard(
+        encode_key=stream.encode_key,
+        encoding=store.encoding(stream.encode_key).to_json(),
+        snapshot=store.snapshot,
+        store_fingerprint=store.secret_fingerprint,
+        alignment=config.data.alignment,
+        whitening={"mean": [float(v) for v in stream.mean], "std": [float(v) for v in stream.std]},
+        model=config.model.to_dict(),
+        objective={"name": config.objective.name, "settings": objective.settings()},
+        preset=config.preset,
+        depth_window=config.data.window,
+        extra={
+            "run_id": uuid.uuid4().hex[:16],
+            "seed": config.seed,
+            "train_pairs": len(stream.pairs),
+            # A latent slice covers four slices; generation of a series without a store asks for this spacing.
+            "thin_spacing_mm": round(stream.thin_spacing_mm, 4),
+        },
+    )
+
+
+def residual_std(store: LatentStore, config: TrainConfig, batches: int = 16) -> float:
+    """Root mean square of whitened (clean - condition) over fixed windows of the training split.
+
+    Every rank reads the same windows, so that all agree without a word. At least 1e-3: where the condition already is
+    the target there is nothing to scale.
+    """
+    data = replace(config.data, windows_per_volume=1, batch_size=1)
+    stream = PairStream(store, data, seed=config.seed, in_plane_multiple=config.model.in_plane_multiple)
+    squared = valid = 0.0
+    for batch in stream.fixed_batches(limit=batches):
+        difference = (batch["thin"] - batch["condition"]).double() * batch["mask"]
+        squared += float(difference.square().sum())
+        valid += float(batch["mask"].sum()) * batch["thin"].shape[1]
+    return max(1e-3, float(np.sqrt(squared / valid)))
+
+
+def latent_loss(
+    objective: Objective, device: torch.device, images: ImageLosses | None = None, every: int = 10
+) -> Callable[[nn.Module, Batch, int], Terms]:
+    """The objective's loss of a batch and, every so many steps, the image losses of the clean latent it predicts.
+
+    Each sample's time and noise, and the slab that is decoded, come from its own seed.
+    """
+
+    def batch_loss(model: nn.Module, batch: Batch, step: int) -> Terms:
+        random = generators(batch["noise_seed"], device)
+        terms = objective.loss(model, batch["thin"], batch["condition"], batch["mask"], random)
+        if images is None or step % every:
+            return Terms(terms.per_sample)
+        seen = images(terms.predicted_clean, batch["thin"], batch["mask"], terms.clean_is_meaningful, random)
+        parts = {"diffusion": terms.per_sample, "ms_ssim": seen.ms_ssim, "perceptual": seen.perceptual}
+        return Terms(terms.per_sample + seen.per_sample, parts)
+
+    return batch_loss
+
+
+def image_losses(
+    settings: LossConfig, decoder: Decoder | None, card: RunCard, device: torch.device
+) -> ImageLosses | None:
+    """The image losses that the configuration asks for.
+
+    Raises:
+        InputError: They need a decoder or VGG19 weights that are not there; they are never skipped in silence.
+    """
+    if settings.ms_ssim_weight == 0 and settings.perceptual_weight == 0:
+        return None
+    if decoder is None:
+        raise InputError(
+            "image losses without a VAE decoder",
+            expected="the decoder of the VAE that encoded the store",
+            remedy="Name it with --vae, or set losses.ms_ssim_weight=0 and losses.perceptual_weight=0.",
+        )
+    return ImageLosses(
+        decoder,
+        card.whitening["mean"],
+        card.whitening["std"],
+        ms_ssim_weight=settings.ms_ssim_weight,
+        perceptual_weight=settings.perceptual_weight,
+        vgg=load_vgg19(settings.vgg19_weights, device) if settings.perceptual_weight > 0 else None,
+        slice_fraction=settings.slice_fraction,
+        slab=settings.slab,
+        crop=settings.crop,
+    )
+
+
+def identity(card: RunCard, config: TrainConfig) -> dict[str, Any]:
+    """What a resumed run must agree on, by name: all that changes a weight. Budgets, readers, validation, the batch of
+    one device and their number do not."""
+    named: dict[str, Any] = {
+        "store snapshot": card.snapshot,
+        "encode key": card.encode_key,
+        "objective": card.objective,
+        "whitening": card.whitening,
+    }
+    values = to_dict(config)
+    free = {
+        "data.batch_size",
+        "data.readers",
+        "data.read_ahead",
+        "optimiser.epochs",
+        "optimiser.steps",
+        "optimiser.compile",
+    }
+    for section in ("data", "model", "losses", "optimiser"):
+        named |= {f"{section}.{k}": v for k, v in values[section].items() if f"{section}.{k}" not in free}
+    named["seed"] = config.seed
+    plain: dict[str, Any] = json.loads(json.dumps(named))
+    return plain

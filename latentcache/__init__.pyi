@@ -1,0 +1,27 @@
+from .errors import (
+    CtpipeError as CtpipeError,
+    InputError as InputError,
+    NonFiniteError as NonFiniteError,
+    StoreError as StoreError,
+    no_ray_cluster as no_ray_cluster,
+)
+from .lease import Lease as Lease
+from .moments import ROW as ROW, Moments as Moments, merge_all as merge_all, moments_of as moments_of
+from .queries import pairs_where as pairs_where, series_where as series_where
+from .records import (
+    ACROSS_FIELDS as ACROSS_FIELDS,
+    COMPRESSION as COMPRESSION,
+    FORMAT_VERSION as FORMAT_VERSION,
+    LATENT_CHANNELS as LATENT_CHANNELS,
+    Encoding as Encoding,
+    LatentRecord as LatentRecord,
+    LatentRole as LatentRole,
+    PairRecord as PairRecord,
+    SeriesRecord as SeriesRecord,
+    SeriesRole as SeriesRole,
+    Split as Split,
+    valid_latents as valid_latents,
+)
+from .shard import METADATA as METADATA, SHARD as SHARD, Layout as Layout
+from .store import STORE as STORE, LatentStore as LatentStore, open_on_worker as open_on_worker
+from .writer import Writer as Writer

@@ -1,0 +1,9 @@
+from .discover import (
+    DEFAULT_CATEGORIES as DEFAULT_CATEGORIES,
+    UNLABELLED as UNLABELLED,
+    FoundArchive as FoundArchive,
+    discover as discover,
+)
+from .joined_source import JoinedSource as JoinedSource
+from .source import Scratch as Scratch, Source as Source, open_archive as open_archive
+from .zip_directory import StorageError as StorageError

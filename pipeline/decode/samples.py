@@ -1,0 +1,201 @@
+"""From decoded samples to the written series: compose each with the measurement, average, and write."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.decode.compose import ComposeSettings, agreement, compose, plain_round_trip
+from pipeline.volume import Geometry, SourceHeader, Volume, Window
+from pipeline.writing import (
+    Provenance,
+    SeriesIdentity,
+    check_enhanced,
+    kind_of_file,
+    write_ct_series,
+    write_enhanced_ct,
+    write_parametric_map,
+)
+
+UNCERTAINTY_SLOPE = 0.1
+"""HU per stored unit of an uncertainty series."""
+
+
+@dataclass(frozen=True)
+class DerivedVolume:
+    """A finished volume: (z, y, x) int16 HU; ``spread`` is the standard deviation over samples in HU, if there were
+    several; ``figures`` is JSON-ready."""
+
+    hu: NDArray[np.int16]
+    spread: NDArray[np.float32] | None
+    n_samples: int
+    figures: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WriteSettings:
+    """How derived series are written. ``sampling`` and ``checkpoint_sha256`` go into the provenance.
+
+    Attributes:
+        uncertainty_map: The uncertainty as a Parametric Map instead of a second CT series.
+        enhanced: One Enhanced CT instance instead of a CT instance a slice.
+    """
+
+    out_dir: Path
+    window: Window
+    transfer_syntax: str = "explicit"
+    uncertainty: bool = False
+    uncertainty_map: bool = False
+    enhanced: bool = False
+    checkpoint_sha256: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    store_snapshot: int | None = None
+
+
+@dataclass(frozen=True)
+class DerivedSeries:
+    """What was written; keys and figures only. ``folders`` are names below the output folder."""
+
+    key: str
+    series_uid: str
+    folders: tuple[str, ...]
+    n_slices: int
+    figures: Mapping[str, Any]
+
+
+def average_samples(
+    decoded: Iterable[NDArray[np.float32]],
+    window: Window,
+    thick: Volume | None,
+    target: Geometry,
+    settings: ComposeSettings,
+    condition_hu: NDArray[np.float32] | None = None,
+) -> DerivedVolume:
+    """Compose every decoded sample (z, y, x) float32 HU with the measurement, and average what comes out.
+
+    The mean errs least (it is the posterior mean in the limit); the spread is that of the composed samples, so that
+    what the measurement fixes shows no uncertainty.
+    """
+    first = mean = squares = None
+    figures: Mapping[str, Any] = {}
+    number = 0
+    for number, one in enumerate(decoded, start=1):
+        hu, figures = _composed(one, window, thick, target, settings, condition_hu)
+        del one  # not kept while the next sample is decoded
+        if first is None:
+            first = hu
+            continue
+        if mean is None or squares is None:
+            mean, squares = first.astype(np.float32), np.zeros(hu.shape, np.float32)
+        # Welford's update: one pass, no large sums that cancel.
+        delta = hu - mean
+        mean += delta / number
+        squares += delta * (hu - mean)
+    assert first is not None
+    if mean is None or squares is None:
+        return DerivedVolume(first, None, 1, figures)
+    out = np.rint(mean).astype(np.int16)
+    if thick is not None and settings.consistency:
+        figures = {**figures, **agreement(out, thick, target, settings)}
+    spread = np.sqrt(squares / (number - 1))
+    return DerivedVolume(out, spread, number, {**figures, "uncertainty_mean_hu": round(float(spread.mean()), 3)})
+
+
+def _composed(
+    decoded: NDArray[np.float32],
+    window: Window,
+    thick: Volume | None,
+    target: Geometry,
+    settings: ComposeSettings,
+    condition_hu: NDArray[np.float32] | None,
+) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
+    if thick is not None:
+        return compose(decoded, window, thick, target, settings, condition_hu=condition_hu)
+    return plain_round_trip(decoded, window, None, target)
+
+
+def write_derived(
+    key: str,
+    volume: DerivedVolume,
+    target: Geometry,
+    header: SourceHeader,
+    identity: SeriesIdentity,
+    provenance: Provenance,
+    settings: WriteSettings,
+) -> DerivedSeries:
+    """Write ``out_dir/key`` and, where asked for and there are several samples, before it ``out_dir/key-uncertainty``.
+
+    So a series that is there is there with its uncertainty; one whose series never came, because its writer was killed
+    between the two, is written anew. The figures, the sampling settings and every warning go into the provenance.
+
+    Raises:
+        InputError: A folder exists, or the source lacks what Enhanced CT requires.
+    """
+    sampling = dict(settings.sampling)
+    if volume.n_samples > 1:
+        sampling["samples"] = volume.n_samples
+    warnings = (str(volume.figures["warning"]),) if volume.figures.get("warning") else ()
+    provenance = replace(
+        provenance,
+        checkpoint_sha256=settings.checkpoint_sha256,
+        refiner_sha256=str(volume.figures.get("refiner_sha256", "")),
+        store_snapshot=settings.store_snapshot,
+        sampling=sampling,
+        consistency=volume.figures,
+        notes=(*provenance.notes, *warnings),
+    )
+    common: dict[str, Any] = {"uids": identity, "transfer_syntax": settings.transfer_syntax}
+    folders = [key]
+    if settings.enhanced:
+        check_enhanced(header)
+    if settings.uncertainty and volume.spread is not None:
+        name = f"{key}-uncertainty"
+        _clear_orphan(settings.out_dir / name)
+        described = replace(provenance, kind="uncertainty")
+        _write_uncertainty(volume.spread, target, header, settings.out_dir / name, identity, described, settings)
+        folders.append(name)
+    write = write_enhanced_ct if settings.enhanced else write_ct_series
+    written = write(volume.hu, target, header, settings.out_dir / key, provenance=provenance, **common)
+    return DerivedSeries(key, written.series_uid, tuple(folders), len(volume.hu), volume.figures)
+
+
+def _clear_orphan(folder: Path) -> None:
+    """Remove an uncertainty series of ours; the series that it belongs to is known to be absent."""
+    names = sorted(folder.glob("*.dcm")) if folder.is_dir() else []
+    if not names or len(names) != len(list(folder.iterdir())):
+        return
+    # What is not ours stays: whoever writes next refuses to overwrite it.
+    if kind_of_file(names[0]) == "uncertainty":
+        shutil.rmtree(folder)
+
+
+def _write_uncertainty(
+    spread: NDArray[np.float32],
+    target: Geometry,
+    header: SourceHeader,
+    out_dir: Path,
+    identity: SeriesIdentity,
+    provenance: Provenance,
+    settings: WriteSettings,
+) -> None:
+    """Standard deviation (z, y, x) in HU: floats in a Parametric Map, or a CT series in steps of a tenth of a HU."""
+    if settings.uncertainty_map:
+        write_parametric_map(spread, target, header, out_dir, uids=identity, provenance=provenance)
+        return
+    stored = np.clip(np.rint(spread / UNCERTAINTY_SLOPE), 0, 32767).astype(np.int16)
+    write_ct_series(
+        stored,
+        target,
+        header,
+        out_dir,
+        uids=identity,
+        provenance=provenance,
+        transfer_syntax=settings.transfer_syntax,
+        slope=UNCERTAINTY_SLOPE,
+    )

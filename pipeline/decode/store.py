@@ -1,0 +1,185 @@
+"""Decode what a store holds into DICOM series: plan, stream through an engine, count what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latentcache import InputError, LatentStore
+from pipeline.decode import task as decode
+from pipeline.decode.samples import DerivedSeries
+from pipeline.decode.task import DecodeSettings, DecodeTask, PreparedDecode
+from pipeline.engines import (
+    EngineOptions,
+    Outcome,
+    Progress,
+    Stage,
+    check_seen,
+    dashboard_of,
+    mark,
+    note,
+    pin,
+    stream,
+    watched,
+)
+from pipeline.forward_model import Protocols
+from pipeline.identity import PrivateStore
+from pipeline.reading import read_series
+from pipeline.vae import Decoder, load_decoder
+from pipeline.volume import Window
+
+log = logging.getLogger("ctpipe.decode")
+
+
+@dataclass
+class DecodeSummary:
+    """What a run did; keys and figures only."""
+
+    planned: int = 0
+    already: int = 0
+    written: dict[str, Any] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def set_up(device: str, *, seen: Path, threads: int, load: Callable[[str], Decoder]) -> Decoder:
+    """A worker's state. Checks first that it is the driver's output folder that the worker writes to.
+
+    Raises:
+        InputError: The worker does not see the driver's mark in the folder, or the VAE is not the right one.
+    """
+    check_seen(seen)
+    pin(threads)
+    return load(device)
+
+
+def run_task(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettings, threads: int) -> DerivedSeries:
+    """The stage's device part: decode, compose and write one series."""
+    pin(threads)
+    return decode.decode_one(vae, prepared, settings=settings)
+
+
+def only_encoding(store: LatentStore, encode_key: str | None) -> str:
+    """The encode key to decode: the one given, else the only one there.
+
+    Raises:
+        InputError: None, several, or another than asked for.
+    """
+    keys = store.encode_keys()
+    if encode_key is not None and encode_key in keys:
+        return encode_key
+    if encode_key is None and len(keys) == 1:
+        return keys[0]
+    raise InputError(
+        f"encodings {', '.join(keys) or 'none'}" + (f", not {encode_key}" if encode_key else ""),
+        expected="one encoding, or its key",
+        remedy="Name one with --encode-key (`ctpipe status STORE` lists them), or run `ctpipe encode` first.",
+    )
+
+
+def window_of(store: LatentStore, encode_key: str) -> Window:
+    """The window that an encoding's latents hold."""
+    encoding = store.encoding(encode_key)
+    return Window(encoding.window_center, encoding.window_width)
+
+
+def decode_store(
+    store: LatentStore,
+    private: PrivateStore,
+    encode_key: str,
+    settings: DecodeSettings,
+    options: EngineOptions,
+    *,
+    vae: str,
+    memory_gib: float | None = None,
+    generated: Sequence[LatentStore] = (),
+    lost: Mapping[str, str] | None = None,
+    keys: Sequence[str] | None = None,
+    split: str | None = None,
+    torch_threads: int = 2,
+    on_outcome: Callable[[Outcome[DecodeTask, DerivedSeries], int], Any] | None = None,
+) -> DecodeSummary:
+    """Write every series wanted that is not in the output folder yet; a series that fails does not stop the others.
+
+    Args:
+        lost: Pairs that could not be sampled into ``generated``, and why: the summary counts them as set aside.
+        torch_threads: Threads of one device's arithmetic; pinned, for equal bytes on every engine.
+
+    Raises:
+        InputError: Nothing matches, the VAE is not the one that encoded the store, or no worker can start.
+    """
+    protocols = Protocols(
+        store.pairs(),
+        {s.series_key: s for s in store.series()},
+        private.pointer,
+        functools.partial(read_series, threads=2),
+    )
+    tasks = list(
+        decode.plan(
+            store,
+            private.pointer,
+            private.identity,
+            encode_key,
+            generated=generated,
+            keys=keys,
+            split=split,
+            with_identity=settings.restore_identity,
+            protocols=protocols if settings.compose.consistency and (generated or settings.compose_stored) else None,
+        )
+    )
+    if not tasks and not lost:
+        raise InputError(
+            "no stored latent that matches",
+            expected="at least one thin latent" + (f" in split {split}" if split else ""),
+            remedy="Check --split or --series against `ctpipe status STORE`.",
+        )
+    out = Path(settings.write.out_dir)
+    todo = [task for task in tasks if not (out / task.key).exists()]
+    summary = DecodeSummary(planned=len(tasks), already=len(tasks) - len(todo), failed=dict(lost or {}))
+    encoding = store.encoding(encode_key)
+    load = functools.partial(
+        load_decoder,
+        spec=vae,
+        memory_gib=memory_gib,
+        expected_sha256=encoding.vae_sha256,
+        extra=encoding.extra,
+    )
+    with mark(out) if todo else contextlib.nullcontext(out) as seen:
+        stage: Stage[DecodeTask, PreparedDecode, Decoder, DerivedSeries] = Stage(
+            prepare=functools.partial(decode.prepare, threads=2),
+            setup=functools.partial(set_up, seen=seen, threads=torch_threads, load=load),
+            run=functools.partial(run_task, settings=settings, threads=torch_threads),
+        )
+        progress = Progress(store.location, encode_key, len(todo), "decode", dashboard_of(options))
+        for outcome in watched(stream(todo, stage, options), progress) if todo else ():
+            _enter(outcome, summary)
+            if on_outcome is not None:
+                on_outcome(outcome, len(todo))
+    return summary
+
+
+def _enter(outcome: Outcome[DecodeTask, DerivedSeries], summary: DecodeSummary) -> None:
+    """Enter one outcome in the summary and the log; keys and figures only."""
+    key = outcome.item.key
+    if outcome.value is None:
+        summary.failed[key] = outcome.error or "unknown"
+        said = f"series {key} set aside: {outcome.error}"
+        kind = outcome.error_kind or "unknown"
+        note(log, "set_aside", logging.WARNING, said, series_key=key, stage="decode", outcome=kind)
+    else:
+        done = outcome.value
+        summary.written[key] = {
+            "folders": list(done.folders),
+            "series_uid": done.series_uid,
+            "slices": done.n_slices,
+            **done.figures,
+        }
+        took = round(sum(outcome.seconds.values()), 6)
+        note(log, "decoded", series_key=key, stage="decode", seconds=took, outcome="ok", slices=done.n_slices)
+    for name, value in outcome.seconds.items():
+        summary.seconds[name] = summary.seconds.get(name, 0.0) + value

@@ -1,0 +1,258 @@
+"""Decode: a stored latent back to HU on its series' own lattice, and out as DICOM. One task is one output series."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache import InputError, LatentRecord, LatentStore, SeriesRecord
+from latentcache.storage import refuse_existing
+from pipeline.decode.compose import ComposeSettings, plain_round_trip
+from pipeline.decode.samples import DerivedSeries, DerivedVolume, WriteSettings, average_samples, write_derived
+from pipeline.forward_model import ProtocolFit, Protocols
+from pipeline.vae import Decoder
+from pipeline.volume import Geometry, SeriesPointer, SourceHeader, Volume, Window, geometry_of, onto_field
+from pipeline.writing import Provenance, SeriesIdentity
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How latents are decoded, composed and written.
+
+    Attributes:
+        compose_stored: Stored thin latents too are handed over at the window's edges and projected onto the thick
+            slices. By default they are written as the plain round trip, which is what shows the autoencoder's error.
+    """
+
+    write: WriteSettings
+    compose: ComposeSettings = field(default_factory=ComposeSettings)
+    restore_identity: bool = False
+    compose_stored: bool = False
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    """One output series.
+
+    Attributes:
+        key: Names the output folder: a series key, or a pair key where thin was generated from thick.
+        kind: ``decoded``: a stored thin latent's round trip; ``generated``: sampled from the thick series.
+        latents: (store URL, row) of every sample, at least one; all on one grid.
+        condition: The condition's latent on the same grid, for residual detail.
+        target: Lattice of the latents' volume; slices beyond the thick series' extent are left out where thin was
+            generated, since nothing was measured there.
+        source: The series that the output is derived from, whose header and identity it carries.
+        thick: The measured thick series, None for a thin series without one.
+    """
+
+    key: str
+    kind: Literal["decoded", "generated"]
+    latents: tuple[tuple[str, LatentRecord], ...]
+    target: Geometry
+    source: SeriesRecord
+    source_at: SeriesPointer
+    thick: SeriesRecord | None = None
+    thick_at: SeriesPointer | None = None
+    condition: tuple[str, LatentRecord] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    fit: ProtocolFit | None = None
+
+
+@dataclass(frozen=True)
+class PreparedDecode:
+    """A task with what was read for it on a CPU worker."""
+
+    task: DecodeTask
+    header: SourceHeader
+    thick: Volume | None
+
+
+def plan(
+    store: LatentStore,
+    pointer: Any,
+    identity: Any,
+    encode_key: str,
+    *,
+    generated: Sequence[LatentStore] = (),
+    keys: Sequence[str] | None = None,
+    split: str | None = None,
+    with_identity: bool = False,
+    protocols: Protocols | None = None,
+) -> Iterator[DecodeTask]:
+    """Tasks for the stored thin latents or, where ``generated`` stores are given, for the pairs sampled into all.
+
+    Args:
+        pointer: Series key to where its slices lie (``PrivateStore.pointer``).
+        identity: Series key to the original identifiers (``PrivateStore.identity``).
+        keys: Series or pair keys wanted; None for all.
+        split: Only this split.
+        protocols: Fits of the slice operator, from other patients' pairs.
+    """
+    series = {s.series_key: s for s in store.series()}
+    pairs = [p for p in store.pairs() if p.status == "ok"]
+
+    def wanted(row_split: str, *names: str) -> bool:
+        return (split is None or row_split == split) and (keys is None or any(n in keys for n in names))
+
+    def who(key: str) -> Mapping[str, Any]:
+        return identity(key) if with_identity else {}
+
+    if generated:
+        rows = [{r.key: r for r in g.records(encode_key, "thin")} for g in generated]
+        for pair in pairs:
+            if not wanted(pair.split, pair.pair_key, pair.thick_key) or any(pair.pair_key not in r for r in rows):
+                continue
+            thick = series[pair.thick_key]
+            condition = store.find(pair.pair_key, "thick_on_thin", encode_key)
+            fit = protocols.fit(pair) if protocols else None
+            yield DecodeTask(
+                pair.pair_key,
+                "generated",
+                tuple((g.url, r[pair.pair_key]) for g, r in zip(generated, rows, strict=True)),
+                replace(geometry_of(series[pair.thin_key]), thickness_mm=thick.thickness_mm),
+                source=thick,
+                source_at=pointer(thick.series_key),
+                thick=thick,
+                thick_at=pointer(thick.series_key),
+                condition=None if condition is None else (store.url, condition),
+                identity=who(thick.series_key),
+                fit=fit,
+            )
+        return
+    partner = {p.thin_key: p for p in pairs}
+    for row in store.records(encode_key, "thin"):
+        thin, own = series[row.key], partner.get(row.key)
+        if not wanted(thin.split, row.key, own.pair_key if own else row.key):
+            continue
+        measured = series[own.thick_key] if own else None
+        fit = protocols.fit(own) if protocols and own else None
+        yield DecodeTask(
+            row.key,
+            "decoded",
+            ((store.url, row),),
+            geometry_of(thin),
+            source=thin,
+            source_at=pointer(thin.series_key),
+            thick=measured,
+            thick_at=pointer(measured.series_key) if measured else None,
+            identity=who(thin.series_key),
+            fit=fit,
+        )
+
+
+def prepare(task: DecodeTask, *, threads: int = 2) -> PreparedDecode:
+    """Read the thick series' pixels, and the source's header (CPU). Raises InputError when pixels are broken.
+
+    Where a pair's fields of view differ, the thick series comes back on the target's pixels.
+    """
+    from pipeline.reading import read_series
+
+    thick = read_series(task.thick_at, threads=threads) if task.thick_at else None
+    if thick is not None and task.thick is not None and task.thick.series_key == task.source.series_key:
+        header = thick.header
+    else:
+        header = read_series(task.source_at, threads=threads).header
+    return PreparedDecode(task, header, onto_field(thick, task.target) if thick is not None else None)
+
+
+@functools.lru_cache(maxsize=16)
+def _store(url: str) -> LatentStore:
+    """A worker's own handle: opened once a process."""
+    return LatentStore.open(url)
+
+
+def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettings) -> DerivedSeries:
+    """Decode one task's latents, compose them with the measured series, and write the DICOM series.
+
+    Several latents are samples: their mean is written, and with ``settings.write.uncertainty`` their standard
+    deviation as a second series in a folder of its own.
+
+    Raises:
+        InputError: The output folder exists, or a latent is corrupt.
+    """
+    task, thick = prepared.task, prepared.thick
+    window = settings.write.window
+    refuse_existing(settings.write.out_dir / task.key)
+    kept = _measured_slices(task, thick)
+    target = task.target.with_z(np.asarray(task.target.z_mm)[kept])
+    volume = _composed(vae, prepared, target, kept, settings)
+    row = task.latents[0][1]
+    provenance = Provenance(
+        kind=task.kind,
+        source_key=task.source.series_key,
+        window=(window.center, window.width),
+        spacing_mm=round(target.spacing_mm_zyx[0], 6),
+        encode_key=row.encode_key,
+        vae_sha256=vae.sha256,
+        generation_key=row.source_digest if task.kind == "generated" else "",
+    )
+    identity = _identity(prepared, settings.restore_identity)
+    return write_derived(task.key, volume, target, prepared.header, identity, provenance, settings.write)
+
+
+def _composed(
+    vae: Decoder, prepared: PreparedDecode, target: Geometry, kept: slice, settings: DecodeSettings
+) -> DerivedVolume:
+    """The task's latents as finished HU on ``target``, the slices ``kept`` of the latents' own volume."""
+    task, thick, window = prepared.task, prepared.thick, settings.write.window
+    samples = (decoded_hu(vae, window, url, row)[kept] for url, row in task.latents)
+    if task.kind == "decoded" and not settings.compose_stored:
+        (one,) = samples
+        hu, figures = plain_round_trip(one, window, thick, target)
+        return DerivedVolume(hu, None, 1, figures)
+    composing = replace(
+        settings.compose,
+        profile=settings.compose.profile or (task.fit.profile if task.fit else None),
+        noise_hu=settings.compose.noise_hu or (task.fit.noise_hu if task.fit else None),
+    )
+    condition = None
+    if composing.detail == "residual" and task.condition is not None and thick is not None:
+        condition = decoded_hu(vae, window, *task.condition)[kept]
+    volume = average_samples(samples, window, thick, target, composing, condition)
+    if task.fit is None or not task.fit.stated_is_wrong:
+        return volume
+    return replace(volume, figures={**volume.figures, "stated_profile": task.fit.stated_is_wrong})
+
+
+def _measured_slices(task: DecodeTask, thick: Volume | None) -> slice:
+    """Slices of the target that lie inside the thick series' extent; all of them for a round trip."""
+    z = np.asarray(task.target.z_mm)
+    if task.kind == "decoded" or thick is None:
+        return slice(0, len(z))
+    low, high = thick.geometry.extent_mm
+    inside = np.flatnonzero((z >= low - 1e-6) & (z <= high + 1e-6))
+    if not len(inside):
+        raise InputError(
+            f"pair {task.key} whose thin slices all lie outside the thick series",
+            expected="overlapping extents",
+            remedy="Ingest again: the pairing would refuse these two now.",
+        )
+    return slice(int(inside[0]), int(inside[-1]) + 1)
+
+
+def decoded_hu(vae: Decoder, window: Window, url: str, row: LatentRecord) -> NDArray[np.float32]:
+    """A stored latent through the decoder: (z, y, x) float32 HU, meaningful inside the window."""
+    latent = np.asarray(_store(url).read(row), dtype=np.float32)
+    return window.from_unit(np.asarray(vae.decode(latent, row.valid_zyx)))
+
+
+def _identity(prepared: PreparedDecode, restore: bool) -> SeriesIdentity:
+    """Whose series this is; the thick slices are named as sources too where they took part."""
+    task, source = prepared.task, prepared.task.source
+    thick = task.thick if task.thick is not None and task.thick.series_key != source.series_key else None
+    if restore:
+        own = SeriesIdentity.original(replace(prepared.header, identity={**task.identity, **prepared.header.identity}))
+        more = prepared.thick.header.sop_instance_uids if thick is not None and prepared.thick is not None else ()
+    else:
+        keys = {"patient_key": source.patient_key, "study_key": source.study_key, "frame_key": source.frame_key}
+        own = SeriesIdentity.pseudonymous(**keys, source_key=source.series_key, source_slices=source.n_slices)
+        more = ()
+        if thick is not None:
+            other = SeriesIdentity.pseudonymous(**keys, source_key=thick.series_key, source_slices=thick.n_slices)
+            more = other.source_sop_uids
+    return replace(own, source_sop_uids=tuple(dict.fromkeys((*own.source_sop_uids, *more))))

@@ -1,0 +1,3 @@
+from .plan import missing_latents as missing_latents
+from .store import EncodeSettings as EncodeSettings, encode_store as encode_store, parse_roles as parse_roles
+from .task import PAD_MULTIPLE_ZYX as PAD_MULTIPLE_ZYX, EncodeTask as EncodeTask

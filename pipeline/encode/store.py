@@ -1,0 +1,246 @@
+"""Encode everything that a store's catalog holds and its manifest lacks: plan, stream through an engine, commit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.compute as pc
+
+from latentcache import COMPRESSION, Encoding, InputError, LatentRole, LatentStore, open_on_worker
+from latentcache.maintenance import stale_rows
+from pipeline.encode import task as encode
+from pipeline.encode.plan import EncodePlan
+from pipeline.encode.task import EncodeTask, Prepared
+from pipeline.engines import (
+    EngineOptions,
+    GroupCommit,
+    Outcome,
+    Progress,
+    Stage,
+    StagedLatents,
+    dashboard_of,
+    note,
+    pin,
+    stream,
+)
+from pipeline.identity import PrivateStore
+from pipeline.vae import Encoder, Tiling, as_encoded
+from pipeline.volume import Window
+
+log = logging.getLogger("ctpipe.encode")
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What to encode and how; everything that changes bytes is in the encode key.
+
+    Attributes:
+        vae: ``tiny`` or a path of MAISI weights.
+        roles: Latents wanted.
+        round_trip_fraction: Share of latents whose round trip is measured.
+        memory_gib: Budget of the VAE's executor on each device; None lets it choose.
+        pad_in_plane: Rows and columns are padded to a multiple of this; 64 for U-Nets with latent patch 2.
+        tiling: None for the exact encoder; else the blended windows that others use, under a key of their own.
+        torch_threads: Threads of one device's arithmetic; pinned, because the count changes low bits of latents.
+    """
+
+    vae: str = "tiny"
+    window: Window = field(default_factory=Window)
+    roles: tuple[LatentRole, ...] = ("thin", "thick", "thick_on_thin")
+    round_trip_fraction: float = 0.02
+    memory_gib: float | None = None
+    pad_in_plane: int = 32
+    tiling: Tiling | None = None
+    torch_threads: int = 2
+    reader_threads: int = 2
+
+    @property
+    def pad_multiple_zyx(self) -> tuple[int, int, int]:
+        return (COMPRESSION, self.pad_in_plane, self.pad_in_plane)
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        return self.tiling.to_extra() if self.tiling else {}
+
+
+@dataclass
+class EncodeSummary:
+    """What a run did; keys only."""
+
+    encode_key: str
+    planned: int = 0
+    committed: int = 0
+    already: int = 0
+    stale: int = 0
+    """Latents of archives that have changed since they were made; they stay until a run with ``refresh``."""
+    retired: int = 0
+    snapshot: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    unpaired_by_pixels: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def load_encoder(device: str, settings: EncodeSettings) -> Encoder:
+    """A VAE on a device, with torch's threads pinned.
+
+    Raises:
+        InputError: CUDA is asked for and this process has none, or the weights are unusable.
+    """
+    import torch
+
+    from pipeline.vae import load_vae
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            "no CUDA device in this process",
+            expected="a GPU with its driver, because --gpus asks for one",
+            remedy="Give --gpus 0 to encode on the CPU, or start the worker on a GPU node with the CUDA image.",
+        )
+    torch.set_num_threads(settings.torch_threads)
+    vae: Encoder = as_encoded(load_vae(settings.vae, device=device, memory_gib=settings.memory_gib), settings.extra)
+    return vae
+
+
+@dataclass(frozen=True)
+class EncodeWorker:
+    """What a worker keeps: the VAE on its device, and its own handle of the store."""
+
+    vae: Encoder
+    store: LatentStore
+
+
+def set_up(device: str, *, store_url: str, fingerprint: str, encode_key: str, settings: EncodeSettings) -> EncodeWorker:
+    """A worker's state. Checks first what a mount can get wrong: that it is the driver's store that the worker sees.
+
+    Raises:
+        InputError: The store or the VAE's weights are not there or not the driver's, or there is no CUDA device.
+    """
+    store = open_on_worker(store_url, fingerprint)
+    store.encoding(encode_key)
+    vae = load_encoder(device, settings)
+    found = encode.make_encoding(vae, settings.window, settings.pad_multiple_zyx, settings.extra).encode_key
+    if found != encode_key:
+        raise InputError(
+            f"a worker's VAE gives encode key {found}",
+            expected=f"the driver's, {encode_key}",
+            remedy="Put the same weights' file on every node.",
+        )
+    return EncodeWorker(vae, store)
+
+
+def run_task(bench: EncodeWorker, prepared: Prepared, *, settings: EncodeSettings) -> StagedLatents:
+    """The stage's device part: encode and stage one task's latents."""
+    pin(settings.torch_threads)
+    return encode.encode_one(
+        bench.vae,
+        settings.window,
+        bench.store,
+        prepared,
+        round_trip_fraction=settings.round_trip_fraction,
+        pad_multiple_zyx=settings.pad_multiple_zyx,
+    )
+
+
+def encode_store(
+    store_url: str,
+    settings: EncodeSettings,
+    options: EngineOptions,
+    *,
+    private_url: str | None = None,
+    dry_run: bool = False,
+    refresh: bool = False,
+    on_outcome: Callable[[Outcome[EncodeTask, StagedLatents], int], Any] | None = None,
+) -> EncodeSummary:
+    """Encode what is missing. Safe to kill and run again: at most the series in hand are lost.
+
+    Latents of archives that have changed since are counted; with ``refresh`` they are retired first (a snapshot without
+    them is committed), and so are missing and encoded anew. ``on_outcome(outcome, planned)`` is called in the driver
+    after each task.
+
+    Raises:
+        InputError: The store is empty, the VAE's weights are unusable, no worker can start, or another driver holds
+            the lease.
+    """
+    store = LatentStore.open(store_url)
+    private = PrivateStore.open(store_url, private_url)
+    encoding: Encoding = encode.make_encoding(
+        load_encoder("cpu", settings), settings.window, settings.pad_multiple_zyx, settings.extra
+    )
+    if store.current_snapshot.rows("catalog") == 0:
+        raise InputError(
+            "a store without series", expected="a store that ingest filled", remedy="Run ctpipe ingest first."
+        )
+    summary = EncodeSummary(encoding.encode_key)
+    if refresh and not dry_run:
+        with store.writer() as writer:
+            summary.retired = writer.retire(stale_rows(store, encoding.encode_key, settings.roles))
+    summary.stale = stale_rows(store, encoding.encode_key, settings.roles).num_rows
+    plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles)
+    summary.planned, summary.already, summary.snapshot = len(plan), _held(store, encoding.encode_key), store.snapshot
+    if dry_run or not summary.planned:
+        return summary
+    store.register_encoding(encoding)
+    stage: Stage[EncodeTask, Prepared, EncodeWorker, StagedLatents] = Stage(
+        prepare=functools.partial(encode.prepare, threads=settings.reader_threads),
+        setup=functools.partial(
+            set_up,
+            store_url=store.url,
+            fingerprint=store.secret_fingerprint,
+            encode_key=encoding.encode_key,
+            settings=settings,
+        ),
+        run=functools.partial(run_task, settings=settings),
+    )
+    progress = Progress(store.location, encoding.encode_key, summary.planned, dashboard=dashboard_of(options))
+    device = "cuda" if options.wants_gpu else "cpu"
+    with (
+        store.writer() as writer,
+        GroupCommit(writer, encoding.encode_key, device, progress.note) as commits,
+        contextlib.closing(stream(iter(plan), stage, options)) as outcomes,
+    ):
+        for outcome in outcomes:
+            commits.put(outcome)
+            _tell(outcome, summary)
+            if on_outcome is not None:
+                on_outcome(outcome, summary.planned)
+    progress.end()
+    summary.committed = commits.committed
+    summary.snapshot = LatentStore.open(store_url).snapshot
+    return summary
+
+
+def _held(store: LatentStore, encode_key: str) -> int:
+    """Latents under an encode key."""
+    return int(store.manifest_table((), lambda rows: pc.equal(rows["encode_key"], encode_key)).num_rows)
+
+
+def _tell(outcome: Outcome[EncodeTask, StagedLatents], summary: EncodeSummary) -> None:
+    """Enter one outcome in the summary and the log; keys only."""
+    name, kind = outcome.item.name, outcome.error_kind or "ok"
+    if outcome.value is None:
+        summary.failed[name] = outcome.error or "unknown"
+        said = f"task {name} set aside: {outcome.error}"
+        note(log, "set_aside", logging.WARNING, said, series_key=name, stage="encode", outcome=kind)
+    else:
+        took, latents = sum(outcome.seconds.values()), len(outcome.value.records)
+        note(log, "encoded", series_key=name, stage="encode", seconds=round(took, 6), outcome=kind, latents=latents)
+        if outcome.value.pair is not None and outcome.value.pair.status != "ok":
+            summary.unpaired_by_pixels[outcome.value.pair.pair_key] = outcome.value.pair.reason
+    parts = outcome.value.seconds if outcome.value is not None else {}
+    for stage, value in (*outcome.seconds.items(), *parts.items()):
+        summary.seconds[stage] = summary.seconds.get(stage, 0.0) + value
+
+
+def parse_roles(text: str) -> tuple[LatentRole, ...]:
+    """Roles from a comma-separated list."""
+    known: dict[str, LatentRole] = {"thin": "thin", "thick": "thick", "thick_on_thin": "thick_on_thin"}
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise InputError(f"roles {text!r}", expected=", ".join(known), remedy="For example --roles thin,thick_on_thin.")
+    return tuple(known[name] for name in names)

@@ -1,0 +1,189 @@
+"""Encode: read a series or a pair once, run the frozen VAE once per latent wanted, stage the bytes in the store."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache import COMPRESSION, Encoding, LatentRecord, LatentRole, PairRecord
+from pipeline.engines import StagedLatents, timed
+from pipeline.vae import Encoder
+from pipeline.volume import Geometry, SeriesPointer, Volume, Window, onto_field, resample_z
+
+PREPROCESSING_VERSION = 1
+NUMERICS_VERSION = 2
+"""2: on a CPU one slice at a time, so that free memory no longer shows in the low bits."""
+PAD_MULTIPLE_ZYX = (4, 32, 32)
+"""In-plane what the U-Net needs: 8 latents; 64 voxels with latent patch 2, which --pad-in-plane gives."""
+
+
+class Staging(Protocol):
+    """The part of the store that a worker needs."""
+
+    def stage(
+        self,
+        array: NDArray[np.float16],
+        *,
+        encode_key: str,
+        key: str,
+        role: LatentRole,
+        z0_mm: float,
+        dz_mm: float,
+        valid_zyx: tuple[int, int, int],
+        source_digest: str,
+        round_trip_psnr: float | None = None,
+    ) -> LatentRecord: ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One latent that is missing from the manifest."""
+
+    key: str
+    role: LatentRole
+    source_digest: str
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """Work on one study's pair, or on a lone series: every missing latent that its volumes give.
+
+    ``name`` is the pair key or the series key; ``pair`` is set when the pixel proof is due.
+    """
+
+    name: str
+    encode_key: str
+    thin: SeriesPointer | None
+    thick: SeriesPointer | None
+    wanted: tuple[Wanted, ...]
+    pair: PairRecord | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Volumes in HU, read on a CPU worker, ready for the device."""
+
+    task: EncodeTask
+    thin: Volume | None
+    thick: Volume | None
+
+
+def make_encoding(
+    vae: Encoder,
+    window: Window,
+    pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
+    extra: Mapping[str, Any] | None = None,
+) -> Encoding:
+    """The record whose hash is the encode key; ``extra`` holds what only some encodings have (`vae_tiling`)."""
+    return Encoding(
+        vae_sha256=vae.sha256,
+        vae_architecture=vae.architecture,
+        window_center=window.center,
+        window_width=window.width,
+        preprocessing_version=PREPROCESSING_VERSION,
+        numerics_version=NUMERICS_VERSION,
+        pad_multiple_zyx=pad_multiple_zyx,
+        extra=dict(extra or {}),
+    )
+
+
+def prepare(task: EncodeTask, *, threads: int = 2) -> Prepared:
+    """Read the task's volumes from their archives (CPU). Raises InputError when pixels are broken or have changed."""
+    from pipeline.reading import read_series
+
+    thin = read_series(task.thin, threads=threads) if task.thin else None
+    thick = read_series(task.thick, threads=threads) if task.thick else None
+    return Prepared(task, thin, thick)
+
+
+def encode_one(
+    vae: Encoder,
+    window: Window,
+    store: Staging,
+    prepared: Prepared,
+    *,
+    round_trip_fraction: float = 0.02,
+    pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
+) -> StagedLatents:
+    """Encode and stage every latent that the task wants. The only place where the encoder runs.
+
+    ``thick_on_thin`` is the thick HU, linearly interpolated by physical position onto the thin grid (in plane too where
+    the fields of view differ), encoded.
+    """
+    task, thin, thick = prepared.task, prepared.thin, prepared.thick
+    seconds: dict[str, float] = {}
+    proved = timed(seconds, "proof", lambda: _prove(task, thin, thick))
+    records = []
+    for want in task.wanted:
+        if want.role == "thick_on_thin" and proved is not None and proved.status != "ok":
+            continue
+        unit, geometry = timed(seconds, "window", functools.partial(_input, want.role, thin, thick, window))
+        latent = timed(seconds, "vae", functools.partial(_encoded, vae, unit, pad_multiple_zyx))
+        psnr = None
+        if _sampled(want, round_trip_fraction):
+            psnr = timed(seconds, "round_trip", functools.partial(_round_trip_psnr, vae, latent, unit))
+        staged = functools.partial(
+            store.stage,
+            latent.astype(np.float16),
+            encode_key=task.encode_key,
+            key=want.key,
+            role=want.role,
+            z0_mm=geometry.z_mm[0] + (COMPRESSION - 1) / 2 * geometry.spacing_mm_zyx[0],
+            dz_mm=COMPRESSION * geometry.spacing_mm_zyx[0],
+            valid_zyx=geometry.shape_zyx,
+            source_digest=want.source_digest,
+            round_trip_psnr=psnr,
+        )
+        records.append(timed(seconds, "store", staged))
+    return StagedLatents(task.name, tuple(records), proved, seconds)
+
+
+def _input(
+    role: LatentRole, thin: Volume | None, thick: Volume | None, window: Window
+) -> tuple[NDArray[np.float32], Geometry]:
+    """What the VAE sees for one role, on [-1, 1], and the lattice it lies on."""
+    if role == "thick_on_thin":
+        assert thin is not None
+        assert thick is not None
+        measured = onto_field(thick, thin.geometry)
+        hu = resample_z(measured.hu, np.array(measured.geometry.z_mm), np.array(thin.geometry.z_mm))
+        return window.to_unit(hu), thin.geometry
+    volume = thin if role == "thin" else thick
+    assert volume is not None
+    return window.to_unit(volume.hu), volume.geometry
+
+
+def _encoded(vae: Encoder, unit: NDArray[np.float32], pad_multiple_zyx: tuple[int, int, int]) -> NDArray[np.float32]:
+    return np.asarray(vae.encode(unit, pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
+
+
+def _prove(task: EncodeTask, thin: Volume | None, thick: Volume | None) -> PairRecord | None:
+    """The pair's row with the pixel proof in its evidence, quarantined when the pixels contradict the headers."""
+    if task.pair is None or thin is None or thick is None:
+        return None
+    from pipeline.pairing import prove_pair
+
+    proof = prove_pair(thick, thin)
+    evidence = json.loads(task.pair.evidence or "{}") | {"pixel_proof": proof.evidence}
+    row = replace(task.pair, evidence=json.dumps(evidence, sort_keys=True))
+    return row if proof.ok else replace(row, status="quarantined", reason=proof.reason)
+
+
+def _sampled(want: Wanted, fraction: float) -> bool:
+    """Whether this latent's round trip is measured: decided by its key, so that a re-run decides alike."""
+    return int(hashlib.sha256(f"{want.key}/{want.role}".encode()).hexdigest()[:8], 16) < fraction * 2**32
+
+
+def _round_trip_psnr(vae: Encoder, latent: NDArray[np.float32], unit: NDArray[np.float32]) -> float:
+    """PSNR in dB of decode(encode(x)) over the window, on [-1, 1] data (peak 2)."""
+    shape = (int(unit.shape[0]), int(unit.shape[1]), int(unit.shape[2]))
+    decoded = np.asarray(vae.decode(latent.astype(np.float16).astype(np.float32), shape))
+    mse = float(np.mean((np.clip(decoded, -1, 1) - unit) ** 2, dtype=np.float64))
+    return float("inf") if mse == 0 else float(10 * np.log10(4.0 / mse))

@@ -1,0 +1,32 @@
+from .case import failed as failed
+from .held_out import HeldOutImages as HeldOutImages, check_same_vae as check_same_vae
+from .methods import EvaluationSettings as EvaluationSettings
+from .results import (
+    case_of as case_of,
+    count_of as count_of,
+    finish as finish,
+    load_metrics as load_metrics,
+    log_test_use as log_test_use,
+    number as number,
+    summary_text as summary_text,
+    values as values,
+)
+from .rplhr import evaluate_dataset as evaluate_dataset, find_cases as find_cases
+from .run import SCORES_VERSION as SCORES_VERSION, evaluate_pairs as evaluate_pairs, load_views as load_views
+from .vae_reconstruction import (
+    as_dict as as_dict,
+    check as check,
+    plot as plot,
+    sample_series as sample_series,
+    summarise as summarise,
+    table as table,
+)
+from .views import (
+    CODE_KNOTS as CODE_KNOTS,
+    CODE_KNOTS_HU as CODE_KNOTS_HU,
+    SPREAD_STEP_HU as SPREAD_STEP_HU,
+    CaseView as CaseView,
+    label as label,
+    ordered as ordered,
+    view_stride as view_stride,
+)

@@ -1,0 +1,111 @@
+"""Held-out pairs looked at during training: sampled latents decoded to HU and scored beside what bounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache import InputError, LatentStore, PairRecord
+from pipeline.identity import PrivateStore
+from pipeline.metrics import intensity as metrics, ssim
+from pipeline.reading import read_series
+from pipeline.vae import Encoder, as_encoded
+from pipeline.volume import Window, common_slices, onto_field, resample_z
+
+
+@dataclass(frozen=True)
+class HeldOutPair:
+    """A pair's truth in HU, clipped to the window, on the thin slices that the thick series covers, and its bounds.
+
+    ``bounds`` has PSNR and SSIM of linear interpolation and of the VAE ceiling (the true thin series, encoded and
+    decoded): what the model must beat and what it cannot pass.
+    """
+
+    pair: PairRecord
+    valid_zyx: tuple[int, int, int]
+    inside: slice
+    truth: NDArray[np.float32]
+    bounds: Mapping[str, float]
+
+
+class HeldOutImages:
+    """The first pairs of a split, read once; later looks only decode and compare.
+
+    Args:
+        count: Pairs to look at; the smallest pair keys, so that every validation sees the same ones.
+
+    Raises:
+        InputError: A VAE other than the one that encoded the latents.
+    """
+
+    def __init__(
+        self,
+        store: LatentStore,
+        private: PrivateStore,
+        vae: Encoder,
+        encode_key: str,
+        *,
+        split: str = "val",
+        count: int = 2,
+    ) -> None:
+        encoding = store.encoding(encode_key)
+        check_same_vae(vae, encoding.vae_sha256)
+        self.vae: Encoder = as_encoded(vae, encoding.extra)
+        self.window = Window(encoding.window_center, encoding.window_width)
+        encoded = {record.key for record in store.records(encode_key, "thin")}
+        pairs = [p for p in store.pairs() if p.split == split and p.status == "ok" and p.thin_key in encoded]
+        chosen = sorted(pairs, key=lambda p: p.pair_key)[:count]
+        self.pairs = [self._read(store, private, encode_key, pair) for pair in chosen]
+
+    def figures(self, latent_of: Callable[[PairRecord], NDArray[Any]]) -> dict[str, float]:
+        """Mean PSNR (dB) and SSIM over the window of sampled latents, and those of the bounds.
+
+        Args:
+            latent_of: A pair's sampled thin latent, raw, (4, d, h, w).
+        """
+        rows = [
+            {**self._scores("", held, self._decode(latent_of(held.pair), held)), **held.bounds} for held in self.pairs
+        ]
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+
+    def _read(self, store: LatentStore, private: PrivateStore, encode_key: str, pair: PairRecord) -> HeldOutPair:
+        pointers = private.pointers([pair.thin_key, pair.thick_key])
+        thin = read_series(pointers[pair.thin_key])
+        thick = onto_field(read_series(pointers[pair.thick_key]), thin.geometry)
+        inside = common_slices(thick.geometry, thin.geometry)
+        truth = self._clip(thin.hu[inside])
+        z_inside = np.array(thin.geometry.z_mm)[inside]
+        linear = self._clip(resample_z(thick.hu, np.array(thick.geometry.z_mm), z_inside))
+        record = store.find(pair.thin_key, "thin", encode_key)
+        assert record is not None, "pairs are chosen among those encoded"
+        held = HeldOutPair(pair, thin.geometry.shape_zyx, inside, truth, {})
+        ceiling = self._decode(np.asarray(store.read(record), dtype=np.float32)[:4], held)
+        bounds = {**self._scores("_linear", held, linear), **self._scores("_vae_ceiling", held, ceiling)}
+        return HeldOutPair(pair, held.valid_zyx, inside, truth, bounds)
+
+    def _decode(self, latent: NDArray[Any], held: HeldOutPair) -> NDArray[np.float32]:
+        unit = np.asarray(self.vae.decode(np.asarray(latent, dtype=np.float32), held.valid_zyx))
+        return self._clip(self.window.from_unit(unit[held.inside]))
+
+    def _clip(self, hu: NDArray[Any]) -> NDArray[np.float32]:
+        return np.clip(hu.astype(np.float32), self.window.lower, self.window.upper)
+
+    def _scores(self, suffix: str, held: HeldOutPair, hu: NDArray[np.float32]) -> dict[str, float]:
+        return {
+            f"val_psnr_db{suffix}": metrics.psnr(hu, held.truth, data_range=self.window.width),
+            f"val_ssim{suffix}": ssim(hu, held.truth, data_range=self.window.width),
+        }
+
+
+def check_same_vae(vae: Encoder, sha256: str) -> None:
+    """Refuse to decode with another VAE than the one that encoded."""
+    if vae.sha256 != sha256:
+        raise InputError(
+            f"a VAE whose SHA-256 begins {vae.sha256[:12]}",
+            expected=f"the one that encoded this store's latents, {sha256[:12]}",
+            remedy="Give its path with --vae.",
+        )

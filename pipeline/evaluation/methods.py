@@ -1,0 +1,259 @@
+"""Every method's thin volume of one pair, made when asked for: interpolations, VAE round trips, networks.
+
+The model's output is composed as ``ctpipe decode --checkpoint`` composes it, with the protocol's slice profile fitted
+on other patients. Back-projection and the regression network get the same profile and the same consistency step, so
+that what differs between them and the model is the network alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache import COMPRESSION, CtpipeError, InputError, LatentRecord, LatentStore, PairRecord
+from pipeline.decode import ComposeSettings, compose
+from pipeline.forward_model import BASELINES, ProtocolFit, SliceProfile, apply, default_profile, weights
+from pipeline.metrics import FeaturesOf, intensity as metrics
+from pipeline.refiner import RefinerFile
+from pipeline.vae import Encoder
+from pipeline.volume import (
+    Geometry,
+    SeriesPointer,
+    Volume,
+    Window,
+    common_slices,
+    grid_difference,
+    interpolated,
+    onto_field,
+)
+
+SPACING_TOLERANCE = 1e-3
+"""Relative; DICOM's decimal strings round by less."""
+
+
+def on_one_grid(thick: Volume, thin: Geometry) -> tuple[Volume, tuple[str, ...]]:
+    """The thick series on the thin one's in-plane grid, and a note where it had to be resampled for that.
+
+    Raises:
+        InputError: The thin series' field of view reaches beyond what the thick one measured.
+    """
+    difference = grid_difference(thick.geometry, thin)
+    if not difference:
+        return thick, ()
+    return onto_field(thick, thin), (f"the thick series was resampled in-plane onto the thin one's grid: {difference}",)
+
+
+def check_record(record: LatentRecord, thin: Geometry) -> None:
+    """Refuse a stored latent that covers other slices than the thin series'.
+
+    Raises:
+        InputError: Another number of voxels, another spacing, or other positions.
+    """
+    depth, height, width = record.valid_zyx
+    if (depth, height, width) != thin.shape_zyx:
+        raise InputError(
+            f"a {record.role} latent of {depth}x{height}x{width} voxels",
+            expected="the thin series' " + "x".join(map(str, thin.shape_zyx)),
+            remedy="Encode the store again: ctpipe encode STORE.",
+        )
+    dz = thin.spacing_mm_zyx[0]
+    first = thin.z_mm[0] + (COMPRESSION - 1) / 2 * dz
+    # A latent slice is four slices deep: a tenth of a slice is far below what anyone can see, and far above rounding.
+    off = max(abs(record.z0_mm - first), abs(record.dz_mm / COMPRESSION - dz) * depth)
+    if off > 0.1 * dz:
+        raise InputError(
+            f"a {record.role} latent of slices {record.dz_mm / COMPRESSION:.3f} mm apart from {record.z0_mm:.2f} mm",
+            expected=f"the thin series' {dz:.3f} mm from {first:.2f} mm",
+            remedy="Encode the store again: ctpipe encode STORE.",
+        )
+
+
+def check_latent(latent: NDArray[Any], thin: Geometry) -> None:
+    """Refuse a generated latent (4, d, h, w) that cannot be that of the thin series.
+
+    Raises:
+        InputError: Another depth, or less in-plane than the series has.
+    """
+    depth, height, width = (-(-n // COMPRESSION) for n in thin.shape_zyx)
+    if latent.ndim != 4 or latent.shape[1] != depth or latent.shape[2] < height or latent.shape[3] < width:
+        raise InputError(
+            f"a generated latent of shape {tuple(latent.shape)}",
+            expected=f"(4, {depth}, {height} or more, {width} or more)",
+            remedy="Sample it again: remove the generated store of this run.",
+        )
+
+
+LatentOf = Callable[[PairRecord], NDArray[Any]]
+SamplesOf = Callable[[PairRecord], Iterator[NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is compared.
+
+    Attributes:
+        views: Cases that keep their volumes for the report's viewer.
+        identity: Changes with anything that changes scores (checkpoint, sampling): cases of another are done again.
+        regression: A compact network trained on plain interpolation; None leaves the method out.
+        features: Feature maps for the perceptual distance; None leaves the figure out.
+    """
+
+    window: Window
+    encode_key: str
+    compose: ComposeSettings = field(default_factory=ComposeSettings)
+    views: int = 3
+    identity: str = ""
+    regression: RefinerFile | None = None
+    features: FeaturesOf | None = None
+
+
+class Locates(Protocol):
+    """The part of PRIVATE that scoring needs."""
+
+    def pointer(self, series_key: str) -> SeriesPointer: ...
+
+
+@dataclass(frozen=True)
+class CaseWork:
+    """What every case needs."""
+
+    store: LatentStore
+    private: Locates
+    vae: Encoder
+    generated: LatentOf
+    settings: EvaluationSettings
+    samples: SamplesOf | None = None
+
+
+@dataclass(frozen=True)
+class MethodOutput:
+    """One method's volume (z, y, x) in HU on the compared slices, with the figures of its composition.
+
+    ``whole_range`` is False where only values inside the window mean anything; ``hu`` is None where there is an
+    ``error`` instead.
+    """
+
+    name: str
+    hu: NDArray[Any] | None
+    whole_range: bool = True
+    error: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def case_methods(
+    work: CaseWork, pair: PairRecord, thick: Volume, thin: Geometry, fit: ProtocolFit | None = None
+) -> Iterator[MethodOutput]:
+    """Every method's volume on the measured part of the thin grid, one at a time.
+
+    A latent of another shape or spacing than the thin series' is that method's error.
+    """
+    settings, store = work.settings, work.store
+    inside = common_slices(thick.geometry, thin)
+    target = thin.with_z(np.array(thin.z_mm)[inside])
+    composing = settings.compose
+    if fit is not None:
+        composing = replace(
+            composing, profile=composing.profile or fit.profile, noise_hu=composing.noise_hu or fit.noise_hu
+        )
+
+    def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
+        check_latent(latent, thin)
+        unit = np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), thin.shape_zyx))
+        return settings.window.from_unit(unit[inside])
+
+    def stored(key: str, role: Any) -> NDArray[np.float32] | None:
+        record = store.find(key, role, settings.encode_key)
+        if record is None:
+            return None
+        check_record(record, thin)
+        return decoded(store.read(record))
+
+    source, wanted = np.array(thick.geometry.z_mm), np.array(target.z_mm)
+    profile = composing.profile or stated_profile(thick)
+    for method in BASELINES:
+        yield MethodOutput(method, apply(weights(method, source, wanted, profile), thick.hu))
+    yield _tried("cubic_consistent", lambda: _composed("cubic_consistent", settings, thick, target, composing, None))
+    network = settings.regression
+    if network is not None:
+        yield _tried("regression", lambda: _composed("regression", settings, thick, target, composing, network))
+    condition_hu: NDArray[np.float32] | None = None
+    try:
+        condition_hu = stored(pair.pair_key, "thick_on_thin")
+    except CtpipeError as error:
+        yield MethodOutput("condition_round_trip", None, error=str(error))
+    if condition_hu is not None:
+        yield MethodOutput("condition_round_trip", condition_hu, whole_range=False)
+    yield _tried("model", lambda: _model(work, pair, thick, target, composing, condition_hu, decoded))
+    condition_hu = None
+    ceiling = _tried("vae_ceiling", lambda: MethodOutput("vae_ceiling", stored(pair.thin_key, "thin"), False))
+    if ceiling.hu is not None or ceiling.error:
+        yield ceiling
+
+
+def _tried(name: str, make: Callable[[], MethodOutput]) -> MethodOutput:
+    """The output, or why there is none."""
+    try:
+        return make()
+    except CtpipeError as error:
+        return MethodOutput(name, None, error=str(error))
+
+
+def _composed(
+    name: str,
+    settings: EvaluationSettings,
+    thick: Volume,
+    target: Geometry,
+    composing: ComposeSettings,
+    network: RefinerFile | None,
+) -> MethodOutput:
+    """Interpolated thick HU, perhaps through a network, made consistent as the model's output is.
+
+    Without a network it is what the consistency step alone is worth: a model's own gain begins there.
+    """
+    how = replace(composing, detail="absolute", refiner=network)
+    hu, figures = compose(interpolated(thick, target, "cubic"), settings.window, thick, target, how)
+    return MethodOutput(name, hu, figures=figures)
+
+
+def _model(
+    work: CaseWork,
+    pair: PairRecord,
+    thick: Volume,
+    target: Geometry,
+    composing: ComposeSettings,
+    condition_hu: NDArray[np.float32] | None,
+    decoded: Callable[[NDArray[Any]], NDArray[np.float32]],
+) -> MethodOutput:
+    if composing.detail == "residual" and condition_hu is None:
+        raise InputError(
+            f"pair {pair.pair_key} without a usable thick_on_thin latent",
+            expected="one, because residual detail needs the condition decoded",
+            remedy="Encode with --roles thin,thick,thick_on_thin, or use --detail absolute.",
+        )
+    generated = metrics.require_finite(decoded(work.generated(pair)), "the decoded model output")
+    seen = condition_hu if composing.detail == "residual" else None
+    hu, figures = compose(generated, work.settings.window, thick, target, composing, condition_hu=seen)
+    return MethodOutput("model", hu, figures=figures)
+
+
+def stated_profile(thick: Volume) -> SliceProfile:
+    """The box of the slice thickness that the scanner states."""
+    return default_profile(thick.geometry.thickness_mm, thick.geometry.spacing_mm_zyx[0])
+
+
+def sample_spread(work: CaseWork, latents: Iterator[NDArray[Any]], shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """Standard deviation in HU of decoded samples (Welford's update, one sample in memory at a time)."""
+    count, window = 0, work.settings.window
+    mean = np.zeros(shape, dtype=np.float32)
+    squares = np.zeros(shape, dtype=np.float32)
+    for latent in latents:
+        hu = window.from_unit(np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), shape)))
+        count += 1
+        step = hu - mean
+        mean += step / np.float32(count)
+        squares += step * (hu - mean)
+    return np.asarray(np.sqrt(squares / np.float32(max(count - 1, 1))))

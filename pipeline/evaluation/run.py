@@ -1,0 +1,273 @@
+"""Evaluate a store's held-out pairs one by one, with bounded memory; a case that is done is not done again.
+
+Methods of a case are made, scored and dropped one after the other: beside the truth and the thick series, at most two
+thin volumes are in memory, and what the VAE needs to decode one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentcache import CtpipeError, InputError, LatentStore, PairRecord
+from latentcache.storage import written_aside
+from pipeline.engines import EngineOptions, Outcome, Stage, check_seen, mark, note, pin, stream
+from pipeline.evaluation.case import Case, CaseScores, failed, notes_on, score_method
+from pipeline.evaluation.methods import (
+    CaseWork,
+    EvaluationSettings,
+    LatentOf,
+    SamplesOf,
+    case_methods,
+    on_one_grid,
+    sample_spread,
+    stated_profile,
+)
+from pipeline.evaluation.phantom_truth import known_structures
+from pipeline.evaluation.results import finished_case, keep_case
+from pipeline.evaluation.views import CaseView, towards, view_stride
+from pipeline.forward_model import ProtocolFit, Protocols, slice_operator
+from pipeline.identity import PrivateStore
+from pipeline.reading import read_series
+from pipeline.vae import Encoder
+from pipeline.volume import SeriesPointer, common_slices
+
+log = logging.getLogger("ctpipe.evaluate")
+
+
+@dataclass(frozen=True)
+class SeriesLocations:
+    """Where one pair's series lie: the part of PRIVATE that scoring needs."""
+
+    pointers: Mapping[str, SeriesPointer]
+
+    def pointer(self, series_key: str) -> SeriesPointer:
+        return self.pointers[series_key]
+
+
+@dataclass(frozen=True)
+class CaseTask:
+    """One pair to score. ``problem`` is why the driver could not say where it lies."""
+
+    pair: PairRecord
+    places: SeriesLocations = SeriesLocations({})
+    fit: ProtocolFit | None = None
+    view_folder: Path | None = None
+    problem: CtpipeError | None = None
+
+    @property
+    def key(self) -> str:
+        return self.pair.pair_key
+
+
+Score = Callable[[CaseWork, PairRecord, ProtocolFit | None, Path | None], CaseScores]
+
+
+def as_it_is(task: CaseTask) -> CaseTask:
+    """The stage's CPU part. Pixels are read where they are scored, so that two thin volumes at most are in memory."""
+    return task
+
+
+def get_ready(
+    device: str, *, work: CaseWork, load: Callable[[str], Encoder] | None, seen: Path, threads: int | None
+) -> CaseWork:
+    """A worker's state: the work with a VAE of its own, where the driver's cannot be shared."""
+    check_seen(seen)
+    if threads is not None:
+        pin(threads)
+    return work if load is None else replace(work, vae=load(device))
+
+
+def run_case(work: CaseWork, task: CaseTask, *, score: Score, threads: int | None) -> CaseScores:
+    """The stage's device part. A pair that cannot be compared is a case that says so; anything else is the engine's."""
+    if threads is not None:
+        pin(threads)
+    pair = task.pair
+    try:
+        if task.problem is not None:
+            raise task.problem
+        return score(replace(work, private=task.places), pair, task.fit, task.view_folder)
+    except CtpipeError as error:
+        note(log, "set_aside", logging.WARNING, f"pair {pair.pair_key} could not be evaluated: {error}",
+             series_key=pair.pair_key, stage="evaluate", outcome=type(error).__name__)  # fmt: skip
+        return failed(pair.pair_key, pair.category, pair.patient_key, str(error))
+
+
+def spread_cases(
+    tasks: Sequence[CaseTask],
+    work: CaseWork,
+    score: Score,
+    options: EngineOptions,
+    folder: Path,
+    load: Callable[[str], Encoder] | None,
+    threads: int | None,
+) -> Generator[Outcome[CaseTask, CaseScores], None, None]:
+    """Score tasks on an engine; outcomes as they come.
+
+    Raises:
+        InputError: No worker can start, or one sees another folder.
+    """
+    if not tasks:
+        return
+    with mark(folder.absolute()) as seen:
+        stage: Stage[CaseTask, CaseTask, CaseWork, CaseScores] = Stage(
+            prepare=as_it_is,
+            setup=functools.partial(get_ready, work=work, load=load, seen=seen, threads=threads),
+            run=functools.partial(run_case, score=score, threads=threads),
+        )
+        with contextlib.closing(stream(tasks, stage, options)) as outcomes:
+            yield from outcomes
+
+
+VIEWED = ("truth", "nearest", "linear", "cubic", "regression", "model", "vae_ceiling", "uncertainty")
+SCORES_VERSION = "4"
+"""Part of a case's identity: raise it when a figure's definition changes, so that old cases are done again."""
+
+
+def evaluate_pairs(
+    store: LatentStore,
+    private: PrivateStore,
+    vae: Encoder,
+    pairs: Sequence[PairRecord],
+    generated: LatentOf,
+    settings: EvaluationSettings,
+    folder: Path,
+    samples: SamplesOf | None = None,
+    *,
+    options: EngineOptions | None = None,
+    load: Callable[[str], Encoder] | None = None,
+    threads: int | None = None,
+) -> Generator[CaseScores, None, None]:
+    """Score every method on each pair and yield cases in order; ``generated`` gives the model's raw latents of a pair.
+
+    Args:
+        vae: The decoder; with ``load`` workers make their own, by device.
+        samples: Single samples of a pair, whose spread the viewer shows; None shows none.
+        options: The engine that spreads cases; one after the other in this process by default.
+        threads: Arithmetic threads a worker, pinned for equal figures; None leaves them as they are.
+
+    Raises:
+        InputError: There is no pair to evaluate. A single pair's failure is recorded in its case instead.
+    """
+    if not pairs:
+        raise InputError(
+            "no pair to evaluate",
+            expected="at least one encoded thick/thin pair in the split",
+            remedy="Choose another --split, or encode the store first.",
+        )
+    (folder / "cases").mkdir(parents=True, exist_ok=True)
+    protocols = Protocols(store.pairs(), {s.series_key: s for s in store.series()}, private.pointer, read_series)
+    work = CaseWork(store, private, vae, generated, settings, samples)
+    paths = {pair.pair_key: folder / "cases" / f"{pair.pair_key}.json" for pair in pairs}
+    done = {key: case for key, path in paths.items() if (case := finished_case(path, settings.identity)) is not None}
+    viewed = {pair.pair_key for pair in pairs[: settings.views]}
+    todo = [
+        _task(pair, private, protocols, folder.absolute() if pair.pair_key in viewed else None)
+        for pair in pairs
+        if pair.pair_key not in done
+    ]
+    order = deque(pair.pair_key for pair in pairs)
+    spread = spread_cases(todo, work, _evaluate, options or EngineOptions("inline"), folder, load, threads)
+    with contextlib.closing(spread) as outcomes:
+        while order:
+            while order and order[0] in done:
+                yield done.pop(order.popleft())
+            if order:
+                outcome = next(outcomes)
+                case = done[outcome.item.key] = outcome.value or _lost(outcome)
+                if outcome.ok:
+                    keep_case(paths[outcome.item.key], settings.identity, case)
+
+
+def _task(pair: PairRecord, private: PrivateStore, protocols: Protocols, view_folder: Path | None) -> CaseTask:
+    try:
+        places = SeriesLocations({key: private.pointer(key) for key in (pair.thick_key, pair.thin_key)})
+        return CaseTask(pair, places, protocols.fit(pair), view_folder)
+    except CtpipeError as error:
+        return CaseTask(pair, problem=error)
+
+
+def _lost(outcome: Outcome[CaseTask, CaseScores]) -> CaseScores:
+    """The case of a pair whose worker died, hung or met a bug: not kept, so that the next run tries it again."""
+    pair, reason = outcome.item.pair, outcome.error or "unknown"
+    said = f"pair {pair.pair_key} could not be evaluated: {reason}"
+    kind = outcome.error_kind or "unknown"
+    note(log, "set_aside", logging.WARNING, said, series_key=pair.pair_key, stage="evaluate", outcome=kind)
+    return failed(pair.pair_key, pair.category, pair.patient_key, reason)
+
+
+def _evaluate(work: CaseWork, pair: PairRecord, fit: ProtocolFit | None, view_folder: Path | None) -> CaseScores:
+    pointers = [work.private.pointer(key) for key in (pair.thick_key, pair.thin_key)]
+    thick, thin = (read_series(pointer) for pointer in pointers)
+    thick, remarks = on_one_grid(thick, thin.geometry)
+    inside = common_slices(thick.geometry, thin.geometry)
+    geometry = thin.geometry.with_z(np.array(thin.geometry.z_mm)[inside])
+    profile = fit.profile if fit else stated_profile(thick)
+    operator = slice_operator(profile, np.array(thick.geometry.z_mm), np.array(geometry.z_mm))
+    case = Case(
+        thin.hu[inside], geometry, thick.geometry.z_mm, operator, thick.hu,
+        known_structures(pointers[1], geometry), work.settings.features,
+    )  # fmt: skip
+    scores: dict[str, dict[str, Any]] = {}
+    failures: dict[str, str] = {}
+    misfit: Mapping[str, Any] = {}
+    stride = view_stride(case.truth.shape)
+    view = {"truth": _for_viewer(case.truth, stride)}
+    for output in case_methods(work, pair, thick, thin.geometry, fit):
+        if output.hu is None:
+            failures[output.name] = output.error
+            continue
+        if view_folder is not None and output.name in VIEWED:
+            view[output.name] = _for_viewer(output.hu, stride)
+        if output.name == "model":
+            misfit = {"rms_hu": output.figures.get("rms_after_hu"), **output.figures}
+        try:
+            scores[output.name] = score_method(output.hu, case, work.settings.window, whole_range=output.whole_range)
+        except InputError as error:
+            failures[output.name] = str(error)
+        del output  # else it would stay in memory while the next method's volume is made
+    if view_folder is not None:
+        if work.samples is not None:
+            spread = sample_spread(work, work.samples(pair), thin.geometry.shape_zyx)
+            view["uncertainty"] = _for_viewer(spread[inside], stride)
+        dz, dy, dx = geometry.spacing_mm_zyx
+        _save_view(view_folder, CaseView(pair.pair_key, (dz, dy * stride, dx * stride), view, towards(geometry)))
+    return CaseScores(
+        pair.pair_key, pair.category, len(case.truth), scores, failures, dict(misfit),
+        pair.patient_key, (*remarks, *notes_on(case.truth)),
+    )  # fmt: skip
+
+
+def _for_viewer(hu: NDArray[Any], stride: int) -> NDArray[np.int16]:
+    return np.asarray(np.clip(np.rint(hu[:, ::stride, ::stride]), -1024, 3071).astype(np.int16))
+
+
+def _save_view(folder: Path, view: CaseView) -> None:
+    arrays: dict[str, Any] = {
+        "spacing_mm_zyx": np.array(view.spacing_mm_zyx), "towards": np.array(view.towards), **view.volumes,
+    }  # fmt: skip
+    with written_aside(folder / "views" / f"{view.key}.npz") as draft, draft.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_views(folder: Path, keys: Sequence[str] | None = None) -> list[CaseView]:
+    """The volumes that an evaluation kept for its report; ``keys`` leaves out those of an earlier evaluation."""
+    views = []
+    for path in sorted((folder / "views").glob("[!.]*.npz")):
+        if keys is not None and path.stem not in keys:
+            continue
+        with np.load(path) as data:
+            dz, dy, dx = (float(v) for v in data["spacing_mm_zyx"])
+            volumes = {name: data[name] for name in VIEWED if name in data}
+            where = str(data["towards"]) if "towards" in data else ""
+        views.append(CaseView(path.stem, (dz, dy, dx), volumes, where))
+    return views

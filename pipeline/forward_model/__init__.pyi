@@ -1,0 +1,21 @@
+from .data_consistency import (
+    ProjectionFigures as ProjectionFigures,
+    measurement_noise as measurement_noise,
+    project as project,
+    residual_rms as residual_rms,
+)
+from .fit import (
+    OperatorCheck as OperatorCheck,
+    ProtocolFit as ProtocolFit,
+    Protocols as Protocols,
+    check_operator as check_operator,
+    fit_pair as fit_pair,
+    fit_profile as fit_profile,
+)
+from .slice_profile import (
+    SliceOperator as SliceOperator,
+    SliceProfile as SliceProfile,
+    default_profile as default_profile,
+    slice_operator as slice_operator,
+)
+from .upsampling import BASELINES as BASELINES, apply as apply, weights as weights

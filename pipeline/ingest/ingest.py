@@ -1,0 +1,216 @@
+"""Ingest: archives to catalog, pairs and splits. Wiring: each step is a plain function of another module.
+
+Work goes in batches of archives. A batch is scanned, joined, keyed, paired and split, then committed in one snapshot;
+PRIVATE is written before it and the archives are marked as done after it, so that a run killed at any instant is
+continued by the next and ends in the same catalog.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+from latentcache import LatentStore, StoreError
+from pipeline.archive import DEFAULT_CATEGORIES, FoundArchive, discover
+from pipeline.engines import EngineOptions
+from pipeline.identity import PrivateStore
+from pipeline.ingest.batch import BatchWriter
+from pipeline.ingest.corrections import apply_overrides, pair_lone_thicks, relabel
+from pipeline.ingest.overrides import Overrides
+from pipeline.ingest.plan import ArchivePlan, found_table, plan_archives
+from pipeline.ingest.scan import CRASHED, ArchiveScan, ScanJob, scan_archive, scans_in_order
+from pipeline.ingest.summary import IngestSummary, summarise
+from pipeline.pairing import PatientSplits
+
+log = logging.getLogger("ctpipe.ingest")
+BATCH = 256
+COMPACT_EVERY = 32
+"""Batches after which PRIVATE's fragments are merged: each batch looks through all of them."""
+KNOWN = ("archive_key", "size", "mtime_ns", "etag", "digest", "category")
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """How to ingest.
+
+    Attributes:
+        categories: Allow-list of labels; a folder of another name gives ``unlabelled``.
+        overrides: The user's CSVs.
+        verify_pixels: Decode every series instead of trusting its headers until encode.
+        dry_run: Say what would be read, and stop.
+        rescan: Read archives again although nothing about them changed.
+        workers: Processes that scan; 1 scans in this one.
+        cluster: Scan on this engine's workers instead.
+        resample_variable_spacing: Take series of uneven spacing as if scanned evenly, see `even_spacing`.
+        pair_across_fov: Pair thick series that no thin one has the grid of with one whose field of view lies within.
+        exclude_folders: Folders not to enter, such as the store's own.
+        batch: Archives a commit.
+    """
+
+    categories: tuple[str, ...] = DEFAULT_CATEGORIES
+    overrides: Overrides = field(default_factory=Overrides)
+    verify_pixels: bool = False
+    dry_run: bool = False
+    rescan: bool = False
+    workers: int = 1
+    cluster: EngineOptions | None = None
+    pair_across_fov: bool = False
+    resample_variable_spacing: bool = False
+    exclude_folders: tuple[Path, ...] = ()
+    batch: int = BATCH
+
+
+def open_stores(store_url: str, private_url: str | None = None, seed: int = 0) -> tuple[LatentStore, PrivateStore]:
+    """The store and its private part, made if they do not exist.
+
+    Raises:
+        StoreError: The secret is not the one that the store was made with.
+    """
+    private = PrivateStore.open(store_url, private_url, create=not LatentStore.exists(store_url))
+    if not LatentStore.exists(store_url):
+        store = LatentStore.create(store_url, secret_fingerprint=private.fingerprint, split_seed=seed)
+    else:
+        store = LatentStore.open(store_url)
+    check_secret(store, private)
+    return store, private
+
+
+def check_secret(store: LatentStore, private: PrivateStore) -> None:
+    """Refuse a secret that is not the store's: every key would differ, and everything be stored a second time."""
+    if store.secret_fingerprint != private.fingerprint:
+        raise StoreError(
+            "the secret is not the one that this store was made with",
+            expected=f"the secret with fingerprint {store.secret_fingerprint}",
+            remedy="Give the private folder that belongs to this store with --private, or set CTPIPE_SECRET back.",
+        )
+
+
+def ingest(
+    dataset: str,
+    store: LatentStore | None,
+    private: PrivateStore | None,
+    options: IngestOptions | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> IngestSummary:
+    """Bring every archive of a dataset into the store's catalog.
+
+    Args:
+        dataset: A folder, a zip, or an object store's URL.
+        store: The store; None only with ``dry_run`` where there is none yet.
+        private: Its private part; likewise.
+        options: See :class:`IngestOptions`.
+        progress: Told the archives done and the archives to read.
+
+    Raises:
+        InputError: The dataset does not exist, or another driver is writing to the store.
+    """
+    options = options or IngestOptions()
+    everything = discover(dataset, options.categories, options.exclude_folders)
+    found = [f for f in everything if not options.overrides.excludes_archive(f.url, dataset)]
+    left_out = [f.url for f in everything if options.overrides.excludes_archive(f.url, dataset)]
+    if private is None or store is None:
+        return IngestSummary(dry_run=True, archives={"new": len(found), "excluded": len(left_out)})
+    plan = plan_archives(found_table(found, private.keys), private.table("archives", KNOWN), options.rescan)
+    if options.dry_run:
+        return IngestSummary(dry_run=True, archives=_counts(plan, left_out))
+    with store.writer():
+        splits = PatientSplits(store, options.overrides.splits)
+        writer = BatchWriter(
+            store, private, options.overrides, splits, options.pair_across_fov, options.resample_variable_spacing
+        )
+        done = 0
+        for number, batch in enumerate(_batches(found, plan, options), start=1):
+            writer.commit(batch)
+            done += len(batch)
+            progress(done, len(plan.to_scan))
+            if number % COMPACT_EVERY == 0:
+                private.compact()
+        relabel(store, private, {found[i].url: found[i].category for i in plan.relabelled})
+        if options.pair_across_fov:
+            pair_lone_thicks(store, private, splits)
+        refused = apply_overrides(store, private, splits, options.overrides, left_out)
+    private.compact()
+    counts = {**writer.outcomes, "excluded": len(left_out)}
+    counts["unchanged"] = len(plan.unchanged) + writer.outcomes["unchanged"]
+    return summarise(store, {name: n for name, n in counts.items() if n}, refused)
+
+
+def _counts(plan: ArchivePlan, left_out: Sequence[str]) -> dict[str, int]:
+    new = sum(not digest for digest in plan.known_digest)
+    return {
+        "new": new,
+        "changed": len(plan.to_scan) - new,
+        "unchanged": len(plan.unchanged),
+        "excluded": len(left_out),
+    }
+
+
+def _batches(found: Sequence[FoundArchive], plan: ArchivePlan, options: IngestOptions) -> Iterator[list[ArchiveScan]]:
+    """Scans of the planned archives, in their order, a batch at a time."""
+    jobs = [
+        (found[i], digest, options.verify_pixels) for i, digest in zip(plan.to_scan, plan.known_digest, strict=True)
+    ]
+    batches = [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
+    if options.cluster is not None:
+        with contextlib.closing(scans_in_order(jobs, options.cluster)) as scans:
+            for batch in batches:
+                yield list(itertools.islice(scans, len(batch)))
+        return
+    if options.workers < 2 or len(jobs) < 2:
+        for batch in batches:
+            yield [scan_archive(*job) for job in batch]
+        return
+    pool = _pool(min(options.workers, len(jobs)))
+    try:
+        for batch in batches:
+            scanned, lost = _scan_in_pool(pool, batch)
+            if lost:
+                pool.shutdown()
+                pool = _pool(min(options.workers, len(jobs)))
+            yield scanned
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Spawned, not forked: the parent has threads (Arrow's, the lease's), and a forked child may hang on their locks.
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def _scan_in_pool(pool: ProcessPoolExecutor, jobs: Sequence[ScanJob]) -> tuple[list[ArchiveScan], bool]:
+    """Scans of a batch, and whether the pool was lost: a worker that dies takes only the archive that killed it."""
+    scans: list[ArchiveScan] = []
+    lost = False
+    futures = [_submit(pool, job) for job in jobs]
+    for job, future in zip(jobs, futures, strict=True):
+        try:
+            if future is None:
+                raise BrokenProcessPool
+            scans.append(future.result())
+        except BrokenProcessPool:
+            lost = True
+            scans.append(_scan_alone(job))
+    return scans, lost
+
+
+def _submit(pool: ProcessPoolExecutor, job: ScanJob) -> Future[ArchiveScan] | None:
+    """The job's future, or None where an earlier job has already broken the pool."""
+    try:
+        return pool.submit(scan_archive, *job)
+    except BrokenProcessPool:
+        return None
+
+
+def _scan_alone(job: ScanJob) -> ArchiveScan:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(scan_archive, *job).result()
+        except BrokenProcessPool:
+            return ArchiveScan(job[0], reason=CRASHED)

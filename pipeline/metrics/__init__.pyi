@@ -1,0 +1,21 @@
+from .intensity import (
+    TISSUE_CLASSES_HU as TISSUE_CLASSES_HU,
+    bias_by_tissue as bias_by_tissue,
+    mean_absolute_error as mean_absolute_error,
+    psnr as psnr,
+    require_finite as require_finite,
+)
+from .lung_density import LAA_THRESHOLD_HU as LAA_THRESHOLD_HU, lung_density as lung_density, lung_mask as lung_mask
+from .noise import noise_texture as noise_texture, slice_inconsistency as slice_inconsistency
+from .null_space import null_space_figures as null_space_figures
+from .patient_statistics import by_patient as by_patient, interval as interval, paired_difference as paired_difference
+from .perceptual import FeaturesOf as FeaturesOf, perceptual_distance as perceptual_distance
+from .sharpness import Edges as Edges, find_edges as find_edges, sharpness as sharpness
+from .similarity import Similarity as Similarity, similarities as similarities, ssim as ssim
+from .volumetry import (
+    MARGIN_MM as MARGIN_MM,
+    Structure as Structure,
+    holds as holds,
+    measurable as measurable,
+    volume_errors as volume_errors,
+)

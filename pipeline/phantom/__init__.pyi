@@ -1,0 +1,8 @@
+from .dicom import patient_zip as patient_zip
+from .patient import (
+    PhantomPatient as PhantomPatient,
+    PhantomSettings as PhantomSettings,
+    make_patient as make_patient,
+    write_dataset as write_dataset,
+)
+from .trees import Segment as Segment

@@ -1,0 +1,8 @@
+"""Networks in pixel space: the refiner after decoding, and the regression baseline.
+
+In: thick HU on its own grid. Out: thin HU that agrees with it.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

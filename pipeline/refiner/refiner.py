@@ -1,0 +1,223 @@
+"""A trained refiner as a file, and its use: composed slices corrected in tiles, inside what the window can show.
+
+The network is ``refiner_network``; what it sees, ``refiner_input``.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from latentcache import InputError
+from pipeline.forward_model import SliceProfile
+from pipeline.refiner.inputs import RefinerInput, ThickView
+from pipeline.refiner.network import HEAD_REACH, Refiner, RefinerConfig
+from pipeline.volume import HANDOVER_SLOPE, Geometry, Volume, Window
+
+FILE_NAME = "refiner.safetensors"
+TILE = 192
+"""Pixels along the side of a tile; it holds all of its thick slices, and thin ones by SLICES at a time."""
+SLICES = 32
+SPACING_TOLERANCE = 1.25
+"""How far, as a factor, an output's slice spacing may lie outside those that the network was trained on."""
+
+
+@dataclass(frozen=True)
+class RefinerCard:
+    """What stands in the file beside the weights.
+
+    Attributes:
+        window: (centre, width) in HU of its unit scale.
+        spacing_mm: Least and largest slice spacing of the thin series it learnt from.
+        detail: How the composed input was made in training: ``residual``, or ``none`` where it was the interpolation.
+        recipe: The rest of how it was trained; JSON-ready, keys and figures only.
+    """
+
+    config: RefinerConfig
+    window: tuple[float, float]
+    spacing_mm: tuple[float, float]
+    detail: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RefinerFile:
+    """A trained refiner by path and content, as settings carry it; the hash covers weights and card alike.
+
+    ``optional``: nobody asked for it by name, so that series that it was not trained for go without it.
+    """
+
+    path: str
+    sha256: str
+    device: str = "cpu"
+    optional: bool = False
+
+    @classmethod
+    def of(cls, path: str | Path, device: str = "cpu", *, optional: bool = False) -> RefinerFile:
+        """The refiner of a run's folder, or a file.
+
+        Raises:
+            InputError: There is none.
+        """
+        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise InputError(
+                f"no {FILE_NAME} in the folder given as a refiner",
+                expected="a run of `ctpipe train-refiner`",
+                remedy="Give the run's folder, or train one: ctpipe train-refiner STORE RUN.",
+            )
+        return cls(str(file), hashlib.sha256(file.read_bytes()).hexdigest(), device, optional)
+
+    def load(self) -> tuple[Refiner, RefinerCard]:
+        """The network on its device, and its card; kept for the process."""
+        return _loaded(self)
+
+
+def save_refiner(network: Refiner, card: RefinerCard, out: Path) -> RefinerFile:
+    """Write weights and card as safetensors, aside and renamed."""
+    from safetensors.torch import save_file
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_suffix(".partial")
+    save_file(tensors, aside, metadata={"refiner": json.dumps(asdict(card), sort_keys=True)})
+    aside.replace(out)
+    return RefinerFile.of(out)
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(file: RefinerFile) -> tuple[Refiner, RefinerCard]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file.path, "pt") as opened:
+            raw = json.loads((opened.metadata() or {})["refiner"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        card = RefinerCard(
+            RefinerConfig(**raw["config"]),
+            (float(raw["window"][0]), float(raw["window"][1])),
+            (float(raw["spacing_mm"][0]), float(raw["spacing_mm"][1])),
+            str(raw["detail"]),
+            raw["recipe"],
+        )
+        network = Refiner(card.config)
+        network.load_state_dict(tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
+        raise InputError(
+            "a file that holds no refiner",
+            expected=f"the {FILE_NAME} that `ctpipe train-refiner` wrote",
+            remedy="Give --refiner the run's folder.",
+        ) from None
+    return network.requires_grad_(False).eval().to(file.device), card
+
+
+def misfit(card: RefinerCard, window: Window, spacing_mm: float, detail: str) -> tuple[str, str] | None:
+    """What was found and what the refiner expects, where it was trained for other latents, another slice spacing, or
+    another way to compose; None where it fits."""
+    low, high = card.spacing_mm
+    if (window.center, window.width) != card.window:
+        own = f"{window.center:g}:{window.width:g}"
+        return f"a refiner for the window {card.window[0]:g}:{card.window[1]:g}", f"one for the latents' own, {own}"
+    if not low / SPACING_TOLERANCE <= spacing_mm <= high * SPACING_TOLERANCE:
+        return f"slices {spacing_mm:g} mm apart", f"the refiner's own spacing, {low:g} to {high:g} mm"
+    if card.detail == "residual" and detail != "residual":
+        return f"detail {detail}", "residual, as the refiner was trained"
+    return None
+
+
+@torch.no_grad()
+def refine(
+    file: RefinerFile,
+    composed: NDArray[np.float32],
+    thick: Volume,
+    target: Geometry,
+    profile: SliceProfile,
+    window: Window,
+    detail: str,
+    tile: int = TILE,
+) -> float:
+    """Refine ``composed`` (z, y, x) float32 HU on ``target`` in place; returns the RMS change in HU.
+
+    Only what the window can show takes part: a voxel beyond the window keeps its value unless the network brings it
+    well inside (see ``settle``). Tiles start at whole folds, so that they give the numbers of one pass.
+
+    Raises:
+        InputError: The refiner was trained for another window or slice spacing.
+    """
+    network, card = file.load()
+    if (wrong := misfit(card, window, target.spacing_mm_zyx[0], detail)) is not None:
+        raise InputError(wrong[0], expected=wrong[1], remedy="Leave --refiner away, or train one on such series.")
+    view = ThickView.of(np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm), profile)
+    fold, reach = card.config.fold, card.config.reach
+    side = max(fold, tile // fold * fold)
+    # Tiles read their neighbours' halo as it was before.
+    before = composed.copy()
+    total = 0.0
+    for plane in tiles(composed.shape[1:], (side, side)):
+        wide, inner = with_halo(plane, composed.shape[1:], (reach, reach))
+        given = view.inputs(thick.hu[:, *wide], before[:, *wide], window)
+        for depth, unit in _refined_slices(network, given, file.device):
+            place = (depth, *plane)
+            settled = settle(window.from_unit(unit[:, *inner]), composed[place], window)
+            total += float(np.square(settled - composed[place], dtype=np.float64).sum())
+            composed[place] = settled
+    return float(np.sqrt(total / composed.size))
+
+
+def _refined_slices(network: Refiner, given: RefinerInput, device: str) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Refined thin slices of one tile, a few at a time, in unit scale; the thick grid is looked at once."""
+    features = network.encode(torch.from_numpy(given.thick)[None].to(device))
+    count = given.fine.shape[1]
+    for (depth,) in tiles((count,), (SLICES,)):
+        (wide,), (inner,) = with_halo((depth,), (count,), (HEAD_REACH,))
+        below = given.below[wide]
+        first, last = int(below.min()), int(below.max())
+        unit = network.decode(
+            torch.from_numpy(np.ascontiguousarray(given.fine[:, wide]))[None].to(device),
+            features[:, :, first : last + 2],
+            torch.from_numpy(below - first)[None].to(device),
+            torch.from_numpy(given.between[wide])[None].to(device),
+        )
+        yield depth, unit[0, 0, inner].clamp(-1, 1).cpu().numpy()
+
+
+def settle(refined: NDArray[np.float32], composed: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
+    """Refined HU, inside the window, where composed HU is inside too; else blended with it, without a step.
+
+    For composed HU beyond an edge, the weight of the refined value rises from 0 at that edge to 1 at a distance that
+    grows with how far beyond it lies, as in ``compose.hand_over``: salt in the lung needs more than a few HU of belief.
+    """
+    out = np.array(refined, dtype=np.float32)
+    for edge, sign in ((window.lower, 1.0), (window.upper, -1.0)):
+        beyond = sign * (composed - np.float32(edge)) < 0
+        value = composed[beyond]
+        margin = np.float32(HANDOVER_SLOPE) * np.abs(value - np.float32(edge))
+        t = np.clip(sign * (refined[beyond] - np.float32(edge)) / np.maximum(margin, np.float32(1e-3)), 0.0, 1.0)
+        out[beyond] = value + t * t * (3.0 - 2.0 * t) * (refined[beyond] - value)
+    return out
+
+
+Box = tuple[slice, ...]
+
+
+def tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> list[Box]:
+    """Boxes of at most ``tile`` that cover ``shape`` without overlap."""
+    axes = [[slice(a, min(a + t, n)) for a in range(0, n, t)] for n, t in zip(shape, tile, strict=True)]
+    return list(itertools.product(*axes))
+
+
+def with_halo(tile: Box, shape: tuple[int, ...], halo: tuple[int, ...]) -> tuple[Box, Box]:
+    """The tile widened by ``halo`` along each axis inside ``shape``, and where the tile lies in that."""
+    wide = tuple(slice(max(0, s.start - h), min(n, s.stop + h)) for s, n, h in zip(tile, shape, halo, strict=True))
+    inner = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(tile, wide, strict=True))
+    return wide, inner

@@ -1,0 +1,180 @@
+"""Which of two functions of the VAE's weights a store holds: the exact one, or blended windows as others do it.
+
+Exact is the default and leaves no trace in the encode key. Windows change every latent, so they are part of it
+(`Encoding.extra`), and what was encoded in windows is decoded in the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from latentcache import InputError
+
+
+def window_starts(length: int, window: int, step: int) -> list[int]:
+    """Starts of windows that cover ``length`` and stay inside it; the last one is moved back to end at the end."""
+    if length <= window:
+        return [0]
+    return [*range(0, length - window, step), length - window]
+
+
+def blend(window: int, border: int) -> Tensor:
+    """A trapezoid of length ``window`` that rises over ``border`` samples at both ends and is never zero."""
+    i = torch.arange(window, dtype=torch.float32)
+    return torch.minimum(i + 1, window - i).clamp_max(border + 1) / (border + 1)
+
+
+def sliding(
+    run: Callable[[Tensor], Tensor], x_CDHW: Tensor, window_zyx: tuple[int, int, int], overlap: float, scale: float
+) -> Tensor:
+    """Apply ``run``, a map of (1, C, d, h, w) to a grid ``scale`` times as fine, window by window, and blend.
+
+    Args:
+        window_zyx: Window in input samples; window times scale must be whole.
+        overlap: Share of the window that neighbours share, 0 to below 1.
+
+    Raises:
+        InputError: An overlap outside [0, 1).
+    """
+    if not 0 <= overlap < 1:
+        raise InputError(f"overlap {overlap}", expected="0 to below 1", remedy="0.4 is usual.")
+    size = tuple(x_CDHW.shape[1:])
+    x = reflect_to(x_CDHW, window_zyx)
+    padded = tuple(x.shape[1:])
+    total: Tensor | None = None
+    weight = torch.zeros([round(n * scale) for n in padded])
+    axes = [torch.ones(0)] * 3
+    for axis, w in enumerate(window_zyx):
+        axes[axis] = blend(round(w * scale), round(w * scale * overlap))
+    mask = axes[0][:, None, None] * axes[1][:, None] * axes[2]
+    for z, y, x0 in _corners(padded, window_zyx, overlap, scale):
+        part = x[:, z : z + window_zyx[0], y : y + window_zyx[1], x0 : x0 + window_zyx[2]]
+        out = run(part.unsqueeze(0))[0]
+        if total is None:
+            total = torch.zeros([len(out), *weight.shape])
+        place = tuple(
+            slice(round(o * scale), round(o * scale) + n) for o, n in zip((z, y, x0), out.shape[1:], strict=True)
+        )
+        total[(slice(None), *place)] += out * mask
+        weight[place] += mask
+    assert total is not None
+    total /= weight
+    return total[:, : round(size[0] * scale), : round(size[1] * scale), : round(size[2] * scale)]
+
+
+def reflect_to(x_CDHW: Tensor, least_zyx: tuple[int, int, int]) -> Tensor:
+    """Extend at the far ends by reflection until no length is below ``least_zyx``."""
+    x = x_CDHW
+    for axis, least in enumerate(least_zyx, start=1):
+        while x.shape[axis] < least:
+            extra = min(least - x.shape[axis], max(1, x.shape[axis] - 1))
+            mirror = x.flip(axis).narrow(axis, 1 if x.shape[axis] > 1 else 0, extra)
+            x = torch.cat([x, mirror], dim=axis)
+    return x
+
+
+def _corners(
+    size: tuple[int, ...], window: tuple[int, int, int], overlap: float, scale: float
+) -> Iterator[tuple[int, ...]]:
+    # Starts stay on the coarser grid, so that a window's output falls on whole samples.
+    grid = round(1 / scale) if scale < 1 else 1
+    starts = []
+    for length, w in zip(size, window, strict=True):
+        step = max(grid, int(w * (1 - overlap)) // grid * grid)
+        starts.append(window_starts(length, w, step))
+    return product(*starts)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Windows of ``window_zyx`` voxels, of which neighbours share ``overlap`` (0 to below 1)."""
+
+    window_zyx: tuple[int, int, int] = (64, 64, 64)
+    overlap: float = 0.4
+
+    def to_extra(self) -> dict[str, Any]:
+        """As it stands in `Encoding.extra`."""
+        return {"tiling": {"kind": "sliding", "window_zyx": list(self.window_zyx), "overlap": self.overlap}}
+
+
+class WindowedVae(Protocol):
+    """The part of `vae.Vae` that works in windows."""
+
+    sha256: str
+    architecture: dict[str, Any]
+
+    def encode_sliding(
+        self,
+        unit: Any,
+        *,
+        window_zyx: tuple[int, int, int],
+        overlap: float,
+        pad_multiple_zyx: tuple[int, int, int],
+    ) -> Any: ...
+
+    def decode_sliding(
+        self, latent: Any, valid_zyx: tuple[int, int, int], *, window_zyx: tuple[int, int, int], overlap: float
+    ) -> Any: ...
+
+
+class SlidingVae:
+    """A VAE whose ``encode`` and ``decode`` are those of its windows, for everything that only knows these two."""
+
+    def __init__(self, vae: WindowedVae, tiling: Tiling) -> None:
+        self.sha256 = vae.sha256
+        self.architecture = vae.architecture
+        self.vae = vae
+        self.tiling = tiling
+
+    def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int] = (4, 32, 32)) -> Any:
+        """See `vae.Vae.encode`."""
+        return self.vae.encode_sliding(
+            unit,
+            window_zyx=self.tiling.window_zyx,
+            overlap=self.tiling.overlap,
+            pad_multiple_zyx=pad_multiple_zyx,
+        )
+
+    def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any:
+        """See `vae.Vae.decode`."""
+        return self.vae.decode_sliding(
+            latent, valid_zyx, window_zyx=self.tiling.window_zyx, overlap=self.tiling.overlap
+        )
+
+
+def parse_tiling(text: str) -> Tiling | None:
+    """``exact`` (None) or ``sliding``."""
+    if text not in ("exact", "sliding"):
+        raise InputError(f"--tiling {text}", expected="exact or sliding", remedy="Leave it out: exact is the default.")
+    return Tiling() if text == "sliding" else None
+
+
+def tiling_of(extra: Mapping[str, Any]) -> Tiling | None:
+    """What `Tiling.to_extra` wrote; None for an exact encoding.
+
+    Raises:
+        InputError: A tiling of a kind that this version does not know.
+    """
+    written = extra.get("tiling")
+    if written is None:
+        return None
+    if written.get("kind") != "sliding":
+        raise InputError(
+            f"latents encoded with tiling {written.get('kind')!r}",
+            expected="exact or sliding",
+            remedy="They come from a newer ctpipe: upgrade, or encode again.",
+        )
+    z, y, x = written["window_zyx"]
+    return Tiling((z, y, x), written["overlap"])
+
+
+def as_encoded(vae: Any, extra: Mapping[str, Any]) -> Any:
+    """``vae`` as an encoding used it: itself, or in the windows that ``extra`` (`Encoding.extra`) names."""
+    tiling = tiling_of(extra)
+    return vae if tiling is None else SlidingVae(vae, tiling)

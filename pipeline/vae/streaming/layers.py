@@ -1,0 +1,260 @@
+"""Exact execution of the autoencoder in depth slabs.
+
+Every layer but GroupNorm looks at a slice above and a slice below, so the network runs as a chain of streams: each
+yields its output slices in order and pulls from its source what it needs, keeping the one or two slices of overlap that
+the next slab shares. GroupNorm needs the statistics of its whole input first: in front of each one, and only there, an
+activation is stored whole (`Field`), its statistics gathered as it is written and applied, with SiLU, as it is read.
+Two activations at the finest grid are the floor: a residual block's input and its hidden layer. The block's output
+overwrites its input slab by slab.
+
+Slabs are (n, H, W, C), channels last: DHWC. No slice is computed twice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.vae.streaming.group_norm import Affine, ChannelMoments
+
+
+def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int]) -> Tensor:
+    """Convolve a slab; returns (n, H, W, C) dense. ``layer.weight`` is kept in channels-last order."""
+    if (
+        x_DHWC.is_meta
+    ):  # a rehearsal: there conv3d answers in another layout, and a copy that no device makes would count
+        sizes = zip(x_DHWC.shape[:3], padding, layer.kernel_size, layer.stride, strict=True)
+        return x_DHWC.new_empty([*((n + 2 * p - k) // s + 1 for n, p, k, s in sizes), layer.out_channels])
+    x = as_image(x_DHWC)
+    if x.device.type == "cpu" and torch._C._has_mkldnn:
+        # What conv3d calls for large inputs; for small ones (one channel, a thin slab) it would choose a path that is
+        # many times slower.
+        y = torch.mkldnn_convolution(x, layer.weight, layer.bias, padding, layer.stride, (1, 1, 1), 1)
+    else:
+        y = F.conv3d(x, layer.weight, layer.bias, layer.stride, padding)
+    return as_slab(y).contiguous()
+
+
+def as_image(x_DHWC: Tensor) -> Tensor:
+    """A slab as (1, C, n, H, W) in channels-last layout, without a copy. The batch axis is put first before the axes
+    move, or its stride would not say channels-last and PyTorch would answer in another layout."""
+    return x_DHWC.unsqueeze(0).permute(0, 4, 1, 2, 3)
+
+
+def as_slab(y: Tensor) -> Tensor:
+    """The inverse of `as_image`."""
+    return y[0].permute(1, 2, 3, 0)
+
+
+class Stream(ABC):
+    """Slices of an activation, in order, once. Subclasses write the next slices into memory that the caller owns."""
+
+    def __init__(self, shape_DHWC: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape_DHWC
+        self.dtype = dtype
+        self.device = device
+        self.position = 0
+
+    @property
+    def depth(self) -> int:
+        return self.shape[0]
+
+    def read(self, out_DHWC: Tensor) -> None:
+        """Write the next ``len(out_DHWC)`` slices."""
+        self._produce(out_DHWC)
+        self.position += len(out_DHWC)
+        assert self.position <= self.depth, "read past the end of a stream"
+
+    def take(self, n: int) -> Tensor:
+        """The next n slices, valid until the next call."""
+        out = self.empty(n)
+        self.read(out)
+        return out
+
+    def empty(self, n: int, extra: int = 0) -> Tensor:
+        """Uninitialised memory for n slices, in-plane enlarged by ``extra``."""
+        _, height, width, channels = self.shape
+        return torch.empty((n, height + extra, width + extra, channels), dtype=self.dtype, device=self.device)
+
+    @abstractmethod
+    def _produce(self, out_DHWC: Tensor) -> None: ...
+
+
+class Field:
+    """A whole activation in memory, (D, H, W, C) with dense slices, and the moments of its channels. If
+    ``offloaded``, its memory is the host's while the streams compute on ``device``."""
+
+    def __init__(self, values_DHWC: Tensor, device: torch.device, *, offloaded: bool = False) -> None:
+        self.values = values_DHWC
+        self.device = device
+        self.offloaded = offloaded
+        self.moments = ChannelMoments(values_DHWC.shape[-1])
+
+    def slices(self, start: int, stop: int) -> Tensor:
+        """On the device; a view where the values are there already."""
+        return self.values[start:stop].to(self.device, non_blocking=True, copy=self.offloaded)
+
+    def write(self, start: int, stop: int, source: Stream) -> None:
+        """Fill slices from a stream and count them in the statistics."""
+        slab = self.values[start:stop]
+        if self.offloaded:
+            slab = source.take(stop - start)
+            self.values[start:stop].copy_(slab, non_blocking=True)
+        else:
+            source.read(slab)
+        self.moments.add(slab)
+
+
+class Stored(Stream):
+    """Reads a field as it is."""
+
+    def __init__(self, field: Field) -> None:
+        d, h, w, c = field.values.shape
+        super().__init__((d, h, w, c), field.values.dtype, field.device)
+        self.field = field
+
+    def take(self, n: int) -> Tensor:
+        view = self.field.slices(self.position, self.position + n)
+        self.position += n
+        return view
+
+    def _produce(self, out_DHWC: Tensor) -> None:
+        out_DHWC.copy_(self.field.values[self.position : self.position + len(out_DHWC)])
+
+
+class Normalised(Stored):
+    """Reads a field through GroupNorm with the field's own statistics, and SiLU (MAISI has none behind the last norm of
+    encoder and decoder)."""
+
+    def __init__(self, field: Field, norm: nn.GroupNorm, *, silu: bool = True) -> None:
+        super().__init__(field)
+        scale, shift = field.moments.affine(norm)
+        self.kernel = Affine(scale, shift, self.shape[2], silu=silu)
+
+    def take(self, n: int) -> Tensor:
+        return Stream.take(self, n)
+
+    def _produce(self, out_DHWC: Tensor) -> None:
+        source = self.field.slices(self.position, self.position + len(out_DHWC))
+        self.kernel.apply(source, out_DHWC)
+
+
+class Window:
+    """The slices of a source that one convolution sees: consecutive windows share ``overlap`` slices, which move to
+    the front instead of being computed again. Beyond both ends are zeros, the convolution's padding."""
+
+    def __init__(self, source: Stream, overlap: int, margin: int) -> None:
+        self.source = source
+        self.overlap = overlap
+        self.margin = margin
+        self.buffer = source.empty(0)
+        self.filled = 0
+
+    def advance(self, n: int, lead: int) -> Tensor:
+        """The window of n slices; the first one begins with ``lead`` zero slices."""
+        _, h, w, _ = self.source.shape
+        if len(self.buffer) < n:
+            grown = self.source.empty(n, self.margin)
+            if self.margin:
+                grown[:, h:].zero_()
+                grown[:, :, w:].zero_()
+            if self.filled:
+                grown[: self.overlap].copy_(self.buffer[self.filled - self.overlap : self.filled])
+            else:
+                grown[:lead, :h, :w].zero_()
+            self.buffer = grown
+            start = self.overlap if self.filled else lead
+        else:
+            # The slabs are at least as deep as the overlap but for the last, so copy slice by slice, front to back.
+            for i in range(self.overlap):
+                self.buffer[i].copy_(self.buffer[self.filled - self.overlap + i])
+            start = self.overlap
+        stop = start + min(n - start, self.source.depth - self.source.position)
+        if stop > start:
+            self.source.read(self.buffer[start:stop, :h, :w])
+        self.buffer[stop:n].zero_()
+        self.filled = n
+        return self.buffer[:n]
+
+
+class Conv(Stream):
+    """A 3x3x3 convolution of stride 1, zero-padded at the volume's borders, plus an optional shortcut."""
+
+    def __init__(self, source: Stream, layer: nn.Conv3d, shortcut: Stream | None = None) -> None:
+        d, h, w, _ = source.shape
+        super().__init__((d, h, w, layer.out_channels), source.dtype, source.device)
+        self.window = Window(source, overlap=2, margin=0)
+        self.layer = layer
+        self.shortcut = shortcut
+
+    def _produce(self, out_DHWC: Tensor) -> None:
+        n = len(out_DHWC)
+        y = conv3d(self.window.advance(n + 2, lead=1), self.layer, (0, 1, 1))
+        if self.shortcut is None:
+            out_DHWC.copy_(y)
+        else:
+            torch.add(y, self.shortcut.take(n), out=out_DHWC)
+
+
+class Pointwise(Stream):
+    """A 1x1x1 convolution."""
+
+    def __init__(self, source: Stream, layer: nn.Conv3d) -> None:
+        d, h, w, _ = source.shape
+        super().__init__((d, h, w, layer.out_channels), source.dtype, source.device)
+        self.source = source
+        self.layer = layer
+
+    def take(self, n: int) -> Tensor:
+        self.position += n
+        return conv3d(self.source.take(n), self.layer, (0, 0, 0))
+
+    def _produce(self, out_DHWC: Tensor) -> None:
+        out_DHWC.copy_(conv3d(self.source.take(len(out_DHWC)), self.layer, (0, 0, 0)))
+
+
+class Down(Stream):
+    """MAISI's downsampling: stride 2, one zero voxel appended to every axis."""
+
+    def __init__(self, source: Stream, layer: nn.Conv3d) -> None:
+        d, h, w, _ = source.shape
+        super().__init__((d // 2, h // 2, w // 2, layer.out_channels), source.dtype, source.device)
+        self.window = Window(source, overlap=1, margin=1)
+        self.layer = layer
+
+    def _produce(self, out_DHWC: Tensor) -> None:
+        out_DHWC.copy_(conv3d(self.window.advance(2 * len(out_DHWC) + 1, lead=0), self.layer, (0, 0, 0)))
+
+
+class Doubled(Stream):
+    """Every axis doubled by interpolation: coarse slices in plane, one at a time, then along depth, where a fine slice
+    is three quarters its own coarse slice and one quarter the neighbour on its side (trilinear, half-pixel centres)."""
+
+    def __init__(self, source: Stream, mode: str) -> None:
+        d, h, w, c = source.shape
+        super().__init__((2 * d, 2 * h, 2 * w, c), source.dtype, source.device)
+        self.source = source
+        self.mode = mode
+        self.planes: dict[int, Tensor] = {}
+
+    def _produce(self, out_DHWC: Tensor) -> None:
+        for fine, out_HWC in enumerate(out_DHWC, start=self.position):
+            own = fine // 2
+            if self.mode == "nearest":
+                out_HWC.copy_(self._plane(own))
+                continue
+            side = min(max(own + (1 if fine % 2 else -1), 0), self.source.depth - 1)
+            torch.lerp(self._plane(own), self._plane(side), 0.25, out=out_HWC)
+
+    def _plane(self, coarse: int) -> Tensor:
+        """A coarse slice, doubled in plane: the last one taken, the one before it, or the next."""
+        if coarse not in self.planes:
+            self.planes = {i: plane for i, plane in self.planes.items() if i == coarse - 1}
+            image = self.source.take(1).permute(0, 3, 1, 2)
+            mode = "nearest" if self.mode == "nearest" else "bilinear"
+            doubled = F.interpolate(image, scale_factor=2.0, mode=mode)
+            self.planes[coarse] = doubled[0].permute(1, 2, 0)
+        return self.planes[coarse]

@@ -1,0 +1,45 @@
+from .compare import compare_runs as compare_runs
+from .doctor import (
+    Finding as Finding,
+    device as device,
+    disk as disk,
+    epoch_time as epoch_time,
+    machine as machine,
+    memory as memory,
+    store_health as store_health,
+    vae_weights as vae_weights,
+)
+from .evaluate import evaluate_run as evaluate_run
+from .evaluate_rplhr import evaluate_rplhr as evaluate_rplhr
+from .interpolate import (
+    Interpolated as Interpolated,
+    InterpolateJob as InterpolateJob,
+    InterpolateSettings as InterpolateSettings,
+    Sampling as Sampling,
+    condition_latent as condition_latent,
+    interpolate_study as interpolate_study,
+    run_interpolation as run_interpolation,
+)
+from .job_progress import JobProgress as JobProgress, OnProgress as OnProgress
+from .refiner_cases import RefinerSource as RefinerSource, Sampled as Sampled, held_out_figures as held_out_figures
+from .report import write_dataset_report as write_dataset_report, write_run_report as write_run_report
+from .sample import (
+    Spread as Spread,
+    load_codec as load_codec,
+    own_refiner as own_refiner,
+    refiner_of as refiner_of,
+    sample_pairs as sample_pairs,
+    sample_store as sample_store,
+    sampling_facts as sampling_facts,
+)
+from .train import describe as describe, run_training as run_training
+from .train_refiner import (
+    HELD_OUT_PAIRS as HELD_OUT_PAIRS,
+    PatchStream as PatchStream,
+    keep as keep,
+    optimiser as optimiser,
+    prepare_run as prepare_run,
+    sampled as sampled,
+    squared_error as squared_error,
+)
+from .train_regression import seconds_of as seconds_of, train_regression_network as train_regression_network

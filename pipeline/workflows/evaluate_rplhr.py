@@ -1,0 +1,125 @@
+"""``ctpipe evaluate --protocol rplhr``: RPLHR-CT by its own protocol. No command of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
+
+
+def evaluate_rplhr(
+    dataset: Path,
+    run: Path | None,
+    split: str,
+    folder: Path,
+    vae: str,
+    choice: dict[str, Any],
+    detail: str,
+    consistency: bool,
+    device: str,
+    memory_gib: float | None,
+    limit: int | None,
+    regression: Path | None = None,
+    refiner: Path | None = None,
+    on_progress: OnProgress = silent,
+) -> dict[str, Any]:
+    """RPLHR-CT by its own protocol: the baselines, and the run's model where one is given.
+
+    The model's output is refined as ``ctpipe interpolate`` refines it: by the run's own refiner, another, or none.
+    """
+    from latentcache import InputError
+    from pipeline.evaluation import evaluate_dataset, find_cases, finish, log_test_use
+
+    facts: dict[str, Any] = {"protocol": "rplhr", "split": split, "window_hu": [-1024.0, 2048.0]}
+    networks: dict[str, Any] = {}
+    if regression is not None:
+        networks["regression"], facts["regression"] = _volume_regression(regression, consistency, device)
+    if run is not None:
+        networks["model"], facts["checkpoint_sha256"], refined_by = _volume_model(
+            run, vae, choice, detail, consistency, device, memory_gib, refiner
+        )
+        facts["settings"] = {
+            "sampling": choice, "detail": detail, "consistency": consistency, "refiner_sha256": refined_by,
+        }  # fmt: skip
+    elif refiner is not None and str(refiner) != "none":
+        raise InputError(
+            "--refiner without a run",
+            expected="a run whose output it corrects",
+            remedy="Name the training run: ctpipe evaluate RPLHR-CT RUN --protocol rplhr --refiner REFINER_RUN.",
+        )
+    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    for folder_of in (run, regression):
+        if split == "test" and folder_of is not None:
+            looks = log_test_use(folder_of, "rplhr", len(find_cases(dataset, split)[:limit]))
+            facts["test_evaluations"] = looks if folder_of == run else facts.get("test_evaluations")
+    cases = []
+    for case, total in evaluate_dataset(dataset, split, folder, identity, networks, limit):
+        cases.append(case)
+        on_progress(JobProgress("scoring", len(cases), total))
+    return finish(folder, cases, facts)
+
+
+def _volume_model(
+    run: Path,
+    vae: str,
+    choice: dict[str, Any],
+    detail: str,
+    consistency: bool,
+    device: str,
+    memory_gib: float | None,
+    refiner: Path | None,
+) -> tuple[Any, str, str]:
+    """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does;
+    the SHA-256 of its checkpoint, and of the refiner ("" for none)."""
+    import numpy as np
+
+    from diffusion.sampling import Interpolator
+    from pipeline.decode import ComposeSettings, compose, parse_detail
+    from pipeline.metrics import require_finite
+    from pipeline.volume import Window
+    from pipeline.workflows.interpolate import condition_latent, encoding_of
+    from pipeline.workflows.sample import load_codec, own_refiner, refiner_of
+
+    model = Interpolator.load(run, device=device)
+    encoding = encoding_of(model)
+    codec = load_codec(vae, device, memory_gib, encoding)
+    window = Window(encoding.window_center, encoding.window_width)
+    corrects = refiner_of(refiner, device) if refiner else own_refiner(run, model.checkpoint_sha256, device)
+    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency, refiner=corrects)
+
+    def generate(thick: Any, thin: Any) -> Any:
+        padding = encoding.pad_multiple_zyx
+        condition = condition_latent(thick, thin, window, codec, model.alignment, padding)
+        latent = model.generate(condition, **choice)
+        seen = condition
+        if model.alignment != "pixel" and composing.detail == "residual":
+            seen = condition_latent(thick, thin, window, codec, "pixel", padding)
+
+        def decoded(z: Any) -> Any:
+            return window.from_unit(np.asarray(codec.decode(np.asarray(z, dtype=np.float32), thin.shape_zyx)))
+
+        generated = require_finite(decoded(latent), "the decoded model output")
+        hu, _ = compose(generated, window, thick, thin, composing, condition_hu=decoded(seen))
+        return hu
+
+    return generate, model.checkpoint_sha256, corrects.sha256 if corrects else ""
+
+
+def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, dict[str, Any]]:
+    """A regression run as a function of a thick volume and a thin lattice."""
+    from pipeline.decode import ComposeSettings, compose
+    from pipeline.refiner import RefinerFile, regression_facts
+    from pipeline.volume import Window, interpolated
+
+    file = RefinerFile.of(run, device)
+    facts = regression_facts(file)
+    window = Window(*file.load()[1].window)
+    how = ComposeSettings("absolute", consistency, refiner=file)
+
+    def generate(thick: Any, thin: Any) -> Any:
+        return compose(interpolated(thick, thin, how.base_method), window, thick, thin, how)[0]
+
+    return generate, facts

@@ -1,0 +1,320 @@
+"""Sampling on an engine: where `diffusion`'s stage meets `pipeline`'s engine. Imported by commands when they sample."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diffusion.sampling import (
+    Interpolator,
+    PreparedSample,
+    SampleSettings,
+    SampleTask,
+    SampleWorker,
+    draw,
+    generation_key,
+    open_generated,
+    plan_samples,
+    prepare,
+    set_up,
+)
+from latentcache import LatentRole, LatentStore, PairRecord
+from pipeline.engines import (
+    EngineOptions,
+    GroupCommit,
+    Progress,
+    Stage,
+    StagedLatents,
+    dashboard_of,
+    note,
+    pin,
+    stream,
+    timed,
+)
+from pipeline.workflows.job_progress import JobProgress, OnProgress
+
+
+def refiner_of(run: Path | None, device: str) -> Any:
+    """The refiner of a run, None for none; read once here, so that one that is no refiner is refused before work."""
+    if run is None or str(run) == "none":
+        return None
+    from pipeline.refiner import RefinerFile
+
+    file = RefinerFile.of(run, device)
+    file.load()
+    return file
+
+
+def own_refiner(checkpoint: Path, checkpoint_sha256: str, device: str) -> Any:
+    """The refiner that a diffusion run keeps as its own because it won on held-out pairs; None where it keeps none,
+    or one for weights that were trained on since."""
+    from pipeline.refiner import FILE_NAME, RefinerFile
+
+    if not (checkpoint / FILE_NAME).is_file():
+        return None
+    file = RefinerFile.of(checkpoint, device, optional=True)
+    if file.load()[1].recipe.get("checkpoint_sha256") == checkpoint_sha256:
+        return file
+    log.warning("the run's refiner belongs to an earlier checkpoint and is left out: run `ctpipe train-refiner` again")
+    return None
+
+
+def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[str, Any]:
+    """What the provenance says of sampling, the model's defaults spelled out."""
+    return {
+        "sampler": options["sampler"] or model.objective.samplers[0],
+        "steps": options["num_inference_steps"] or model.objective.default_steps,
+        "seed": options["seed"],
+        "samples": samples,
+        "alignment": model.alignment,
+    }
+
+
+def load_codec(spec: str, device: str, memory_gib: float | None, encoding: Any) -> Any:
+    """The VAE that the run was trained with."""
+    from pipeline.vae import load_decoder
+
+    return load_decoder(
+        device, spec=spec, memory_gib=memory_gib, expected_sha256=encoding.vae_sha256, extra=encoding.extra
+    )
+
+
+log = logging.getLogger("ctpipe.sample")
+
+
+VIEWED_SAMPLES = 8
+"""Single samples whose spread an evaluation's viewer shows, at most."""
+
+
+SampleStage = Stage[SampleTask, PreparedSample, SampleWorker, StagedLatents]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How sampling is spread: the engine's options, and arithmetic threads a device (None leaves them as they are)."""
+
+    engine: EngineOptions
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was sampled.
+
+    Attributes:
+        stores: One store of thin latents by pair key; one a sample where samples are kept apart.
+        facts: What provenance says of it.
+        failed: Pairs that could not be sampled, with the reason.
+    """
+
+    encode_key: str
+    stores: list[LatentStore]
+    facts: dict[str, Any]
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def load_run(device: str, *, run: Path) -> Interpolator:
+    """A run's model on a device, on whatever node this is."""
+    return Interpolator.load(run, device=device)
+
+
+def sample_stage(
+    latents: LatentStore, out: LatentStore, run: Path, settings: SampleSettings, key: str, threads: int | None
+) -> SampleStage:
+    """The engine's three functions for sampling from ``latents`` into ``out`` with a run's model."""
+    return Stage(
+        prepare=functools.partial(prepare, store_url=latents.url),
+        setup=functools.partial(
+            set_up,
+            load=functools.partial(load_run, run=run.absolute()),
+            out_url=out.url,
+            fingerprint=out.secret_fingerprint,
+            settings=settings,
+            expected_key=key,
+        ),
+        run=functools.partial(_run, threads=threads),
+    )
+
+
+def _run(drawing: SampleWorker, prepared: PreparedSample, *, threads: int | None) -> StagedLatents:
+    """The stage's device part, with its threads pinned for equal bytes on every engine."""
+    if threads is not None:
+        pin(threads)
+    seconds: dict[str, float] = {}
+    record = timed(seconds, "sample", lambda: draw(drawing, prepared))
+    return StagedLatents(prepared.task.name, (record,), None, seconds)
+
+
+def sample_store(
+    latents: LatentStore,
+    run: Path,
+    model: Interpolator,
+    keys: Sequence[str],
+    settings: SampleSettings,
+    spread: Spread,
+    advance: Callable[[int], Any] = lambda done: None,
+) -> tuple[LatentStore, dict[str, str]]:
+    """Sample pairs into the store's own generated store; safe to kill and run again.
+
+    Args:
+        model: The run's model, or its description (loaded on the device ``meta``).
+        advance: Called in the driver with the number of pairs that are done since.
+
+    Returns:
+        The generated store at its newest snapshot, and the pairs that could not be sampled with the reason.
+
+    Raises:
+        InputError: A key that is no pair, a store encoded otherwise than the model, no worker that can start, or
+            another driver that holds the lease.
+    """
+    key = generation_key(model, settings)
+    out = open_generated(latents, model, settings)
+    tasks, already = plan_samples(latents, model, keys, out)
+    advance(already)
+    failed: dict[str, str] = {}
+    if not tasks:
+        return out, failed
+    stage = sample_stage(latents, out, run, settings, key, spread.threads)
+    dashboard = dashboard_of(spread.engine)
+    progress = Progress(latents.location, model.encode_key, len(tasks), "sample", dashboard)
+    device = "cuda" if spread.engine.wants_gpu else "cpu"
+    with (
+        out.writer() as writer,
+        GroupCommit(writer, model.encode_key, device, progress.note, "sample") as commits,
+        contextlib.closing(stream(tasks, stage, spread.engine)) as outcomes,
+    ):
+        for outcome in outcomes:
+            commits.put(outcome)
+            name, kind, took = outcome.item.name, outcome.error_kind or "ok", sum(outcome.seconds.values())
+            if outcome.error is not None:
+                failed[name] = outcome.error
+                said = f"pair {name} set aside: {outcome.error}"
+                note(log, "set_aside", logging.WARNING, said, series_key=name, stage="sample", outcome=kind)
+            else:
+                note(log, "sampled", series_key=name, stage="sample", seconds=round(took, 6), outcome=kind)
+            advance(1)
+    progress.end()
+    out.refresh()
+    return out, failed
+
+
+def sample_pairs(
+    latents: LatentStore,
+    run: Path,
+    split: str | None,
+    wanted: Sequence[str] | None,
+    options: dict[str, Any],
+    samples: int,
+    uncertainty: bool,
+    spread: Spread,
+    on_progress: OnProgress,
+) -> Sampled:
+    """Sample the pairs wanted, with progress under ``sampling``.
+
+    With ``uncertainty`` every sample is a store of its own (consecutive seeds), so that each is decoded; else one store
+    holds the mean of the samples.
+    """
+    model = Interpolator.load(run, "meta")
+    role: LatentRole = "thick_on_thin" if model.alignment == "pixel" else "thick"
+    there = {r.key for r in latents.records(model.encode_key, role)}
+    pairs = [
+        pair.pair_key
+        for pair in latents.pairs()
+        if pair.status == "ok"
+        and (split is None or pair.split == split)
+        and (wanted is None or {pair.pair_key, pair.thick_key} & set(wanted))
+        and (pair.pair_key if role == "thick_on_thin" else pair.thick_key) in there
+    ]
+    apart = samples if uncertainty else 1
+    advance = _counter(on_progress, apart * len(pairs))
+    stores: list[LatentStore] = []
+    failed: dict[str, str] = {}
+    for number in range(apart):
+        drawing = SampleSettings(
+            sampler=options["sampler"],
+            num_inference_steps=options["num_inference_steps"],
+            seed=options["seed"] + number,
+            samples=1 if uncertainty else samples,
+        )
+        left = [key for key in pairs if key not in failed]
+        out, lost = sample_store(latents, run, model, left, drawing, spread, advance)
+        stores.append(out)
+        failed |= lost
+    facts = {"checkpoint_sha256": model.checkpoint_sha256, "sampling": sampling_facts(model, options, samples)}
+    return Sampled(model.encode_key, stores, facts, failed)
+
+
+def _counter(on_progress: OnProgress, total: int) -> Callable[[int], None]:
+    """Count samples that are done since the last call, and report their sum."""
+    done = 0
+
+    def advance(since: int) -> None:
+        nonlocal done
+        done += since
+        on_progress(JobProgress("sampling", done, total))
+
+    advance(0)
+    return advance
+
+
+@dataclass(frozen=True)
+class ForScoring:
+    """Samples of pairs that are to be scored.
+
+    Attributes:
+        latent_of: A pair's latent: the mean of its samples.
+        samples_of: Its single samples, where there are several; for the pairs that the viewer shows.
+    """
+
+    generation_key: str
+    latent_of: Callable[[PairRecord], Any]
+    samples_of: Callable[[PairRecord], Iterator[Any]] | None
+    failed: dict[str, str]
+
+
+def sample_for_scoring(
+    latents: LatentStore,
+    run: Path,
+    model: Interpolator,
+    pairs: Sequence[PairRecord],
+    viewed: int,
+    settings: SampleSettings,
+    spread: Spread,
+    on_progress: OnProgress,
+) -> ForScoring:
+    """Sample pairs, and single samples of the first ``viewed`` of them, with progress under ``sampling``.
+
+    Single samples are stored like any other, so that workers that score need no model.
+    """
+    keys = [pair.pair_key for pair in pairs]
+    single = min(settings.samples, VIEWED_SAMPLES) if settings.samples > 1 else 0
+    advance = _counter(on_progress, len(keys) + single * len(keys[:viewed]))
+
+    def draw(wanted: Sequence[str], how: SampleSettings) -> tuple[LatentStore, dict[str, str]]:
+        return sample_store(latents, run, model, wanted, how, spread, advance)
+
+    out, failed = draw(keys, settings)
+    apart: list[LatentStore] = []
+    for number in range(single):
+        wanted = [key for key in keys[:viewed] if key not in failed]
+        store, lost = draw(wanted, replace(settings, samples=1, seed=settings.seed + number))
+        apart.append(store)
+        failed |= lost
+    latent_of = functools.partial(_stored, out, model.encode_key)
+    samples_of = functools.partial(_stored_each, apart, model.encode_key) if apart else None
+    return ForScoring(generation_key(model, settings), latent_of, samples_of, failed)
+
+
+def _stored(store: LatentStore, encode_key: str, pair: PairRecord) -> Any:
+    record = store.find(pair.pair_key, "thin", encode_key)
+    assert record is not None, "only pairs that were sampled are scored"
+    return store.read(record)
+
+
+def _stored_each(stores: Sequence[LatentStore], encode_key: str, pair: PairRecord) -> Iterator[Any]:
+    return (_stored(store, encode_key, pair) for store in stores)

@@ -1,0 +1,172 @@
+"""Train a pixel refiner for a run's model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.workflows.job_progress import OnProgress, silent
+
+if TYPE_CHECKING:
+    from diffusion.config import OptimiserConfig
+    from diffusion.data import Step
+    from diffusion.training import Terms
+    from latentcache import LatentStore
+    from pipeline.refiner import Refiner, RefinerCard, RefinerFile, RefinerPatches
+    from pipeline.workflows.refiner_cases import Sampled
+
+
+READ_AHEAD = 4
+CLIP_NORM = 0.01
+"""A few times the usual norm of the gradient: the first steps of a network without normalisation may overshoot."""
+HELD_OUT_PAIRS = 2
+WIN_DB = 0.1
+"""Gain in PSNR on held-out pairs from which on a refiner is its checkpoint's default."""
+
+
+def keep(
+    network: Refiner, card: RefinerCard, run: Path, checkpoint: Path | None, held_out: dict[str, float]
+) -> tuple[RefinerFile, bool]:
+    """Write the network into its run and, where it wins, into its checkpoint's; returns the file and whether it won."""
+    from pipeline.refiner import FILE_NAME, save_refiner
+
+    file = save_refiner(network, card, run / FILE_NAME)
+    won = checkpoint is not None and wins(held_out)
+    if checkpoint is not None and won:
+        save_refiner(network, card, checkpoint / FILE_NAME)
+    return file, won
+
+
+def optimiser(learning_rate: float, steps: int, batch: int) -> OptimiserConfig:
+    """AdamW without weight decay, warmed up over at most 100 steps."""
+    from diffusion.config import OptimiserConfig
+
+    return OptimiserConfig(
+        learning_rate=learning_rate,
+        steps=steps,
+        samples_per_step=batch,
+        weight_decay=0.0,
+        warmup_steps=min(100, 1 + steps // 10),
+        clip_norm=CLIP_NORM,
+    )
+
+
+def wins(held_out: dict[str, float]) -> bool:
+    """Whether the refined slices beat both of the network's inputs on held-out pairs under the held-out operator.
+
+    The linear estimate is one of them: what the consistency step gives without any learning is no win.
+    """
+    best = max(held_out.get(f"{name}_psnr_db", math.inf) for name in ("composed", "back_projected"))
+    return held_out.get("refined_psnr_db", -math.inf) - best >= WIN_DB
+
+
+def prepare_run(run: Path, resume: bool) -> None:
+    """Make the run's folder; refuse to write over another run."""
+    from latentcache import InputError
+
+    if (run / "checkpoints").exists() and not resume:
+        raise InputError(
+            "a run in this folder already",
+            expected="a new folder, or --resume",
+            remedy="Add --resume, or choose another RUN.",
+        )
+    run.mkdir(parents=True, exist_ok=True)
+
+
+class PatchStream:
+    """Batches of patches as steps of the training loop: one batch a step, read ahead by a thread."""
+
+    def __init__(self, patches: RefinerPatches) -> None:
+        self.patches = patches
+        self.epoch, self.index = 0, 0
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __iter__(self) -> Iterator[Step]:
+        from diffusion.data import Step, prefetch
+
+        count = len(self.patches)
+        reader = prefetch(self._tasks(self.epoch, self.index), 1, READ_AHEAD)
+        try:
+            while True:
+                epoch, index = self.epoch, self.index
+                self.epoch, self.index = (epoch + 1, 0) if index + 1 == count else (epoch, index + 1)
+                yield Step(epoch, index, count, self.patches.settings.batch, 1, islice(reader, 1))
+        finally:
+            reader.close()  # type: ignore[attr-defined]
+
+    def _tasks(self, epoch: int, index: int) -> Iterator[Callable[[], dict[str, Any]]]:
+        while True:
+            for number in range(index, len(self.patches)):
+                yield partial(as_batch, self.patches, epoch, number)
+            epoch, index = epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "index": self.index, "pairs": len(self.patches.keys)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        from latentcache import InputError
+
+        if state["pairs"] != len(self.patches.keys):
+            raise InputError(
+                f"{len(self.patches.keys)} training pairs where the checkpoint saw {state['pairs']}",
+                expected="the store and splits that the run began with",
+                remedy="Restore the store, or start a new run directory.",
+            )
+        self.epoch, self.index = state["epoch"], state["index"]
+
+
+def as_batch(patches: RefinerPatches, epoch: int, index: int) -> dict[str, Any]:
+    """A batch as the loop wants it: tensors, and a weight for every sample."""
+    import torch
+
+    cut = patches.batch(epoch, index)
+    inputs = {name: torch.from_numpy(part) for name, part in cut["inputs"]._asdict().items()}
+    target = torch.from_numpy(cut["target"])
+    return {**inputs, "target": target, "study_key": cut["study_key"], "weight": torch.ones(len(target))}
+
+
+def squared_error(module: Any, batch: dict[str, Any], step: int) -> Terms:
+    """Mean squared error per patch, beside that of the network's input; PSNR is what it is judged by."""
+    from diffusion.training import Terms
+
+    refined = module(batch["fine"], batch["thick"], batch["below"], batch["between"])
+    error = (refined - batch["target"]).square().mean(dim=(1, 2, 3, 4))
+    before = (batch["fine"][:, 1:2] - batch["target"]).square().mean(dim=(1, 2, 3, 4))
+    return Terms(error, {"input": before})
+
+
+def sampled(
+    latents: LatentStore,
+    checkpoint: Path,
+    vae: str,
+    steps: int | None,
+    seed: int,
+    device: str,
+    on_progress: OnProgress = silent,
+) -> tuple[Sampled, dict[str, Any]]:
+    """Sample every training and validation pair once; what was sampled, and what is to be said of it."""
+    from latentcache import InputError
+    from pipeline.engines import EngineOptions
+    from pipeline.vae import load_decoder
+    from pipeline.workflows.refiner_cases import Sampled
+    from pipeline.workflows.sample import Spread, sample_pairs
+
+    options = {"sampler": None, "num_inference_steps": steps, "seed": seed}
+    keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
+    here = Spread(EngineOptions("inline", devices=(device,)))
+    done = sample_pairs(latents, checkpoint, None, keys, options, 1, False, here, on_progress)
+    if done.failed:
+        raise InputError(
+            f"{len(done.failed)} pairs that cannot be sampled, the first {next(iter(done.failed.items()))}",
+            expected="a sample of every training and validation pair",
+            remedy="Mend those pairs or exclude them, then run this again: what was sampled is kept.",
+        )
+    encoding = latents.encoding(done.encode_key)
+    decoder = load_decoder(device, spec=vae, expected_sha256=encoding.vae_sha256, extra=encoding.extra)
+    return Sampled(done.encode_key, done.stores[0], decoder), done.facts

@@ -1,0 +1,6 @@
+from .ct_image import write_ct_series as write_ct_series
+from .enhanced_ct import check_enhanced as check_enhanced, write_enhanced_ct as write_enhanced_ct
+from .parametric_map import write_parametric_map as write_parametric_map
+from .pixel_data import transfer_syntax_uid as transfer_syntax_uid
+from .provenance import Provenance as Provenance, kind_of_file as kind_of_file, read_provenance as read_provenance
+from .series_identity import SeriesIdentity as SeriesIdentity

@@ -1,0 +1,3 @@
+from .cstore import CStore as CStore
+from .send import send_folder as send_folder, series_files as series_files
+from .stow_rs import StowRs as StowRs

@@ -1,0 +1,142 @@
+"""What a derived series says of how it was made: in words, in codes, and in full as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.sequence import Sequence as DicomSequence
+
+ALGORITHM = "ctpipe"
+PRIVATE_GROUP = 0x0071
+PRIVATE_CREATOR = "CTPIPE PROVENANCE 1"
+_ST_MAX = 1024
+
+
+def package_version() -> str:
+    """Version of the installed package, ``unknown`` when run from a bare tree."""
+    try:
+        return version(ALGORITHM)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a series came to be; holds keys and hashes, never identity.
+
+    Attributes:
+        kind: ``decoded``: the round trip of a stored latent; ``generated``: sampled from a thick series;
+            ``uncertainty``: standard deviation over samples.
+        source_key: Series key of the source.
+        window: (centre, width) in HU of what the latents hold.
+        encode_key: The latents' encode key; with ``vae_sha256`` it fixes the autoencoder.
+        checkpoint_sha256: Of the diffusion model, empty when none was used.
+        refiner_sha256: Of the pixel-space refiner's weights and settings, empty when none was used.
+        sampling: Sampler, steps, seeds, samples.
+        consistency: Figures of agreement with the measured thick series.
+        notes: Anything a reader must know, e.g. that spacing was resampled.
+    """
+
+    kind: Literal["decoded", "generated", "uncertainty"]
+    source_key: str
+    window: tuple[float, float]
+    spacing_mm: float
+    encode_key: str = ""
+    vae_sha256: str = ""
+    checkpoint_sha256: str = ""
+    refiner_sha256: str = ""
+    store_snapshot: int | None = None
+    generation_key: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    consistency: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    algorithm_version: str = field(default_factory=package_version)
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no white space."""
+        return json.dumps({"algorithm": ALGORITHM, **asdict(self)}, sort_keys=True, separators=(",", ":"), default=str)
+
+    def summary(self) -> str:
+        """One paragraph for a reader at a workstation, at most 1024 characters (VR ST, DICOM PS3.5 6.2)."""
+        what = {
+            "decoded": "Reconstructed from a compressed latent of the source series by a variational autoencoder",
+            "generated": "SYNTHETIC thin slices predicted from the thick source series by a latent diffusion model",
+            "uncertainty": "Standard deviation in HU over samples of a latent diffusion model",
+        }[self.kind]
+        parts = [f"{what} ({ALGORITHM} {self.algorithm_version}), {self.spacing_mm:g} mm"]
+        parts.append(f"window {self.window[0]:g}/{self.window[1]:g} HU")
+        for label, value in (
+            ("VAE", self.vae_sha256),
+            ("model", self.checkpoint_sha256),
+            ("refiner", self.refiner_sha256),
+            ("encoding", self.encode_key),
+        ):
+            if value:
+                parts.append(f"{label} {value[:16]}")
+        parts += [f"{k} {self.sampling[k]}" for k in ("sampler", "steps", "samples", "seed") if k in self.sampling]
+        if "rms_after_hu" in self.consistency:
+            parts.append(f"agreement with the measured slices {self.consistency['rms_after_hu']:.1f} HU RMS")
+        parts += self.notes
+        return "; ".join(parts)[:_ST_MAX]
+
+
+def coded(value: str, scheme: str, meaning: str) -> DicomSequence:
+    """A code sequence of one item (DICOM PS3.3 8.8)."""
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return DicomSequence([item])
+
+
+def add_provenance(
+    ds: Dataset, provenance: Provenance, source_sop_uids: tuple[str, ...], source_sop_class: str
+) -> None:
+    """Write the derivation into a dataset (DICOM PS3.3 C.12.4, C.12.1, C.7.6.1): sources, codes, equipment, JSON."""
+    ds.SyntheticData = "YES"
+    ds.DerivationDescription = provenance.summary()
+    ds.DerivationCodeSequence = coded("113085", "DCM", "Spatial resampling")
+    purpose = coded("121322", "DCM", "Source image for image processing operation")
+    sources = []
+    for uid in source_sop_uids:
+        item = Dataset()
+        item.ReferencedSOPClassUID = source_sop_class
+        item.ReferencedSOPInstanceUID = uid
+        item.PurposeOfReferenceCodeSequence = purpose
+        sources.append(item)
+    if sources:
+        ds.SourceImageSequence = DicomSequence(sources)
+    equipment = Dataset()
+    equipment.PurposeOfReferenceCodeSequence = coded("109102", "DCM", "Processing Equipment")
+    equipment.Manufacturer = ALGORITHM
+    equipment.ManufacturerModelName = ALGORITHM
+    equipment.SoftwareVersions = provenance.algorithm_version
+    equipment.ContributionDescription = provenance.summary()
+    ds.ContributingEquipmentSequence = DicomSequence([equipment])
+    block = ds.private_block(PRIVATE_GROUP, PRIVATE_CREATOR, create=True)
+    block.add_new(0x01, "UT", provenance.to_json())
+
+
+def read_provenance(ds: Dataset) -> dict[str, Any]:
+    """The full provenance of a series that ctpipe wrote, as it stands in its private block.
+
+    Raises:
+        KeyError: The dataset was not written by ctpipe.
+    """
+    loaded: dict[str, Any] = json.loads(ds.private_block(PRIVATE_GROUP, PRIVATE_CREATOR)[0x01].value)
+    return loaded
+
+
+def kind_of_file(path: Path) -> str | None:
+    """Return the ``kind`` that a file's provenance states; None for a file that ctpipe did not write."""
+    try:
+        kind: str | None = read_provenance(dcmread(path, stop_before_pixels=True)).get("kind")
+    except (KeyError, InvalidDicomError):
+        return None
+    return kind

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.runs import CheckpointFolder, PowerEma, check_tensors, checkpoint as module, gather, restore
+from diffusion.runs.checkpoint import CheckpointError, Contents
+
+
+def network(seed: int, width: int = 6) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv3d(2, width, 3), nn.GroupNorm(2, width), nn.Conv3d(width, 2, 1))
+
+
+def trained(seed: int = 0, steps: int = 3) -> tuple[nn.Module, torch.optim.AdamW, PowerEma]:
+    net = network(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    ema = PowerEma(net, 0.1)
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        net(torch.randn(2, 2, 4, 4, 4)).square().mean().backward()
+        optimizer.step()
+        ema.update(step)
+    return net, optimizer, ema
+
+
+def contents(step: int, seed: int = 0) -> Contents:
+    return gather(*trained(seed), {"step": step})
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
+    net, optimizer, ema = trained()
+    folder = CheckpointFolder(tmp_path)
+    folder.save(gather(net, optimizer, ema, {"step": 3, "stream": {"epoch": 1}}))
+    other = network(9)
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    other_ema = PowerEma(other, 0.1)
+    loaded = folder.load()
+    restore(loaded, other, other_optimizer, other_ema)
+    assert loaded.state["stream"] == {"epoch": 1}
+    a, b = gather(net, optimizer, ema, {"step": 3}), gather(other, other_optimizer, other_ema, {"step": 3})
+    assert same(a.weights, b.weights)
+    assert same(a.average, b.average)
+    assert {k: v for k, v in a.training.items() if "exp_avg" in k}.keys()
+    assert same(a.training, b.training)
+    x = torch.randn(1, 2, 4, 4, 4)
+    for n, o in ((net, optimizer), (other, other_optimizer)):
+        o.zero_grad()
+        n(x).square().mean().backward()
+        o.step()
+    assert same(dict(net.state_dict()), dict(other.state_dict())), "the next step agrees too"
+
+
+def test_last_moves_and_best_stays(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(contents(1), best=True)
+    folder.save(contents(2))
+    folder.save(contents(3))
+    assert folder.load("last").state["step"] == 3
+    assert folder.load("best").state["step"] == 1
+    assert sorted(p.name for p in folder.root.iterdir()) == ["best", "last", "step-000000001-0", "step-000000003-0"]
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """Files of this process cannot grow beyond ``most`` bytes: the kernel refuses the write, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("most", [0, 100, 3000])
+def test_a_disk_that_fills_keeps_the_old_checkpoint(tmp_path: Path, most: int) -> None:
+    folder = CheckpointFolder(tmp_path)
+    first = contents(1)
+    folder.save(first, best=True)
+    with full_disk(most), pytest.raises(CheckpointError, match="previous checkpoint is whole") as caught:
+        folder.save(contents(2, seed=1), best=True)
+    assert str(tmp_path) not in str(caught.value), "no path in the message"
+    assert same(folder.load("last").weights, first.weights)
+    assert same(folder.load("best").weights, first.weights)
+    assert not list(folder.root.glob(".writing-*")), "the half-written one is removed at once"
+    folder.save(contents(2, seed=1))
+    assert folder.load("last").state["step"] == 2, "once there is room, the next one is written"
+
+
+STEPS = ["save_file", "_sync", "_crc32c", "os.rename", "os.replace"]
+
+
+@pytest.mark.parametrize("place", STEPS)
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_crash_at_any_step_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, call: int
+) -> None:
+    class Crash(BaseException):
+        pass
+
+    owner: Any = os if place.startswith("os.") else module
+    name = place.removeprefix("os.")
+    real, seen = getattr(owner, name), []
+
+    def crash(*arguments: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) > call:
+            raise Crash
+        return real(*arguments, **options)
+
+    folder = CheckpointFolder(tmp_path)
+    folder.save(contents(1), best=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, crash)
+        try:
+            folder.save(contents(2), best=True)
+        except Crash:
+            pass
+        else:
+            assert len(seen) <= call, "a crash was swallowed"
+    assert folder.load("last").state["step"] in (1, 2)
+    assert folder.load("best").state["step"] in (1, 2)
+    folder.save(contents(3), best=True)
+    assert folder.load("last").state["step"] == 3
+    assert sorted(p.name for p in folder.root.iterdir() if p.name not in ("last", "best")) == ["step-000000003-0"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "training.safetensors"])
+def test_a_flipped_bit_is_found(tmp_path: Path, file: str) -> None:
+    folder = CheckpointFolder(tmp_path)
+    path = folder.save(contents(1)) / file
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=file):
+        folder.load()
+
+
+def test_no_checkpoint_and_a_newer_format(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    assert folder.path() is None
+    with pytest.raises(CheckpointError, match="no last checkpoint"):
+        folder.load()
+    state = folder.save(contents(1)) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 2}))
+    with pytest.raises(CheckpointError, match="format 2"):
+        folder.load()
+
+
+def test_another_architecture_is_told_by_its_tensors() -> None:
+    net = network(0)
+    with pytest.raises(CheckpointError, match=r"1/6 tensors fit.*of another shape.*0\.weight"):
+        check_tensors(net, network(0, width=8).state_dict())
+    extra = {**net.state_dict(), "head.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"6/6 tensors fit.*unexpected.*head\.weight"):
+        check_tensors(net, extra)
+    del extra["head.weight"], extra["0.bias"]
+    with pytest.raises(CheckpointError, match=r"5/6 tensors fit.*1 tensors missing \(0\.bias\)"):
+        check_tensors(net, extra)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from diffusion.data import make_store
+from diffusion.training import check_gpus, is_worker
+from diffusion.training.launch import own_error, torchrun_command
+from diffusion.training.loop import TrainSummary
+from latentcache import InputError
+
+
+def test_too_many_gpus_are_refused() -> None:
+    with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES"):
+        check_gpus(torch.cuda.device_count() + 1)
+    check_gpus(0)
+
+
+def test_a_worker_knows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert not is_worker()
+    monkeypatch.setenv("RANK", "0")
+    assert is_worker()
+
+
+def test_a_workers_error_is_found_in_what_ray_wraps_it_in() -> None:
+    own = InputError("a", expected="b", remedy="c")
+
+    class WrappedError(Exception):
+        _base_exc = own
+
+    class FailedError(Exception):
+        worker_failures: ClassVar[dict[int, Exception]] = {0: OSError("another rank broke off"), 1: WrappedError()}
+
+    assert own_error(FailedError()) is own
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError("around it") from own
+    assert own_error(caught.value) is own
+    assert own_error(RuntimeError("not ours")) is None
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_program_once_a_process(tmp_path: Path) -> None:
+    program = (
+        f"import os, pathlib; pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])"
+    )
+    subprocess.run(torchrun_command(2, [sys.executable, "-c", program]), check=True, timeout=120)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"0": "2", "1": "2"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ray_train_gives_the_losses_of_one_process_and_a_workers_error_as_it_was(tmp_path: Path) -> None:
+    import ray
+
+    from diffusion.config import load_config
+    from diffusion.runs import read_log
+    from diffusion.training import train, train_on_ray
+    from pipeline.workflows.train import run_training
+
+    overrides = ["model.width=8", "model.groups=4", "model.heads=2", "window=4", "max_steps=4", "max_seconds=null",
+                 "samples_per_step=4", "batch_size=2", "every_epochs=0", "readers=0"]  # fmt: skip
+    store = make_store(tmp_path / "s", side=8)
+    alone: TrainSummary = train(store, tmp_path / "one", load_config("tiny", None, overrides)[0])
+    settings = {
+        "store": str(tmp_path / "s"), "run": str(tmp_path / "two"), "preset": "tiny", "config": None, "resume": False,
+        "overrides": overrides, "vae": None, "private": None, "gpus": 0, "progress": False,
+    }  # fmt: skip
+    try:
+        figures = train_on_ray(run_training, settings, 2, use_gpu=False)
+        with pytest.raises(InputError, match="--resume"):
+            train_on_ray(run_training, settings, 2, use_gpu=False)
+    finally:
+        ray.shutdown()
+    assert (figures["steps"], figures["stopped_by"]) == (4, "max-steps")
+    one, two = (
+        [x["loss"] for x in read_log(tmp_path / name / "log.jsonl") if x["kind"] == "train"] for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-5)
+    assert alone.steps == 4

@@ -1,0 +1,40 @@
+"""Tables and records say the same."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pyarrow as pa
+import pytest
+
+from latentcache import InputError, LatentRecord, PairRecord, SeriesRecord, StoreError
+from latentcache.tables import KINDS, SCHEMAS, timings_table
+from latentcache.tables.schema import UNIQUE, check_schema
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"), [("catalog", SeriesRecord), ("pairs", PairRecord), ("manifest", LatentRecord)]
+)
+def test_columns_are_the_records_fields(kind: str, record: type) -> None:
+    assert SCHEMAS[kind].names == [f.name for f in fields(record)]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_column_says_what_it_means(kind: str) -> None:
+    schema = SCHEMAS[kind]  # type: ignore[index]
+    assert all(schema.field(name).metadata[b"description"] for name in schema.names)
+    assert set(UNIQUE[kind]) <= set(schema.names)  # type: ignore[index]
+
+
+def test_other_columns_are_refused() -> None:
+    check_schema("pairs", SCHEMAS["pairs"], "pairs/x.parquet")
+    with pytest.raises(StoreError, match="other columns"):
+        check_schema("pairs", SCHEMAS["pairs"].append(pa.field("extra", pa.string())), "pairs/x.parquet")
+
+
+def test_timings_keep_numbers_and_refuse_free_text() -> None:
+    row = timings_table([{"key": "k", "device": "cpu", "encode_s": 2, "read_s": 0.5}]).to_pylist()[0]
+    assert row["values"] == [("encode_s", 2.0), ("read_s", 0.5)]
+    assert (row["key"], row["device"], row["outcome"]) == ("k", "cpu", "")
+    with pytest.raises(InputError, match="str"):
+        timings_table([{"key": "k", "folder": "Jane"}])

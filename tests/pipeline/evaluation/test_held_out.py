@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diffusion.data import key_of, make_store
+from diffusion.data.synthetic_store import ENCODING
+from latentcache import InputError
+from pipeline.evaluation import HeldOutImages, held_out as validation
+from pipeline.volume import Geometry, Volume
+
+AFFINE = ((0.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+
+
+@dataclass
+class Decoder:
+    """Decodes a latent to the unit volume that its mean over channels, clipped, looks like at voxel size."""
+
+    sha256: str = ENCODING.vae_sha256
+
+    def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any:
+        unit = np.clip(np.asarray(latent).mean(0), -1, 1).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+        return unit[: valid_zyx[0], : valid_zyx[1], : valid_zyx[2]]
+
+    def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int]) -> Any:
+        raise AssertionError("validation never encodes")
+
+
+class Private:
+    def pointers(self, keys: list[str]) -> dict[str, str]:
+        return {key: key for key in keys}
+
+
+@pytest.fixture
+def held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldOutImages:
+    store = make_store(tmp_path / "s", splits=("train", "val", "val"), depths=(8,), side=16)
+    rng = np.random.default_rng(0)
+    z, zk = np.arange(32.0), np.arange(0, 32, 4.0) + 1.5
+
+    def read(key: str) -> Volume:
+        at = z if key.startswith("3") else zk
+        slope = np.sin(at / 5)[:, None, None] * 150 + 40
+        hu = (slope + rng.normal(0, 3, (len(at), 64, 64))).astype(np.int16)
+        return Volume(hu, Geometry(hu.shape, AFFINE, tuple(at), 1.0))
+
+    monkeypatch.setattr(validation, "read_series", read)
+    return HeldOutImages(store, Private(), Decoder(), ENCODING.encode_key, count=1)  # type: ignore[arg-type]
+
+
+def test_a_look_scores_the_model_beside_its_bounds(held_out: HeldOutImages) -> None:
+    assert [held.pair.pair_key for held in held_out.pairs] == [key_of(7, 1)], "the held-out split alone, the first pair"
+    figures = held_out.figures(lambda pair: np.zeros((4, 8, 16, 16)))
+    assert set(figures) == {f"{f}{s}" for f in ("val_psnr_db", "val_ssim") for s in ("", "_linear", "_vae_ceiling")}
+    truth = held_out.pairs[0].truth
+    expected = 10 * np.log10(400.0**2 / np.mean((truth - 40.0) ** 2))
+    assert figures["val_psnr_db"] == pytest.approx(expected, abs=1e-3), (
+        "a latent of zeros is the window's centre everywhere"
+    )
+    assert figures["val_psnr_db_linear"] > figures["val_psnr_db"] + 10, "a smooth course along z is interpolated well"
+
+
+def test_a_perfect_latent_reaches_the_ceiling(held_out: HeldOutImages, tmp_path: Path) -> None:
+    from latentcache import LatentStore
+
+    store = LatentStore.open(tmp_path / "s")
+    record = store.find(key_of(3, 1), "thin")
+    assert record is not None
+    figures = held_out.figures(lambda pair: store.read(record))
+    assert figures["val_psnr_db"] == figures["val_psnr_db_vae_ceiling"]
+
+
+def test_another_vae_is_refused(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", splits=("val",), depths=(8,), side=16)
+    with pytest.raises(InputError, match="--vae"):
+        HeldOutImages(store, Private(), Decoder("1" * 64), ENCODING.encode_key)  # type: ignore[arg-type]

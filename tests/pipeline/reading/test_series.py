@@ -1,0 +1,276 @@
+"""Scanning and assembly: what a source holds, in order, with every deviation recorded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from pydicom import Dataset
+
+from pipeline.archive import open_archive
+from pipeline.reading import ScannedSeries, scan
+from pipeline.reading.assembly import assemble
+from pipeline.reading.header import parse_header
+from pipeline.reading.instance import Instance, instance_of
+from pipeline.reading.public_attributes import known_kernel, known_manufacturer, known_model
+from tests.support.dicom_files import EXPLICIT, IMPLICIT, anatomy, dataset, file_bytes, series_files, zip_of
+
+
+def instances(
+    positions: list[tuple[float, float, float]], orientation: list[float], **values: object
+) -> list[Instance]:
+    """Parsed headers at these positions; a tuple gives every slice its own value."""
+    found = []
+    for index, where in enumerate(positions):
+        ds = dataset(np.zeros((8, 8), np.uint16), position=where, number=index)
+        ds.ImageOrientationPatient = orientation
+        for keyword, value in values.items():
+            setattr(ds, keyword, value[index] if isinstance(value, tuple) else value)
+        data = file_bytes(ds, np.zeros((8, 8), np.uint16))
+        found.append(instance_of(parse_header(data, whole=True), index, len(data), index))
+    return found
+
+
+def never_same(a: Instance, b: Instance) -> bool:
+    return False
+
+
+def scan_one(path: Path) -> ScannedSeries:
+    (one,) = scan(open_archive(path)).series
+    return one
+
+
+@given(
+    st.floats(-25, 25),
+    st.floats(0.5, 8),
+    st.integers(3, 12),
+    st.randoms(use_true_random=False),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_order_any_tilt_gives_one_lattice(
+    tilt: float, step: float, count: int, shuffle: object, feet: bool
+) -> None:
+    """Positions come back exactly from the lattice, whatever the order of files, the tilt or the direction."""
+    angle = math.radians(tilt)
+    sign = -1 if feet else 1
+    orientation = [1, 0, 0, 0, sign * math.cos(angle), sign * math.sin(angle)]
+    positions = [(-10.0, 5.0, round(step * k, 4)) for k in range(count)]
+    shuffle.shuffle(positions)  # type: ignore[attr-defined]
+    (stack,) = assemble(instances(positions, [round(v, 9) for v in orientation]), never_same)
+    assert stack.status == "ok"
+    assert stack.role in ("thick", "thin")
+    geometry = stack.geometry
+    assert geometry is not None
+    assert ("gantry-tilt" in stack.flags) == (abs(tilt) > 0.1)
+    assert np.all(np.diff(geometry.z_mm) > 0)
+    for index, one in enumerate(stack.instances):
+        assert geometry.slice_position(index) == pytest.approx(one.position, abs=1e-3)
+    assert geometry.spacing_mm_zyx[0] == pytest.approx(step * math.cos(angle), rel=1e-2)
+
+
+@given(st.integers(5, 15), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_gap_is_never_stretched_over(count: int, data: st.DataObject) -> None:
+    gone = data.draw(st.sets(st.integers(1, count - 2), min_size=1, max_size=2))
+    kept = [k for k in range(count) if k not in gone]
+    if len(kept) < 3 or len(set(np.diff(kept))) == 1:
+        return
+    (stack,) = assemble(instances([(0, 0, 5.0 * k) for k in kept], [1, 0, 0, 0, 1, 0]), never_same)
+    assert stack.status == "quarantined" or "variable-spacing" in stack.flags
+    assert stack.role == "other"
+
+
+def test_sequential_scans_that_number_every_slice_stay_one_series() -> None:
+    found = instances([(0, 0, 5.0 * k) for k in range(6)], [1, 0, 0, 0, 1, 0], AcquisitionNumber=(1, 2, 3, 4, 5, 6))
+    (stack,) = assemble(found, never_same)
+    assert stack.role == "thick"
+    assert stack.discriminator == ""
+
+
+def test_interleaved_acquisitions_part_even_without_shared_positions() -> None:
+    z = [5.0 * k for k in range(5)] + [5.0 * k + 2 for k in range(5)]
+    found = instances([(0, 0, v) for v in z], [1, 0, 0, 0, 1, 0], AcquisitionNumber=(1,) * 5 + (2,) * 5)
+    stacks = assemble(found, never_same)
+    assert [len(s.instances) for s in stacks] == [5, 5]
+    assert [s.role for s in stacks] == ["thick", "thick"]
+    assert len({s.discriminator for s in stacks}) == 2
+    assert all("split" in s.flags for s in stacks)
+
+
+def test_one_uid_for_two_patients_is_refused() -> None:
+    found = instances([(0, 0, 5.0 * k) for k in range(6)], [1, 0, 0, 0, 1, 0], PatientID=("a",) * 3 + ("b",) * 3)
+    (stack,) = assemble(found, never_same)
+    assert stack.status == "quarantined"
+    assert "several patients" in stack.reason
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}, "MR image"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.67"}, "structured report"),
+        ({"SOPClassUID": "1.2.3"}, "another kind"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
+        ({"SamplesPerPixel": 3}, "colour"),
+        ({"RescaleType": "Z_EFF"}, "Hounsfield"),
+        ({"BitsStored": 0}, "contradict"),
+        ({"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31}, "32 bits"),
+        ({"RescaleSlope": 0}, "no usable number"),
+        ({"PixelSpacing": [0.7, 0]}, "PixelSpacing"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 0.5, 0]}, "orientation missing or no number"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 0.9, -0.436], "ImageType": ["DERIVED", "SECONDARY"]}, "oblique"),
+        ({"NumberOfFrames": 7}, "7 frames"),
+    ],
+)
+def test_what_is_set_aside_or_quarantined_says_why(values: dict[str, object], reason: str) -> None:
+    (stack,) = assemble(instances([(0, 0, 5.0 * k) for k in range(4)], [1, 0, 0, 0, 1, 0], **values), never_same)
+    assert reason in stack.reason
+    assert stack.role == "other"
+
+
+def test_header_beyond_the_first_kilobytes(tmp_path: Path) -> None:
+    """A private block of a megabyte before the geometry makes the scan read on, not give up."""
+
+    def stuffed(ds: Dataset, index: int) -> None:
+        ds.add_new(0x00190010, "LO", "MAKER")
+        ds.add_new(0x00191001, "OB", bytes(1_000_000))
+
+    assert scan_one(zip_of(tmp_path / "a.zip", series_files(anatomy(3, 8), tweak=stuffed))).role_hint == "thick"
+
+
+@pytest.mark.parametrize("syntax", [EXPLICIT, IMPLICIT])
+def test_nested_sequences_of_undefined_length_are_stepped_over(tmp_path: Path, syntax: str) -> None:
+    def nested(ds: Dataset, index: int) -> None:
+        inner = Dataset()
+        inner.CodeValue = "X"
+        outer = Dataset()
+        outer.PurposeOfReferenceCodeSequence = [inner]
+        outer.is_undefined_length_sequence_item = True
+        ds.SourceImageSequence = [outer, outer]
+        ds["SourceImageSequence"].is_undefined_length = True
+        outer["PurposeOfReferenceCodeSequence"].is_undefined_length = True
+
+    one = scan_one(zip_of(tmp_path / "a.zip", series_files(anatomy(3, 8), tweak=nested, syntax=syntax)))
+    assert one.status == "ok"
+    assert one.patient_id == "ID-4711"
+
+
+FREE_TEXT = """
+    Manufacturer ManufacturerModelName ConvolutionKernel BodyPartExamined PatientPosition ProtocolName SoftwareVersions
+    StationName InstitutionName SeriesDescription StudyDescription FilterType ScanOptions RotationDirection RescaleType
+"""
+
+
+def test_public_facts_hold_no_planted_text(tmp_path: Path) -> None:
+    """Every text attribute holds a planted name; none of it is public."""
+
+    def plant(ds: Dataset, index: int) -> None:
+        for keyword in FREE_TEXT.split():
+            setattr(ds, keyword, "MUSTERMANN")
+        ds.Manufacturer = "SIEMENS MUSTERMANN"
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL", "MUSTERMANN"]
+        ds.RescaleType = "HU"
+
+    one = scan_one(zip_of(tmp_path / "a.zip", series_files(anatomy(3, 8), tweak=plant)))
+    public = repr(
+        [one.header.public, one.kernel, one.modality, one.flags, one.reason, one.transfer_syntax, one.geometry]
+    )
+    assert "MUSTERMANN" not in public.upper()
+    assert one.kernel_text == "MUSTERMANN"
+    assert one.header.public["Manufacturer"] == "Siemens Healthineers"
+    assert one.header.public["ImageType"] == ["ORIGINAL", "PRIMARY", "AXIAL"]
+
+
+@pytest.mark.parametrize(
+    "kernel", ["Br38f", "Br38f\\3", "B30f", "FC08", "STANDARD", "UB", "STD+", "I31f\\2", "B", "YA"]
+)
+def test_vendors_kernels_are_known(kernel: str) -> None:
+    assert known_kernel(kernel) == kernel
+
+
+@pytest.mark.parametrize("text", ["Doe^John", "JOHN", "19700101", "4711", "Br38f Doe", ""])
+def test_other_text_is_no_kernel_and_no_model(text: str) -> None:
+    assert known_kernel(text) == ""
+    assert known_model(text) == ""
+    assert known_manufacturer(text) == ""
+
+
+def test_models() -> None:
+    assert known_model("LightSpeed VCT") == "LightSpeed VCT"
+    assert known_model("SOMATOM Definition AS+") == ""
+    assert known_model("Biograph40_mCT 4R") == "Biograph40_mCT 4R"
+
+
+def test_character_sets_of_private_identity(tmp_path: Path) -> None:
+    def named(ds: Dataset, index: int) -> None:
+        ds.SpecificCharacterSet = "ISO_IR 192"
+        ds.PatientName = "Größe^Zoë"
+
+    assert scan_one(zip_of(tmp_path / "a.zip", series_files(anatomy(3, 8), tweak=named))).header.identity[
+        "PatientName"
+    ] == ("Größe^Zoë")
+
+
+def test_problems_and_ignored_members_are_told_apart(tmp_path: Path) -> None:
+    good = series_files(anatomy(4, 8))
+    result = scan(
+        open_archive(
+            zip_of(
+                tmp_path / "a.zip",
+                {
+                    "empty": b"",
+                    "picture.jpg": b"\xff\xd8\xff\xe0" + bytes(500),
+                    "cut": good[0][:200],
+                    **{f"I{i}": f for i, f in enumerate(good)},
+                },
+            )
+        )
+    )
+    assert [index for index, _ in result.ignored] == [0, 1]
+    assert [index for index, _ in result.problems] == [2]
+    assert "cut short" in result.problems[0][1]
+    assert len(result.series) == 1
+
+
+def test_source_digest_follows_the_pixels(tmp_path: Path) -> None:
+    one = scan_one(zip_of(tmp_path / "a.zip", series_files(anatomy(4, 8))))
+    same = scan_one(zip_of(tmp_path / "b.zip", series_files(anatomy(4, 8))[::-1]))
+    differs = scan_one(zip_of(tmp_path / "c.zip", series_files(anatomy(4, 8, seed=1))))
+    assert one.source_digest == same.source_digest != differs.source_digest
+
+
+@pytest.mark.real
+def test_real_head_phantom_gives_thick_and_thin(real_data: Path) -> None:
+    source = open_archive(real_data / "ape-layout/non-APE/head-phantom.zip")
+    found = {one.role_hint: one for one in scan(source).series}
+    thick, thin = found["thick"].geometry, found["thin"].geometry
+    assert thick is not None
+    assert thin is not None
+    assert (thick.shape_zyx, thin.shape_zyx) == ((28, 512, 512), (140, 512, 512))
+    assert thick.spacing_mm_zyx[0] == pytest.approx(5.0)
+    assert thin.spacing_mm_zyx[0] == pytest.approx(1.0)
+    assert found["thick"].frame_uid == found["thin"].frame_uid
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "role", "flags", "aside"),
+    [
+        ("gantry-tilt-ge-variable-spacing", "other", {"gantry-tilt", "variable-spacing", "mixed-thickness"}, set()),
+        ("gantry-tilt-philips", "thick", {"gantry-tilt"}, {"a localizer", "no CT image but a secondary capture"}),
+        ("overlapping-3mm-every-2mm-jpeg2000", "thick", {"overlapping-slices", "surrogate-uid"}, set()),
+        ("pacs-export-with-scouts", "thick", set(), {"a localizer", "no CT image but a secondary capture"}),
+    ],
+)
+def test_real_odd_archives(real_data: Path, name: str, role: str, flags: set[str], aside: set[str]) -> None:
+    result = scan(open_archive(real_data / "odd" / f"{name}.zip"))
+    (volume,) = [one for one in result.series if one.geometry is not None]
+    assert volume.role_hint == role
+    assert volume.status == "ok"
+    assert flags <= set(volume.flags)
+    assert {one.reason for one in result.series if one is not volume} == aside
+    assert not result.problems
