@@ -50,7 +50,13 @@ def progress_bars() -> Iterator[OnProgress]:
     """Progress bars for a workflow, one for each part of the job; none where nobody looks."""
     from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     tasks: dict[str, TaskID] = {}
     with Bars(*columns, console=stderr, disable=not progress_wanted()) as bars:
 

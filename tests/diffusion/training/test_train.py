@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -28,11 +29,13 @@ from diffusion.data import key_of, make_store
 from diffusion.runs import RunCard, read_log
 from diffusion.runs.checkpoint import CheckpointError
 from diffusion.sampling import Interpolator
-from diffusion.training import train, train as train_module
+from diffusion.training import train
 from latentcache import InputError, LatentStore, NonFiniteError
 from latentcache.maintenance import collect, forget_patient
 from latentcache.maintenance.pins import pinned_snapshots, unpin
 from latentcache.tables import snapshot_numbers
+
+train_module = importlib.import_module("diffusion.training.train")
 
 SMALL = [
     "model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.heads=2", "model.groups=4",
