@@ -48,7 +48,15 @@ def emit(result: Mapping[str, Any], text: str, as_json: bool) -> None:
 @contextmanager
 def progress_bars() -> Iterator[OnProgress]:
     """Progress bars for a workflow, one for each part of the job; none where nobody looks."""
-    from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress as Bars,
+        TaskID,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pipeline.ingest.summary import IngestSummary
 from tests.support.hospital import study, thick, thin, write_zip
 
 
-class EncodeWorker:
+class Bench:
     """A dataset and a store side by side."""
 
     def __init__(self, root: Path) -> None:
@@ -37,9 +38,9 @@ class EncodeWorker:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EncodeWorker:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.delenv("CTPIPE_SECRET", raising=False)
-    return EncodeWorker(tmp_path)
+    return Bench(tmp_path)
 
 
 def never_open(*args: object) -> None:
@@ -53,7 +54,7 @@ def scan_or_die(found: FoundArchive, *rest: object) -> ingest_scan.ArchiveScan:
     return ingest_scan.scan_archive(found, *rest)  # type: ignore[arg-type]
 
 
-def test_a_study_becomes_two_series_and_a_pair(bench: EncodeWorker) -> None:
+def test_a_study_becomes_two_series_and_a_pair(bench: Bench) -> None:
     write_zip(bench.data / "APE" / "patient_001.zip", study("PAT1", 3))
     summary = bench.run()
     assert (summary.pairs, summary.series, summary.categories) == (1, {"thick": 1, "thin": 1}, {"APE": 1})
@@ -66,7 +67,7 @@ def test_a_study_becomes_two_series_and_a_pair(bench: EncodeWorker) -> None:
     assert bench.private.pointer(pair.thick_key).members[0] == (str(bench.data / "APE/patient_001.zip"), 0, 0)
 
 
-def test_bad_archives_are_named_by_key_and_stop_nothing(bench: EncodeWorker) -> None:
+def test_bad_archives_are_named_by_key_and_stop_nothing(bench: Bench) -> None:
     write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     (bench.data / "APE" / "b.zip").write_bytes(b"PK\x03\x04 this is no zip")
     write_zip(bench.data / "APE" / "c.zip", [])
@@ -90,7 +91,7 @@ def test_bad_archives_are_named_by_key_and_stop_nothing(bench: EncodeWorker) -> 
     assert again.archives == {"unchanged": 5}
 
 
-def test_a_damaged_member_at_the_end_of_a_series_is_told(bench: EncodeWorker) -> None:
+def test_a_damaged_member_at_the_end_of_a_series_is_told(bench: Bench) -> None:
     """The slices that are left look whole: only the member's own fault says that one is missing."""
     whole = thick()
     files = [(f"1/{i}", whole.file(i)[: 400 if i == 3 else None]) for i in range(4)]
@@ -102,7 +103,7 @@ def test_a_damaged_member_at_the_end_of_a_series_is_told(bench: EncodeWorker) ->
     assert not bench.run().quarantined
 
 
-def test_nothing_is_opened_twice(bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_opened_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     bench.run()
     before = bench.store.snapshot
@@ -111,7 +112,7 @@ def test_nothing_is_opened_twice(bench: EncodeWorker, monkeypatch: pytest.Monkey
     assert bench.store.snapshot == before
 
 
-def test_a_touched_archive_is_told_by_its_directory(bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_touched_archive_is_told_by_its_directory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     bench.run()
     os.utime(path, ns=(1, 1))
@@ -121,7 +122,7 @@ def test_a_touched_archive_is_told_by_its_directory(bench: EncodeWorker, monkeyp
     assert bench.run().archives == {"unchanged": 1}
 
 
-def test_a_changed_archive_is_read_again_and_lost_series_are_ended(bench: EncodeWorker) -> None:
+def test_a_changed_archive_is_read_again_and_lost_series_are_ended(bench: Bench) -> None:
     path = write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     bench.run()
     write_zip(path, study("PAT1", 3)[:1])
@@ -134,7 +135,7 @@ def test_a_changed_archive_is_read_again_and_lost_series_are_ended(bench: Encode
     assert bench.run().pairs == 1
 
 
-def test_a_repaired_archive_is_no_longer_reported(bench: EncodeWorker) -> None:
+def test_a_repaired_archive_is_no_longer_reported(bench: Bench) -> None:
     path = bench.data / "APE" / "a.zip"
     path.parent.mkdir()
     path.write_bytes(b"half a download")
@@ -143,7 +144,7 @@ def test_a_repaired_archive_is_no_longer_reported(bench: EncodeWorker) -> None:
     assert not bench.run().quarantined
 
 
-def test_a_study_over_two_zips_is_paired(bench: EncodeWorker) -> None:
+def test_a_study_over_two_zips_is_paired(bench: Bench) -> None:
     one, two = study("PAT1", 3)
     write_zip(bench.data / "APE" / "a.zip", [one])
     write_zip(bench.data / "APE" / "b.zip", [two])
@@ -151,7 +152,7 @@ def test_a_study_over_two_zips_is_paired(bench: EncodeWorker) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_a_series_over_two_zips_is_assembled(bench: EncodeWorker, batch: int) -> None:
+def test_a_series_over_two_zips_is_assembled(bench: Bench, batch: int) -> None:
     whole = thin(n=20)
     for name, wanted in (("a", range(0, 20, 2)), ("b", range(1, 20, 2))):
         extra = [(f"x/{i}", whole.file(i)) for i in wanted]
@@ -164,13 +165,13 @@ def test_a_series_over_two_zips_is_assembled(bench: EncodeWorker, batch: int) ->
     assert [Path(url).name for url, _, _ in members] == ["a.zip", "b.zip"] * 10
 
 
-def test_several_studies_in_one_zip(bench: EncodeWorker) -> None:
+def test_several_studies_in_one_zip(bench: Bench) -> None:
     write_zip(bench.data / "APE" / "a.zip", [*study("PAT1", 3), *study("PAT2", 4)])
     summary = bench.run()
     assert (summary.patients, summary.studies, summary.pairs) == (2, 2, 2)
 
 
-def test_a_plain_folder_is_an_archive_too(bench: EncodeWorker) -> None:
+def test_a_plain_folder_is_an_archive_too(bench: Bench) -> None:
     for number, scan in enumerate(study("PAT1", 3)):
         for i, data in enumerate(scan.files()):
             file = bench.data / "APE" / "patient_001" / str(number) / f"{i}.dcm"
@@ -190,7 +191,7 @@ def test_batches_and_a_kill_between_them_change_nothing(tmp_path: Path, monkeypa
     benches = []
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
-        benches.append(EncodeWorker(tmp_path / name))
+        benches.append(Bench(tmp_path / name))
     whole, killed = benches
     for i in range(8):
         write_zip(whole.data / "APE" / f"{i}.zip", study(f"P{i}", 10 + i))
@@ -209,7 +210,7 @@ def test_batches_and_a_kill_between_them_change_nothing(tmp_path: Path, monkeypa
     assert {p.pair_key: p for p in killed.store.pairs()} == {p.pair_key: p for p in whole.store.pairs()}
 
 
-def test_a_reader_that_fails_unforeseen_costs_one_archive(bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_fails_unforeseen_costs_one_archive(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     write_zip(bench.data / "APE" / "Doe^Jane.zip", study("PAT2", 4))
     genuine = ingest_scan.scan
@@ -228,16 +229,16 @@ def test_a_reader_that_fails_unforeseen_costs_one_archive(bench: EncodeWorker, m
     assert summary.pairs == 1
 
 
-def test_worker_processes_give_the_same(bench: EncodeWorker) -> None:
+def test_worker_processes_give_the_same(bench: Bench) -> None:
     for i in range(3):
         write_zip(bench.data / "APE" / f"{i}.zip", study(f"P{i}", 10 + i))
     assert bench.run(workers=2).pairs == 3
 
 
-def test_a_worker_that_dies_costs_one_archive(bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_costs_one_archive(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
         write_zip(bench.data / "APE" / f"{i}.zip", study(f"P{i}", 10 + i))
-    monkeypatch.setattr("pipeline.ingest.ingest.scan_archive", scan_or_die)
+    monkeypatch.setattr(importlib.import_module("pipeline.ingest.ingest"), "scan_archive", scan_or_die)
     summary = bench.run(workers=2)
     assert summary.pairs == 2
     (item,) = summary.set_aside
@@ -245,7 +246,7 @@ def test_a_worker_that_dies_costs_one_archive(bench: EncodeWorker, monkeypatch: 
     assert "crashed" in item.reason
 
 
-def test_pixels_are_decoded_on_request(bench: EncodeWorker) -> None:
+def test_pixels_are_decoded_on_request(bench: Bench) -> None:
     def cut(ds: object) -> None:
         if ds.InstanceNumber == 3:  # type: ignore[attr-defined]
             ds.PixelData = ds.PixelData[:100]  # type: ignore[attr-defined]
@@ -256,7 +257,7 @@ def test_pixels_are_decoded_on_request(bench: EncodeWorker) -> None:
     assert bench.of_uid("1.2.3.5").status == "quarantined"
 
 
-def test_patients_without_an_id_fall_back_to_the_study(bench: EncodeWorker) -> None:
+def test_patients_without_an_id_fall_back_to_the_study(bench: Bench) -> None:
     write_zip(bench.data / "APE" / "a.zip", [*study("ANON", 3), *study("ANON", 4)])
     bench.run()
     rows = list(bench.series().values())
@@ -264,7 +265,7 @@ def test_patients_without_an_id_fall_back_to_the_study(bench: EncodeWorker) -> N
     assert all("no-patient-id" in row.flags for row in rows)
 
 
-def test_archives_without_study_uids_are_not_taken_for_one_study(bench: EncodeWorker) -> None:
+def test_archives_without_study_uids_are_not_taken_for_one_study(bench: Bench) -> None:
     def wipe(ds: object) -> None:
         ds.StudyInstanceUID = ""  # type: ignore[attr-defined]
 
@@ -276,7 +277,7 @@ def test_archives_without_study_uids_are_not_taken_for_one_study(bench: EncodeWo
     assert len({row.study_key for row in rows}) == len({row.patient_key for row in rows}) == 2
 
 
-def test_a_shared_id_is_noticed_by_its_birth_dates(bench: EncodeWorker) -> None:
+def test_a_shared_id_is_noticed_by_its_birth_dates(bench: Bench) -> None:
     def born(date: str) -> object:
         return lambda ds: setattr(ds, "PatientBirthDate", date)
 
@@ -291,7 +292,7 @@ def test_a_shared_id_is_noticed_by_its_birth_dates(bench: EncodeWorker) -> None:
     assert "shared-patient-id" in bench.of_uid("1.2.4.1").flags
 
 
-def test_splits_stand_when_patients_are_added(bench: EncodeWorker) -> None:
+def test_splits_stand_when_patients_are_added(bench: Bench) -> None:
     for i in range(6):
         write_zip(bench.data / "APE" / f"{i}.zip", study(f"P{i}", 10 + i))
     bench.run()
@@ -306,7 +307,7 @@ def test_splits_stand_when_patients_are_added(bench: EncodeWorker) -> None:
 
 
 def test_moving_an_archive_to_another_category_relabels_without_reading(
-    bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     bench.run()
@@ -321,7 +322,7 @@ def csv(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_users_splits_come_first_and_move_patients(bench: EncodeWorker, tmp_path: Path) -> None:
+def test_the_users_splits_come_first_and_move_patients(bench: Bench, tmp_path: Path) -> None:
     for i in range(4):
         write_zip(bench.data / "APE" / f"{i}.zip", study(f"P{i}", 10 + i))
     everyone = "\n".join(f"P{i},test" for i in range(3))
@@ -336,7 +337,7 @@ def test_the_users_splits_come_first_and_move_patients(bench: EncodeWorker, tmp_
 
 @pytest.mark.parametrize("line", ["archive\n0.zip", "archive\nAPE/0", "patient\nP0", "study\n1.2.10"])
 @pytest.mark.parametrize("late", [False, True])
-def test_what_the_user_leaves_out_is_left_out(bench: EncodeWorker, tmp_path: Path, line: str, late: bool) -> None:
+def test_what_the_user_leaves_out_is_left_out(bench: Bench, tmp_path: Path, line: str, late: bool) -> None:
     for i in range(2):
         write_zip(bench.data / "APE" / f"{i}.zip", study(f"P{i}", 10 + i))
     if late:
@@ -351,7 +352,7 @@ def test_what_the_user_leaves_out_is_left_out(bench: EncodeWorker, tmp_path: Pat
     }
 
 
-def test_the_users_pairs_replace_and_stay(bench: EncodeWorker, tmp_path: Path) -> None:
+def test_the_users_pairs_replace_and_stay(bench: Bench, tmp_path: Path) -> None:
     sharp = thin("1.2.3.2", kernel="B70f")
     path = write_zip(bench.data / "APE" / "a.zip", [thick(), thin(), sharp])
     bench.run()
@@ -366,14 +367,14 @@ def test_the_users_pairs_replace_and_stay(bench: EncodeWorker, tmp_path: Path) -
         bench.run()
 
 
-def test_an_unknown_series_in_the_users_pairs_is_reported(bench: EncodeWorker, tmp_path: Path) -> None:
+def test_an_unknown_series_in_the_users_pairs_is_reported(bench: Bench, tmp_path: Path) -> None:
     write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     pairs = csv(tmp_path / "p.csv", "thick,thin\n1.2.3.5,9.9.9\n")
     summary = bench.run(overrides=read_overrides(bench.private.keys, pairs, None, None))
     assert [item.key for item in summary.set_aside] == [bench.private.keys.series("9.9.9")]
 
 
-def test_a_pair_that_the_pixels_refused_is_told_and_stays_refused(bench: EncodeWorker) -> None:
+def test_a_pair_that_the_pixels_refused_is_told_and_stays_refused(bench: Bench) -> None:
     path = write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     bench.run()
     (pair,) = bench.good_pairs()
@@ -384,14 +385,14 @@ def test_a_pair_that_the_pixels_refused_is_told_and_stays_refused(bench: EncodeW
     assert not bench.good_pairs()
 
 
-def test_a_dry_run_writes_nothing(bench: EncodeWorker) -> None:
+def test_a_dry_run_writes_nothing(bench: Bench) -> None:
     write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     assert bench.run(dry_run=True).archives["new"] == 1
     assert not bench.series()
     assert ingest(str(bench.data), None, None, IngestOptions(dry_run=True)).archives["new"] == 1
 
 
-def test_another_secret_is_refused(bench: EncodeWorker, tmp_path: Path) -> None:
+def test_another_secret_is_refused(bench: Bench, tmp_path: Path) -> None:
     other = PrivateStore.open(bench.url, str(tmp_path / "elsewhere"), create=True)
     with pytest.raises(StoreError, match="not the one"):
         check_secret(bench.store, other)
@@ -408,7 +409,7 @@ def test_the_store_may_lie_inside_the_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_real_pair(bench: EncodeWorker, real_data: Path) -> None:
+def test_the_real_pair(bench: Bench, real_data: Path) -> None:
     summary = ingest(str(real_data / "ape-layout"), bench.store, bench.private, IngestOptions())
     (pair,) = bench.good_pairs()
     rows = bench.series()

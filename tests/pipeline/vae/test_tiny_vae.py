@@ -19,7 +19,7 @@ from pipeline.volume import Window, resample_z
 
 @pytest.fixture(scope="module")
 def weights(repo_root: Path) -> Path:
-    return repo_root / "pipeline" / "weights" / "tiny_vae.safetensors"
+    return repo_root / "pipeline" / "vae" / "tiny_vae.safetensors"
 
 
 @pytest.fixture(scope="module")
