@@ -18,9 +18,9 @@ DATASET is a folder of zips or DICOM folders, one zip, or s3://bucket/prefix. No
 have not changed since the last ingest are not opened. Run it again at any time: it goes on where it was stopped.
 
 Exit code 3 means that something that should have been usable was set aside: an archive that cannot be read or holds
-no CT, a series that is damaged or ambiguous, or a patient without a thick/thin pair. Each is named by its key with the
-reason; `ctpipe whois` tells who a key is. Scouts, reformats and dose reports are part of a normal study and do not
-count.
+no CT, an entry that cannot be used (a link to nothing, a named pipe, a folder that may not be listed, a 7z or tar), a
+series that is damaged or ambiguous, or a patient without a thick/thin pair. Each is named by its key with the reason;
+`ctpipe whois` tells who a key is. Scouts, reformats and dose reports are part of a normal study and do not count.
 
 With --pair-across-fov a thick series that no thin one shares its in-plane grid with is paired with one whose field of
 view lies within its own. Such a pair is marked, its thick series is resampled in plane, and only the alignment `pixel`
@@ -76,6 +76,7 @@ def register(app: typer.Typer) -> None:
         as_json: AsJson = False,
     ) -> int:
         from latentcache import LatentStore
+        from latentcache.storage import FILE_SCHEME, local_path
         from pipeline.identity import Keys
         from pipeline.ingest import IngestOptions, ingest, open_stores, read_overrides
 
@@ -84,7 +85,9 @@ def register(app: typer.Typer) -> None:
         if not dry_run or LatentStore.exists(store):
             opened, hidden = open_stores(store, private, seed)
         keys = hidden.keys if hidden is not None else Keys(b"a dry run without a store")
-        folders = [Path(url) for url in (store, private) if url and "://" not in url]
+        folders = [
+            local_path(url) for url in (store, private) if url and ("://" not in url or url.startswith(FILE_SCHEME))
+        ]
         options = IngestOptions(
             categories=tuple(label.strip() for label in categories.split(",") if label.strip()),
             overrides=read_overrides(keys, pairs, splits, exclude),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from diffusion.config.classic_yaml import from_classic, is_classic
 from diffusion.config.overrides import apply, known_keys, nearest, parse_overrides
+from diffusion.config.safe_yaml import MOST_BYTES, parse_yaml
 from diffusion.config.schema import (
     BudgetConfig,
     DataConfig,
@@ -158,13 +158,15 @@ def load_config(
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"the configuration file cannot be read ({type(error).__name__})",
             expected="a YAML file",
             remedy="Check the path given with --config, and its indentation.",
         ) from error
+    values = parse_yaml(text, "the configuration file")
     if not isinstance(values, Mapping):
         raise InputError(
             "a configuration file without keys", expected="a YAML mapping", remedy="For example: data: {window: 16}."

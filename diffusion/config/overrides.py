@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-import yaml
-
+from diffusion.config.safe_yaml import parse_yaml
 from latentcache import InputError
 
 C = TypeVar("C")
@@ -133,5 +132,5 @@ def parse_overrides(pairs: Sequence[str], known: Sequence[str]) -> dict[str, Any
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise unknown(key, known, "--set")
-        place[name] = yaml.safe_load(value)
+        place[name] = parse_yaml(value, f"the value of --set {key.strip()}")
     return nested

@@ -14,6 +14,7 @@ from diffusion.networks import UNetConfig
 from diffusion.objectives import Objective, build_objective
 from latentcache import Encoding, InputError, LatentStore, StoreError
 from latentcache.maintenance import pin
+from latentcache.storage import fresh_draft
 
 log = logging.getLogger("ctpipe.train")
 
@@ -101,7 +102,7 @@ class RunCard:
     def write(self, run_dir: Path) -> None:
         """Writes ``run.json`` aside and renames it into place."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        aside = run_dir / (RUN_CARD + ".tmp")
+        aside = fresh_draft(run_dir / (RUN_CARD + ".tmp"))
         aside.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
         aside.replace(run_dir / RUN_CARD)
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from latentcache.storage import fresh_draft
+
 LOG = "log.jsonl"
 
 
@@ -48,7 +50,7 @@ class Journal:
 
     def _keep_until(self, step: int) -> None:
         kept = [line for line in read_log(self.path) if line["step"] <= step]
-        aside = self.path.with_suffix(".aside")
+        aside = fresh_draft(self.path.with_suffix(".aside"))
         aside.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)
 

@@ -95,7 +95,7 @@ def _reingest(store_url: str, archives: int) -> dict[str, Any]:
     found = [_found(i) for i in range(archives)]  # what listing the dataset would give; not timed
     opened: list[str] = []
     with (
-        mock.patch.object(module, "discover", return_value=found),
+        mock.patch.object(module, "stream_archives", return_value=iter(found)),
         mock.patch.object(ingest_scan, "open_archive", side_effect=opened.append),
     ):
         clock = _Clock()

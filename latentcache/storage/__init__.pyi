@@ -6,5 +6,16 @@ from .atomic import (
     written_aside as written_aside,
 )
 from .base import TEMPORARY as TEMPORARY, Buffer as Buffer, Entry as Entry, Location as Location
-from .local import FileSystem as FileSystem, LocalLocation as LocalLocation
+from .local import (
+    FILE_SCHEME as FILE_SCHEME,
+    FileSystem as FileSystem,
+    LocalLocation as LocalLocation,
+    local_path as local_path,
+)
 from .open import open_location as open_location
+from .planted_links import (
+    SUPERUSER as SUPERUSER,
+    fresh_draft as fresh_draft,
+    is_foreign as is_foreign,
+    refuse_planted as refuse_planted,
+)

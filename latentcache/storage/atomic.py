@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from latentcache import InputError
+from latentcache.storage.planted_links import fresh_draft
 
 
 @contextmanager
@@ -18,10 +20,10 @@ def written_aside(path: Path) -> Iterator[Path]:
     """Yield a hidden sibling to write into; on success it replaces ``path``, on any error it vanishes.
 
     A kill at any instant leaves ``path`` as it was or as it shall be, and at worst a hidden ``*.part`` sibling, which
-    the next writer of the same file overwrites.
+    the next writer of the same file replaces. A link planted in its place is not followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
+    draft = fresh_draft(path.with_name(f".{path.name}.part"))
     try:
         yield draft
         sync_file(draft)
@@ -56,8 +58,8 @@ def sync_file(path: Path) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise InputError when an output path is taken; nothing is ever overwritten."""
-    if path.exists():
+    """Raise InputError when an output path is taken, by a link to nothing too; nothing is ever overwritten."""
+    if os.path.lexists(path):
         raise InputError(
             f"the output folder {path.name!r} exists",
             expected="a path that does not exist yet",
@@ -67,7 +69,7 @@ def refuse_existing(path: Path) -> None:
 
 def _remove_abandoned(out_dir: Path) -> None:
     """Delete what a killed writer of the same folder on this host left behind; living writers are spared."""
-    form = re.compile(re.escape(f".{out_dir.name}.{socket.gethostname()}.") + r"(\d+)\.partial")
+    form = re.compile(re.escape(f".{out_dir.name}.{socket.gethostname()}.") + r"(\d+)(\.[0-9a-f]+)?\.partial")
     for entry in out_dir.parent.iterdir():
         found = form.fullmatch(entry.name)
         if found and not Path(f"/proc/{found[1]}").exists() and Path("/proc/self").exists():
@@ -87,7 +89,9 @@ def atomic_folder(out_dir: Path) -> Iterator[Path]:
     refuse_existing(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out_dir)
-    partial = out_dir.parent / f".{out_dir.name}.{socket.gethostname()}.{os.getpid()}.partial"
+    # Of a name that nobody can foresee, so that nothing can be planted under it.
+    own = f".{out_dir.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+    partial = out_dir.parent / own
     partial.mkdir()
     try:
         yield partial

@@ -13,14 +13,24 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from numpy.typing import NDArray
 
 from latentcache import StoreError
 from latentcache.storage.base import TEMPORARY, Buffer, Entry
+from latentcache.storage.planted_links import refuse_planted
 
+FILE_SCHEME = "file://"
 IOV_MAX = 1024
 """Linux's limit on the buffers of one preadv."""
+
+
+def local_path(url: str) -> Path:
+    """Return the path that a file:// URL stands for (percent-encoded, RFC 8089), or a plain path as it is."""
+    if not url.startswith(FILE_SCHEME):
+        return Path(url)
+    return Path(os.fsdecode(unquote_to_bytes(os.fsencode(url.removeprefix(FILE_SCHEME)))))
 
 
 class FileSystem:
@@ -71,6 +81,7 @@ class LocalLocation:
 
     def _make_folder(self, folder: Path) -> None:
         """Create missing folders, each made durable in its parent, so that a name below survives a power cut."""
+        refuse_planted(folder, self.root)
         missing = []
         while not folder.is_dir():
             missing.append(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from latentcache import InputError
 from latentcache.storage.base import Location
-from latentcache.storage.local import LocalLocation
+from latentcache.storage.local import FILE_SCHEME, LocalLocation, local_path
 
 
 def open_location(url: str | Path | Location) -> Location:
@@ -24,12 +24,10 @@ def open_location(url: str | Path | Location) -> Location:
         from latentcache.storage.s3 import S3Location
 
         return S3Location(text)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    elif "://" in text:
+    if "://" in text and not text.startswith(FILE_SCHEME):
         raise InputError(
             f"a store URL with the scheme {text.split('://', 1)[0]!r}",
             expected="a local path, file:// or s3://bucket/prefix",
             remedy="Mount the storage as a folder, or use an S3-compatible endpoint (AWS_ENDPOINT_URL).",
         )
-    return LocalLocation(Path(text).absolute())
+    return LocalLocation(local_path(text).absolute())

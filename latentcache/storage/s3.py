@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from obstore import exceptions
 from obstore.store import S3Store
 
-from latentcache import StoreError
+from latentcache import InputError, StoreError
 from latentcache.storage.base import Buffer, Entry
 
 log = logging.getLogger("ctpipe.s3")
@@ -26,7 +26,16 @@ MULTIPART_BYTES = 1 << 30
 
 
 def _client(url: str) -> Any:
-    """Credentials, region and endpoint come from AWS_*; transient failures are retried for up to a minute."""
+    """Credentials, region and endpoint come from AWS_*; transient failures are retried for up to a minute.
+
+    Nothing in a URL decides whom to ask: one may stand in a file that somebody else wrote.
+    """
+    if "?" in url or "#" in url:
+        raise InputError(
+            "an S3 URL with ? or #",
+            expected="s3://bucket/prefix; the endpoint and the like come from the AWS_* variables",
+            remedy="Leave options out; write the characters themselves as %3F and %23.",
+        )
     options: dict[str, Any] = {"timeout": timedelta(seconds=60)}
     if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         options["allow_http"] = True
@@ -35,7 +44,14 @@ def _client(url: str) -> Any:
         "backoff": {"init_backoff": timedelta(milliseconds=50), "max_backoff": timedelta(seconds=5), "base": 2},
         "retry_timeout": timedelta(seconds=60),
     }
-    return S3Store.from_url(url, retry_config=retry, client_options=options)
+    try:
+        return S3Store.from_url(url, retry_config=retry, client_options=options)
+    except (exceptions.BaseError, ValueError):
+        raise InputError(
+            "an S3 URL that cannot be taken apart",
+            expected="s3://bucket/prefix, without empty parts",
+            remedy="Check its spelling.",
+        ) from None
 
 
 @contextlib.contextmanager

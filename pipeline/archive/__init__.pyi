@@ -2,8 +2,13 @@ from .discover import (
     DEFAULT_CATEGORIES as DEFAULT_CATEGORIES,
     UNLABELLED as UNLABELLED,
     FoundArchive as FoundArchive,
-    discover as discover,
+    stream_archives as stream_archives,
 )
 from .joined_source import JoinedSource as JoinedSource
-from .source import Scratch as Scratch, Source as Source, open_archive as open_archive
+from .source import (
+    UNREADABLE_FILE as UNREADABLE_FILE,
+    Scratch as Scratch,
+    Source as Source,
+    open_archive as open_archive,
+)
 from .zip_directory import StorageError as StorageError

@@ -1,22 +1,41 @@
-"""Find the archives of a dataset: zips, folders of DICOM files, and zips on an object store. Opens none of them."""
+"""Find the archives of a dataset: zips, folders of DICOM files, and zips on an object store.
+
+Work is linear in the number of files, each of which is looked at once; memory does not grow with them, apart from the
+names of the folder at hand. Archives come out while the rest of the tree is still to be listed.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from latentcache import InputError
-from latentcache.storage import open_location
+from latentcache.storage import Entry, local_path, open_location
+from pipeline.archive.directory_entries import (
+    DirectoryEntry,
+    list_folder,
+    open_regular,
+    other_archive,
+    unlisted_folder,
+    url_of,
+    why_unlisted,
+)
 
 DEFAULT_CATEGORIES = ("APE", "non-APE")
 UNLABELLED = "unlabelled"
 PREAMBLE = 128
 """Bytes before ``DICM`` in a DICOM file (PS3.10 section 7.1)."""
 _IGNORED_FOLDERS = {"__MACOSX"}
+_LOOSE_SUFFIXES = {"", ".dcm", ".dicom", ".ima"}
+"""Endings of objects that are DICOM files as a rule; in an object store none is opened to find out."""
+_SPECIAL = frozenset("%?#")
+"""Characters of a key that have another meaning in the folders of a URL."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +44,7 @@ class FoundArchive:
 
     ``etag`` changes with the content where size and time do not tell: an object store's own, and for a folder a hash of
     its listing. ``category`` is a label of the allow-list. ``url`` is private: it may name a patient.
+    ``refusal`` is set for what cannot be read, such as a link to nothing or a 7z: why, in words that name no file.
     """
 
     url: str = field(repr=False)
@@ -32,14 +52,25 @@ class FoundArchive:
     mtime_ns: int
     etag: str
     category: str
+    refusal: str = ""
 
 
 def discover(
     dataset: str, categories: Sequence[str] = DEFAULT_CATEGORIES, exclude: Sequence[Path] = ()
 ) -> list[FoundArchive]:
-    """Every archive below a dataset, in a fixed order.
+    """Return every archive below a dataset, in order of URL; see :func:`stream_archives`."""
+    return sorted(stream_archives(dataset, categories, exclude), key=lambda archive: archive.url)
 
-    A ``.zip`` is an archive; loose files count as one folder for each patient: the first level below the category.
+
+def stream_archives(
+    dataset: str, categories: Sequence[str] = DEFAULT_CATEGORIES, exclude: Sequence[Path] = ()
+) -> Iterator[FoundArchive]:
+    """Yield every archive below a dataset, in a fixed order, while the tree is being listed.
+
+    A ``.zip`` is an archive; loose files count as one folder for each patient: the first level below the category. What
+    cannot be used is yielded with its refusal: links to nothing or to folders, named pipes, sockets, folders that may
+    not be listed, archives of other kinds. Within a folder that counts as one archive, only its reader reports the
+    former.
 
     Args:
         dataset: A folder, a single zip, or an object store's URL such as s3://bucket/prefix.
@@ -47,17 +78,24 @@ def discover(
         exclude: Folders not to enter (the store itself may lie inside the dataset).
 
     Raises:
-        InputError: There is nothing at that place.
+        InputError: There is nothing at that place, or it may not be listed; raised here, before the first archive.
     """
-    split = urlsplit(dataset)
-    if "://" in dataset and split.scheme != "file":
-        found = list(_remote(dataset.rstrip("/"), categories))
-    else:
-        root = Path(unquote(split.path)) if split.scheme == "file" else Path(dataset)
-        if not root.exists():
-            raise _nothing_there()
-        found = _local(root.absolute(), categories, {p.absolute() for p in exclude})
-    return sorted(found, key=lambda archive: archive.url)
+    if "://" in dataset and urlsplit(dataset).scheme != "file":
+        return _remote(dataset.rstrip("/"), categories)
+    root = local_path(dataset).absolute()
+    if root.is_file():
+        return iter([_single(root, categories)])
+    if not root.is_dir():
+        raise _nothing_there()
+    try:
+        list_folder(str(root))
+    except OSError as error:
+        raise InputError(
+            f"the dataset is {why_unlisted(error)}",
+            expected="a folder that this user may list",
+            remedy="Give this user the right to read and enter it, then run the command again.",
+        ) from None
+    return _Tree(root, categories, exclude).archives()
 
 
 def category_of(parts: Sequence[str], categories: Sequence[str]) -> str:
@@ -66,78 +104,98 @@ def category_of(parts: Sequence[str], categories: Sequence[str]) -> str:
     return next((labels[part.casefold()] for part in parts if part.casefold() in labels), UNLABELLED)
 
 
-def _local(root: Path, categories: Sequence[str], exclude: set[Path]) -> list[FoundArchive]:
-    if root.is_file():
-        info = root.stat()
-        category = category_of([root.parent.name], categories)
-        return [FoundArchive(str(root), info.st_size, info.st_mtime_ns, "", category)]
-    zips: list[Path] = []
-    loose: dict[Path, list[Path]] = {}
-    for folder, subfolders, names in os.walk(root):
-        here = Path(folder)
-        subfolders[:] = sorted(
-            s for s in subfolders if not s.startswith(".") and s not in _IGNORED_FOLDERS and here / s not in exclude
-        )
-        for name in sorted(names):
-            if name.startswith("."):
-                continue
-            if name.casefold().endswith(".zip"):
-                zips.append(here / name)
+def _single(path: Path, categories: Sequence[str]) -> FoundArchive:
+    info = path.stat()
+    return FoundArchive(
+        url_of(str(path)), info.st_size, info.st_mtime_ns, "", category_of([path.parent.name], categories)
+    )
+
+
+class _Tree:
+    """A dataset on a file system, listed depth first."""
+
+    def __init__(self, root: Path, categories: Sequence[str], exclude: Sequence[Path]) -> None:
+        self._root = str(root)
+        self._name = root.name
+        self._categories = categories
+        self._exclude = {str(path.absolute()) for path in exclude}
+
+    def archives(self) -> Iterator[FoundArchive]:
+        return self._shared(self._root, ())
+
+    def _shared(self, folder: str, parts: tuple[str, ...]) -> Iterator[FoundArchive]:
+        """Below the dataset itself or a category, where stray files (lists, notes) are to be expected.
+
+        One that holds DICOM files of its own is a single archive with all that lies below it.
+        """
+        entries = self._entries(folder)
+        if any(entry.kind == "file" and _is_dicom(entry.path) for entry in entries):
+            yield from self._unit(folder, parts)
+            return
+        for entry in entries:
+            if entry.kind == "folder":
+                below = (*parts, entry.name)
+                is_category = not parts and category_of(below, self._categories) != UNLABELLED
+                yield from (self._shared if is_category else self._unit)(entry.path, below)
+            elif entry.kind != "file":
+                yield self._found(entry)
+
+    def _unit(self, unit: str, parts: tuple[str, ...]) -> Iterator[FoundArchive]:
+        """The zips below a patient's folder, and the folder itself if there are loose files in it.
+
+        Files are listed name by name, folders among them, which is the order of their paths: the hash needs no list.
+        """
+        listing, size, newest, files = hashlib.sha256(), 0, 0, 0
+        above = len(os.path.join(unit, ""))
+        within: list[DirectoryEntry] = []
+        pending = [iter(self._entries(unit))]
+        while pending:
+            entry = next(pending[-1], None)
+            if entry is None:
+                pending.pop()
+            elif entry.kind == "folder":
+                pending.append(iter(self._entries(entry.path)))
+            elif entry.kind == "file":
+                line = f"{entry.path[above:]}\0{entry.size}\0{entry.mtime_ns}\n"
+                listing.update(line.encode(errors="surrogateescape"))
+                size, newest, files = size + entry.size, max(newest, entry.mtime_ns), files + 1
+            elif entry.kind == "unusable" and not entry.name.casefold().endswith(".zip"):
+                within.append(entry)
+                line = f"{entry.path[above:]}\0{entry.refusal}\n"
+                listing.update(line.encode(errors="surrogateescape"))
             else:
-                loose.setdefault(_unit(root, here, categories), []).append(here / name)
-    found = []
-    for path in zips:
-        info = path.stat()
-        category = category_of([*path.relative_to(root).parts[:-1], root.name], categories)
-        found.append(FoundArchive(str(path), info.st_size, info.st_mtime_ns, "", category))
-    return found + _folders(root, loose, categories)
+                yield self._found(entry)
+        if files:
+            category = category_of([*parts, self._name], self._categories)
+            yield FoundArchive(url_of(unit), size, newest, listing.hexdigest(), category)
+        else:
+            yield from map(self._found, within)
+
+    def _entries(self, folder: str) -> list[DirectoryEntry]:
+        """What a folder holds, hidden and excluded entries left out; itself where it cannot be listed."""
+        try:
+            entries = list_folder(folder)
+        except OSError as error:
+            return [unlisted_folder(folder, error)]
+        return [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".")
+            and not (entry.kind == "folder" and (entry.name in _IGNORED_FOLDERS or entry.path in self._exclude))
+        ]
+
+    def _found(self, entry: DirectoryEntry) -> FoundArchive:
+        parts = os.path.relpath(entry.path, self._root).split(os.sep)
+        category = category_of([*parts[:-1], self._name], self._categories)
+        return FoundArchive(url_of(entry.path), entry.size, entry.mtime_ns, "", category, entry.refusal)
 
 
-def _folders(root: Path, loose: Mapping[Path, Sequence[Path]], categories: Sequence[str]) -> list[FoundArchive]:
-    """Folders that count as archives: those with DICOM of their own swallow what lies below them."""
-    whole = [unit for unit, files in loose.items() if _holds_loose_dicom(unit, files)]
-    found = []
-    for unit in loose:
-        covered = any(other in unit.parents for other in whole)
-        if covered or (unit not in whole and _is_shared(root, unit, categories)):
-            continue
-        below = sorted(f for other, files in loose.items() if other == unit or unit in other.parents for f in files)
-        found.append(_folder(unit, below, category_of([*unit.relative_to(root).parts, root.name], categories)))
-    return found
-
-
-def _unit(root: Path, folder: Path, categories: Sequence[str]) -> Path:
-    """The folder that counts as one archive for a loose file in ``folder``: a patient's, as a rule."""
-    parts = folder.relative_to(root).parts
-    depth = 2 if parts and category_of(parts[:1], categories) != UNLABELLED else 1
-    return root.joinpath(*parts[:depth])
-
-
-def _is_shared(root: Path, unit: Path, categories: Sequence[str]) -> bool:
-    """Whether a unit is the dataset or a category itself, where stray files (lists, notes) are to be expected."""
-    parts = unit.relative_to(root).parts
-    return not parts or (len(parts) == 1 and category_of(parts, categories) != UNLABELLED)
-
-
-def _holds_loose_dicom(unit: Path, files: Sequence[Path]) -> bool:
-    return any(file.parent == unit and _is_dicom(file) for file in files)
-
-
-def _is_dicom(file: Path) -> bool:
+def _is_dicom(path: str) -> bool:
     try:
-        with file.open("rb") as opened:
+        with os.fdopen(open_regular(path), "rb") as opened:
             return opened.read(PREAMBLE + 4)[PREAMBLE:] == b"DICM"
     except OSError:
         return False
-
-
-def _folder(unit: Path, files: Sequence[Path], category: str) -> FoundArchive:
-    digest, size, newest = hashlib.sha256(), 0, 0
-    for file in files:
-        info = file.stat()
-        digest.update(f"{file.relative_to(unit).as_posix()}\0{info.st_size}\0{info.st_mtime_ns}\n".encode())
-        size, newest = size + info.st_size, max(newest, info.st_mtime_ns)
-    return FoundArchive(str(unit), size, newest, digest.hexdigest(), category)
 
 
 def _remote(url: str, categories: Sequence[str]) -> Iterator[FoundArchive]:
@@ -147,16 +205,39 @@ def _remote(url: str, categories: Sequence[str]) -> Iterator[FoundArchive]:
         from pipeline.archive.object_store import ObjectFile
 
         file = ObjectFile(url)
-        yield FoundArchive(url, file.size, file.modified_ns, file.etag, category_of([above.parent.name], categories))
-        return
-    entries = list(open_location(url).list(""))
-    if not entries:
+        category = category_of([above.parent.name], categories)
+        return iter([FoundArchive(url, file.size, file.modified_ns, file.etag, category)])
+    entries = iter(open_location(url).list(""))
+    first = next(entries, None)
+    if first is None:
         raise _nothing_there()
+    return _objects(url, itertools.chain([first], entries), above.name, categories)
+
+
+def _objects(url: str, entries: Iterable[Entry], name: str, categories: Sequence[str]) -> Iterator[FoundArchive]:
+    """Zips as they are listed, archives of other kinds with a refusal, and at the end what holds loose files."""
+    loose: Counter[tuple[str, ...]] = Counter()
     for entry in entries:
         path = PurePosixPath(entry.path)
-        if path.suffix.casefold() == ".zip":
-            category = category_of([*path.parts[:-1], above.name], categories)
-            yield FoundArchive(f"{url}/{path}", entry.size, int(entry.modified * 1e9), entry.etag, category)
+        category = category_of([*path.parts[:-1], name], categories)
+        refusal = other_archive(path.name)
+        if refusal or path.suffix.casefold() == ".zip":
+            modified = int(entry.modified * 1e9)
+            where = "/".join((url, *map(_literal, path.parts[:-1]), path.name))
+            yield FoundArchive(where, entry.size, modified, entry.etag, category, refusal)
+        elif path.suffix.casefold() in _LOOSE_SUFFIXES and not path.name.startswith("."):
+            labelled = category_of(path.parts[:-1][:1], categories) != UNLABELLED
+            unit = path.parts[:-1][: 2 if labelled else 1]
+            if path.suffix or len(unit) > labelled:  # files without a suffix beside the archives are notes
+                loose[unit] += 1
+    for unit, count in sorted(loose.items()):
+        refusal = f"{count} loose files in an object store, where only zips are read: pack them into a zip"
+        yield FoundArchive("/".join((url, *unit)), count, 0, "", category_of([*unit, name], categories), refusal)
+
+
+def _literal(part: str) -> str:
+    """A folder's name as it stands in a URL; everything but the special characters stays as it is."""
+    return "".join(f"%{ord(c):02X}" if c in _SPECIAL else c for c in part)
 
 
 def _nothing_there() -> InputError:

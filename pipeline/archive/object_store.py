@@ -49,6 +49,8 @@ class ObjectFile:
         try:
             if store is None:
                 prefix, _, path = url.rpartition("/")
+                if "?" in prefix or "#" in prefix:
+                    raise ValueError("an option, or a folder's name that is not percent-encoded")
                 store = _client(prefix)
             self._store, self._path = store, path
             meta = obstore.head(store, path)

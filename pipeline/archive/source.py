@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentcache import InputError
+from latentcache.storage import local_path
+from pipeline.archive.directory_entries import list_folder, open_regular, unlisted_folder, url_of
 from pipeline.archive.zip_directory import (
     LOCAL_HEADER,
     LOCAL_NAME_SPARE,
@@ -28,11 +29,13 @@ from pipeline.archive.zip_directory import (
     StorageError,
     body_start,
     check_sum,
+    head_of,
     head_range,
-    inflate_head,
     inflated,
     read_directory,
 )
+
+UNREADABLE_FILE = "a file of the folder that cannot be opened or read"
 
 
 class Scratch:
@@ -110,7 +113,7 @@ class LocalFile:
     """A file read by position (pread): safe for threads, and for network shares whose files vanish."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._descriptor = open_regular(path)
         info = os.fstat(self._descriptor)
         self.size = info.st_size
         self.stamp = f"{info.st_size}:{info.st_mtime_ns}"
@@ -181,7 +184,7 @@ class ZipSource(_MemberTable):
     def read(self, index: int, limit: int | None = None) -> bytes:
         member = self._readable(index)
         if limit is not None and limit < member.size:
-            return inflate_head(member, self._reader.read(*head_range(member, limit)), limit)
+            return head_of(member, self._reader.read(*head_range(member, limit)), limit, self._reader.read)
         packed = self._packed(member)
         data = bytes(packed) if member.method == STORED else b"".join(inflated(member, packed))
         check_sum(member, data)
@@ -223,7 +226,7 @@ class ZipSource(_MemberTable):
                     yield index, error
             for member, raw in zip(batch, self._reader.read_many([head_range(m, limit) for m in batch]), strict=True):
                 try:
-                    yield member.index, inflate_head(member, raw, limit)
+                    yield member.index, head_of(member, raw, limit, self._reader.read)
                 except ArchiveError as error:
                     yield member.index, error
 
@@ -232,32 +235,16 @@ class ZipSource(_MemberTable):
 
 
 class FolderSource(_MemberTable):
-    """Every file below a folder, in a stable order. Links that leave the folder are not followed."""
+    """Every file below a folder, in a stable order. Links that leave the folder are not followed.
+
+    What is no file (a link to nothing, a named pipe, a folder that may not be listed) is a member with a refusal,
+    behind all others, so that it is reported and moves no number.
+    """
 
     def __init__(self, path: Path, limits: Limits | None = None) -> None:
-        limits = limits or Limits()
-        self.url = str(path)
+        self.url = url_of(str(path))
         self._root = path
-        root = path.resolve()
-        members: list[Member] = []
-        for folder, subfolders, files in os.walk(path):
-            subfolders.sort()
-            for name in sorted(files):
-                full = Path(folder, name)
-                try:
-                    info = full.stat()
-                except OSError:
-                    continue
-                if not stat.S_ISREG(info.st_mode):
-                    continue
-                refusal = ""
-                if full.is_symlink() and not full.resolve().is_relative_to(root):
-                    refusal = "a link that leaves the folder"
-                elif info.st_size > limits.member_bytes:
-                    refusal = f"it has {info.st_size >> 20} MiB, more than any image"
-                relative = full.relative_to(path).as_posix()
-                size, stamp = info.st_size, info.st_mtime_ns
-                members.append(Member(len(members), relative, size, size, None, stamp=stamp, refusal=refusal))
+        members, self._odd_names = _files_below(path, limits or Limits())
         super().__init__(members)
 
     @property
@@ -267,10 +254,11 @@ class FolderSource(_MemberTable):
     def read(self, index: int, limit: int | None = None) -> bytes:
         member = self._readable(index)
         try:
-            with open(self._root / member.name, "rb") as file:
+            name = self._odd_names.get(index, member.name)
+            with os.fdopen(open_regular(self._root / name), "rb") as file:
                 data = file.read(member.size if limit is None else limit)
         except OSError:
-            raise ArchiveError("a file of the folder can no longer be read") from None
+            raise ArchiveError(UNREADABLE_FILE) from None
         if limit is None and len(data) != member.size:
             raise ArchiveError("a file of the folder became shorter while it was read")
         return data
@@ -289,6 +277,41 @@ class FolderSource(_MemberTable):
         """Nothing is held open."""
 
 
+def _files_below(path: Path, limits: Limits) -> tuple[list[Member], dict[int, str]]:
+    """Members of a folder, and by number the true names of those whose name is not valid UTF-8."""
+    root = path.resolve()
+    members: list[Member] = []
+    refused: list[tuple[str, str]] = []
+    odd_names: dict[int, str] = {}
+    pending = [str(path)]
+    while pending:
+        folder = pending.pop()
+        try:
+            entries = list_folder(folder)
+        except OSError as error:
+            entries = [unlisted_folder(folder, error)]
+        pending.extend(entry.path for entry in reversed(entries) if entry.kind == "folder")
+        for entry in entries:
+            relative = os.path.relpath(entry.path, path).replace(os.sep, "/")
+            shown = os.fsencode(relative).decode(errors="backslashreplace")
+            if entry.kind == "unusable" and not entry.name.startswith("."):
+                refused.append((shown, entry.refusal))
+            if entry.kind in ("folder", "unusable"):
+                continue
+            refusal = ""
+            if entry.link and not Path(entry.path).resolve().is_relative_to(root):
+                refusal = "a link that leaves the folder"
+            elif entry.size > limits.member_bytes:
+                refusal = f"it has {entry.size >> 20} MiB, more than any image"
+            if shown != relative:
+                odd_names[len(members)] = relative
+            members.append(
+                Member(len(members), shown, entry.size, entry.size, None, stamp=entry.mtime_ns, refusal=refusal)
+            )
+    members += [Member(len(members) + i, name, 0, 0, None, refusal=why) for i, (name, why) in enumerate(refused)]
+    return members, odd_names
+
+
 def open_archive(url: str | Path, limits: Limits | None = None) -> Source:
     """Open a zip (a path, file:// or an object store's URL such as s3://bucket/key.zip) or a folder of DICOM files.
 
@@ -302,7 +325,7 @@ def open_archive(url: str | Path, limits: Limits | None = None) -> Source:
         from pipeline.archive.object_store import ObjectFile
 
         return ZipSource(text, ObjectFile(text), limits)
-    path = Path(unquote(urlsplit(text).path)) if scheme else Path(text)
+    path = local_path(text)
     if path.is_dir():
         return FolderSource(path, limits)
     try:

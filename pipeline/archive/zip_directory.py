@@ -20,7 +20,7 @@ LOCAL_NAME_SPARE = 1024
 
 
 def head_range(member: Member, limit: int) -> tuple[int, int]:
-    """Bytes of the archive that surely hold the first ``limit`` bytes of a member (deflate expands by 5 in 16 K)."""
+    """Bytes of the archive that hold the first ``limit`` bytes of a member as a rule (deflate expands by 5 in 16 K)."""
     packed = min(member.compressed_size, limit + limit // 1024 + 64)
     return member.offset, LOCAL_HEADER.size + LOCAL_NAME_SPARE + packed
 
@@ -35,13 +35,38 @@ def body_start(member: Member, raw: bytes) -> int:
     return LOCAL_HEADER.size + int(fields[9]) + int(fields[10])
 
 
-def inflate_head(member: Member, raw: bytes, limit: int) -> bytes:
-    """The first ``limit`` bytes of a member, from the bytes of the archive that `head_range` names."""
-    packed = memoryview(raw)[body_start(member, raw) :][: member.compressed_size]
-    if member.method == STORED:
-        return bytes(packed[:limit])
+def head_of(member: Member, raw: bytes, limit: int, read: ReadRange) -> bytes:
+    """Return the first ``limit`` bytes of a member, fewer only where it ends before.
+
+    Args:
+        member: As of the directory.
+        raw: The bytes of the archive that `head_range` names.
+        limit: Bytes wanted.
+        read: Asked for more where the name and extra field are long, or the data expand as they are packed.
+
+    Raises:
+        ArchiveError: Truncated or damaged.
+    """
+    start = body_start(member, raw)
+    wanted, size = min(limit, member.size), head_range(member, limit)[1] - LOCAL_HEADER.size - LOCAL_NAME_SPARE
+    while True:
+        size = min(size, member.compressed_size)
+        packed = memoryview(raw)[start : start + size]
+        if len(packed) < size:
+            packed = memoryview(read(member.offset + start, size))
+        if len(packed) < size:
+            raise ArchiveError("a member that is cut short, so the archive is truncated")
+        head = bytes(packed[:wanted]) if member.method == STORED else _inflate_some(packed, wanted)
+        if len(head) >= wanted or size == member.compressed_size:
+            return head
+        size *= 4
+
+
+def _inflate_some(packed: memoryview, wanted: int) -> bytes:
+    if not wanted:
+        return b""
     try:
-        head: bytes = isal_zlib.decompressobj(-15).decompress(packed, min(limit, max(member.size, 1)))
+        head: bytes = isal_zlib.decompressobj(-15).decompress(packed, wanted)
     except isal_zlib.error:
         raise ArchiveError("a member whose compressed data are damaged") from None
     return head
@@ -151,8 +176,8 @@ def read_directory(size: int, read: ReadRange, limits: Limits) -> list[Member]:
     tail_length = min(size, _MAX_COMMENT + _END.size + _LOCATOR64.size)
     tail_start = size - tail_length
     tail = read(tail_start, tail_length)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
+    at = _find_end(tail)
+    if at < 0:
         raise ArchiveError("a zip without its directory, so truncated or no zip at all")
     _, disk, first_disk, _, count, length, offset, _ = _END.unpack_from(tail, at)
     directory_end = tail_start + at
@@ -171,6 +196,35 @@ def read_directory(size: int, read: ReadRange, limits: Limits) -> list[Member]:
     if len(directory) != length:
         raise ArchiveError("a zip whose directory is cut short")
     return _parse_entries(directory, count, shift, directory_end - length, limits)
+
+
+def _find_end(tail: bytes) -> int:
+    """Return where the end of central directory record begins (APPNOTE 4.3.16), or -1.
+
+    A comment may hold the record's signature: the record is the last one whose comment reaches to the end of the file,
+    and which a directory or a ZIP64 locator can precede. Behind bytes that were appended, it is the last one.
+    """
+    signature, last = b"PK\x05\x06", -1
+    at = tail.rfind(signature)
+    while at >= 0:
+        if at + _END.size <= len(tail):
+            last = max(last, at)
+            record = _END.unpack_from(tail, at)
+            if at + _END.size + record[-1] == len(tail) and _may_end_zip(tail, at, record):
+                return at
+        at = tail.rfind(signature, 0, at)
+    return last
+
+
+def _may_end_zip(tail: bytes, at: int, record: tuple[int, ...]) -> bool:
+    """Whether a directory lies right before a record, as far as the end of the file shows."""
+    count, length = record[4], record[5]
+    if tail[max(at - _LOCATOR64.size, 0) : at][:4] == b"PK\x06\x07":
+        return True
+    # Of an empty zip nothing lies there; it is found as the last record of all.
+    return (
+        bool(count) and length >= _ENTRY.size and (length > at or tail[at - length : at - length + 4] == b"PK\x01\x02")
+    )
 
 
 def _read_end64(size: int, read: ReadRange, offset: int, before: int) -> tuple[int, int, int, int, int, int]:

@@ -7,6 +7,7 @@ from .keys import (
 )
 from .private_store import PrivateStore as PrivateStore, one_of as one_of
 from .private_tables import (
+    UNUSABLE as UNUSABLE,
     ArchiveRow as ArchiveRow,
     QuarantineRow as QuarantineRow,
     SeriesRow as SeriesRow,

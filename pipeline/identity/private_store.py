@@ -28,7 +28,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentcache import InputError, StoreError
-from latentcache.storage import Buffer, FileSystem, LocalLocation, Location, open_location
+from latentcache.storage import (
+    SUPERUSER,
+    Buffer,
+    FileSystem,
+    LocalLocation,
+    Location,
+    is_foreign,
+    open_location,
+    refuse_planted,
+)
 from pipeline.identity.keys import MIN_SECRET_BYTES, Keys
 from pipeline.identity.private_tables import (
     ROW_KEY,
@@ -329,6 +338,14 @@ def _sequence() -> str:
 
 
 def _local(root: Path, create: bool) -> LocalLocation:
+    refuse_planted(root)
+    # The superuser, as in most containers, works in folders of others and for them.
+    if os.geteuid() != SUPERUSER and is_foreign(root, follow=True):
+        raise InputError(
+            "a private part that belongs to another user, who could read all that is written there",
+            expected="a folder of this user's or the superuser's",
+            remedy="Give another place with --private, or let its owner run the command.",
+        )
     if create:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     elif not root.is_dir():

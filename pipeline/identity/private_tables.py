@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 
@@ -67,6 +67,8 @@ SCHEMAS: dict[Kind, pa.Schema] = {
         }
     ),
 }
+UNUSABLE: Final = "unusable"
+"""Status of a directory entry that could not be used when it was last seen, such as a link to nothing."""
 ROW_KEY: dict[Kind, str] = {"archives": "archive_key", "series": "series_key", "quarantine": "row_key"}
 
 
@@ -83,7 +85,7 @@ class ArchiveRow:
     mtime_ns: int
     etag: str
     digest: str
-    status: Literal["ok", "quarantined", "forgotten"]
+    status: Literal["ok", "quarantined", "forgotten", "unusable"]
     reason: str = ""
     category: str = ""
     series_keys: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from latentcache import InputError, LatentStore, SeriesRecord, series_where
 from pipeline.archive import UNLABELLED
 from pipeline.identity import (
+    UNUSABLE,
     ArchiveRow,
     Keys,
     PrivateStore,
@@ -92,6 +93,8 @@ class BatchWriter:
         for scan in scans:
             if scan.empty_folder:
                 self.outcomes["ignored"] += 1
+            elif scan.found.refusal:
+                self.outcomes["unusable"] += 1
             elif scan.unchanged:
                 self.outcomes["unchanged"] += 1
             else:
@@ -156,8 +159,7 @@ class BatchWriter:
             if scan.complaint:
                 out.append(_whole_archive(self._keys.archive(scan.found.url), scan.found.category, scan.complaint))
             elif before is not None and before.reason and not scan.unchanged:
-                row = _whole_archive(before.archive_key, scan.found.category, SUPERSEDED)
-                out.append(replace(row, flags=(*row.flags, SUPERSEDED_FLAG)))
+                out.append(no_complaint(before.archive_key, scan.found.category))
         return out
 
     def _archive_row(
@@ -169,23 +171,33 @@ class BatchWriter:
             return replace(row, mtime_ns=found.mtime_ns, etag=found.etag, size=found.size, category=found.category)
         held = {one.series_uid for one in scan.series}
         mine = tuple(source.pointer.series_key for source in sources if source.series_uid in held)
-        if scan.unreachable:
+        before = known.get(found.url)
+        if scan.ask_again or (scan.unreachable and not found.refusal):
             # No stamp of any archive: the next run reads it, whatever it looks like then.
             found = replace(found, mtime_ns=NEVER_NS, etag="")
-            mine = known[found.url].series_keys if found.url in known else ()
+        if scan.unreachable:
+            if before is not None and before.status == "forgotten":
+                return replace(before, size=found.size, mtime_ns=found.mtime_ns, etag=found.etag)
+            mine = before.series_keys if before is not None else ()
         row = ArchiveRow(
             archive_key=self._keys.archive(found.url),
             url=found.url,
             size=found.size,
             mtime_ns=found.mtime_ns,
             etag=found.etag,
-            digest=scan.digest,
-            status="quarantined" if scan.reason and not scan.empty_folder else "ok",
+            digest="" if scan.ask_again else scan.digest,
+            status=UNUSABLE if found.refusal else "quarantined" if scan.reason and not scan.empty_folder else "ok",
             reason=scan.complaint,
             category=found.category,
             series_keys=mine,
         )
         return forgotten_archive(row) if held and not mine else row
+
+
+def no_complaint(archive_key: str, category: str) -> SeriesRecord:
+    """The catalog row that takes back what was said of an archive as a whole."""
+    row = _whole_archive(archive_key, category, SUPERSEDED)
+    return replace(row, flags=(*row.flags, SUPERSEDED_FLAG))
 
 
 def _whole_archive(key: str, category: str, reason: str) -> SeriesRecord:

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pyarrow.compute as pc
 
 from latentcache import LatentStore, PairRecord, SeriesRecord, Split, pairs_where, series_where
+from latentcache.storage import local_path
 from pipeline.identity import PrivateStore, archive_row, one_of
+from pipeline.ingest.batch import no_complaint
 from pipeline.ingest.overrides import EXCLUDED, Overrides
 from pipeline.ingest.rows import with_reason
 from pipeline.ingest.summary import SetAside
@@ -30,6 +32,29 @@ def relabel(store: LatentStore, private: PrivateStore, categories: Mapping[str, 
     pairs = [replace(pair, category=label[pair.thick_key]) for pair in pairs_where(store, "thick_key", label.keys())]
     store.append_catalog(series, pairs)
     private.add_archives([replace(row, category=categories[row.url]) for row in archives])
+
+
+def retire_complaints(store: LatentStore, private: PrivateStore, dataset: str, gone: Collection[str]) -> None:
+    """Take back what was reported of directory entries that are no longer there.
+
+    Args:
+        gone: Keys of entries that could not be used and were not found again; of other datasets they stay.
+    """
+    if not gone:
+        return
+    local = "://" not in dataset or dataset.startswith("file://")
+    base = str(local_path(dataset).absolute()) if local else dataset.rstrip("/")
+
+    def is_below(url: str) -> bool:
+        place = str(local_path(url)) if local else url
+        return place == base or place.startswith(f"{base}/")
+
+    rows = [archive_row(row) for row in private.table("archives", where=one_of("archive_key", gone)).to_pylist()]
+    rows = [row for row in rows if is_below(row.url)]
+    if not rows:
+        return
+    store.append_catalog([no_complaint(row.archive_key, row.category) for row in rows], [])
+    private.add_archives([replace(row, status="ok", reason="", digest="") for row in rows])
 
 
 def pair_lone_thicks(store: LatentStore, private: PrivateStore, splits: PatientSplits) -> None:

@@ -7,24 +7,28 @@ continued by the next and ends in the same catalog.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from latentcache import LatentStore, StoreError
-from pipeline.archive import DEFAULT_CATEGORIES, FoundArchive, discover
+from pipeline.archive import DEFAULT_CATEGORIES, FoundArchive, stream_archives
 from pipeline.engines import EngineOptions
-from pipeline.identity import PrivateStore
+from pipeline.identity import UNUSABLE, Keys, PrivateStore
 from pipeline.ingest.batch import BatchWriter
-from pipeline.ingest.corrections import apply_overrides, pair_lone_thicks, relabel
+from pipeline.ingest.corrections import apply_overrides, pair_lone_thicks, relabel, retire_complaints
 from pipeline.ingest.overrides import Overrides
-from pipeline.ingest.plan import ArchivePlan, found_table, plan_archives
+from pipeline.ingest.plan import KNOWN, ListingPlan, found_table
 from pipeline.ingest.scan import CRASHED, ArchiveScan, ScanJob, scan_archive, scans_in_order
 from pipeline.ingest.summary import IngestSummary, summarise
 from pipeline.pairing import PatientSplits
@@ -33,7 +37,6 @@ log = logging.getLogger("ctpipe.ingest")
 BATCH = 256
 COMPACT_EVERY = 32
 """Batches after which PRIVATE's fragments are merged: each batch looks through all of them."""
-KNOWN = ("archive_key", "size", "mtime_ns", "etag", "digest", "category")
 
 
 @dataclass(frozen=True)
@@ -101,82 +104,91 @@ def ingest(
 ) -> IngestSummary:
     """Bring every archive of a dataset into the store's catalog.
 
+    Archives are read while the rest of the dataset is still being listed.
+
     Args:
         dataset: A folder, a zip, or an object store's URL.
         store: The store; None only with ``dry_run`` where there is none yet.
         private: Its private part; likewise.
         options: See :class:`IngestOptions`.
-        progress: Told the archives done and the archives to read.
+        progress: Gets the archives done and the archives to read, of those listed so far.
 
     Raises:
         InputError: The dataset does not exist, or another driver is writing to the store.
     """
     options = options or IngestOptions()
-    everything = discover(dataset, options.categories, options.exclude_folders)
-    found = [f for f in everything if not options.overrides.excludes_archive(f.url, dataset)]
-    left_out = [f.url for f in everything if options.overrides.excludes_archive(f.url, dataset)]
-    if private is None or store is None:
-        return IngestSummary(dry_run=True, archives={"new": len(found), "excluded": len(left_out)})
-    plan = plan_archives(found_table(found, private.keys), private.table("archives", KNOWN), options.rescan)
-    if options.dry_run:
-        return IngestSummary(dry_run=True, archives=_counts(plan, left_out))
+    found = stream_archives(dataset, options.categories, options.exclude_folders)
+    listing = _listing(found, dataset, private, options)
+    jobs = ((one, digest, options.verify_pixels) for one, digest in listing.jobs())
+    if options.dry_run or private is None or store is None:
+        collections.deque(jobs, maxlen=0)
+        return IngestSummary(dry_run=True, archives=_dry_counts(listing, private is None))
+    first = list(itertools.islice(jobs, 1))  # a tree without anything new is listed before the lease is taken
     with store.writer():
         splits = PatientSplits(store, options.overrides.splits)
         writer = BatchWriter(
             store, private, options.overrides, splits, options.pair_across_fov, options.resample_variable_spacing
         )
         done = 0
-        for number, batch in enumerate(_batches(found, plan, options), start=1):
+        for number, batch in enumerate(_batches(itertools.chain(first, jobs), options), start=1):
             writer.commit(batch)
             done += len(batch)
-            progress(done, len(plan.to_scan))
+            progress(done, listing.to_scan)
             if number % COMPACT_EVERY == 0:
                 private.compact()
-        relabel(store, private, {found[i].url: found[i].category for i in plan.relabelled})
+        retire_complaints(store, private, dataset, listing.unusable_gone)
+        relabel(store, private, listing.relabelled)
         if options.pair_across_fov:
             pair_lone_thicks(store, private, splits)
-        refused = apply_overrides(store, private, splits, options.overrides, left_out)
+        refused = apply_overrides(store, private, splits, options.overrides, listing.left_out)
     private.compact()
-    counts = {**writer.outcomes, "excluded": len(left_out)}
-    counts["unchanged"] = len(plan.unchanged) + writer.outcomes["unchanged"]
+    counts = {**writer.outcomes, "excluded": len(listing.left_out)}
+    counts["unchanged"] = listing.counts["unchanged"] + writer.outcomes["unchanged"]
     return summarise(store, {name: n for name, n in counts.items() if n}, refused)
 
 
-def _counts(plan: ArchivePlan, left_out: Sequence[str]) -> dict[str, int]:
-    new = sum(not digest for digest in plan.known_digest)
-    return {
-        "new": new,
-        "changed": len(plan.to_scan) - new,
-        "unchanged": len(plan.unchanged),
-        "excluded": len(left_out),
-    }
+def _listing(
+    found: Iterable[FoundArchive], dataset: str, private: PrivateStore | None, options: IngestOptions
+) -> ListingPlan:
+    """The comparison of what is found with what PRIVATE knows; of nothing, where there is no store yet."""
+
+    def excludes(url: str) -> bool:
+        return options.overrides.excludes_archive(url, dataset)
+
+    if private is None:
+        nothing = found_table([], Keys(b"")).append_column("digest", pa.array([], pa.string()))
+        return ListingPlan(found, nothing, Keys(b""), excludes)
+    unusable = private.table("archives", ("archive_key",), pc.field("status") == UNUSABLE)["archive_key"].to_pylist()
+    return ListingPlan(found, private.table("archives", KNOWN), private.keys, excludes, options.rescan, unusable)
 
 
-def _batches(found: Sequence[FoundArchive], plan: ArchivePlan, options: IngestOptions) -> Iterator[list[ArchiveScan]]:
+def _dry_counts(listing: ListingPlan, nothing_known: bool) -> dict[str, int]:
+    names = ("new", "excluded") if nothing_known else ("new", "changed", "unchanged", "excluded")
+    return {name: listing.counts[name] for name in names}
+
+
+def _batches(jobs: Iterator[ScanJob], options: IngestOptions) -> Iterator[list[ArchiveScan]]:
     """Scans of the planned archives, in their order, a batch at a time."""
-    jobs = [
-        (found[i], digest, options.verify_pixels) for i, digest in zip(plan.to_scan, plan.known_digest, strict=True)
-    ]
-    batches = [jobs[start : start + options.batch] for start in range(0, len(jobs), options.batch)]
     if options.cluster is not None:
         with contextlib.closing(scans_in_order(jobs, options.cluster)) as scans:
-            for batch in batches:
-                yield list(itertools.islice(scans, len(batch)))
+            while scanned := list(itertools.islice(scans, options.batch)):
+                yield scanned
         return
-    if options.workers < 2 or len(jobs) < 2:
-        for batch in batches:
-            yield [scan_archive(*job) for job in batch]
-        return
-    pool = _pool(min(options.workers, len(jobs)))
+    pool: ProcessPoolExecutor | None = None
     try:
-        for batch in batches:
+        while batch := list(itertools.islice(jobs, options.batch)):
+            if pool is None and (options.workers < 2 or len(batch) < 2):
+                yield [scan_archive(*job) for job in batch]
+                continue
+            pool = pool or _pool(min(options.workers, len(batch)))
             scanned, lost = _scan_in_pool(pool, batch)
             if lost:
                 pool.shutdown()
-                pool = _pool(min(options.workers, len(jobs)))
+                pool = None
             yield scanned
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:

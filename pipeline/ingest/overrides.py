@@ -32,6 +32,8 @@ class Overrides:
 
     def excludes_archive(self, url: str, dataset: str) -> bool:
         """Whether an archive is named: by its path below the dataset, its file name, or that without the suffix."""
+        if not self.archives:
+            return False
         path = PurePosixPath(url)
         base = PurePosixPath(str(Path(dataset).absolute()) if "://" not in dataset else dataset.rstrip("/"))
         names = {path.name, path.stem, url}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,10 @@ import pyarrow.compute as pc
 
 from pipeline.archive import FoundArchive
 from pipeline.identity import Keys
+
+KNOWN = ("archive_key", "size", "mtime_ns", "etag", "digest", "category")
+FIRST_PORTION, LARGEST_PORTION = 256, 65_536
+"""Archives compared at once: few at first, so that reading begins while the tree is still being listed."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,64 @@ def plan_archives(found: pa.Table, known: pa.Table, rescan: bool = False) -> Arc
         unchanged=tuple(np.flatnonzero(unchanged).tolist()),
         relabelled=tuple(np.flatnonzero(unchanged & moved).tolist()),
     )
+
+
+class ListingPlan:
+    """Compares archives with what is known of them while they are being found, a portion at a time.
+
+    Attributes:
+        counts: Archives by outcome so far: new, changed, unchanged, excluded.
+        left_out: URLs of archives that the user excludes.
+        relabelled: New category, by URL, of unchanged archives that now lie under another one.
+        unusable_gone: Keys of what could not be used before; complete, once ``jobs`` is exhausted, with those alone
+            that were not found again.
+    """
+
+    def __init__(
+        self,
+        found: Iterable[FoundArchive],
+        known: pa.Table,
+        keys: Keys,
+        excludes: Callable[[str], bool] = lambda url: False,
+        rescan: bool = False,
+        unusable: Iterable[str] = (),
+    ) -> None:
+        self._found, self._known, self._keys = iter(found), known, keys
+        self._excludes, self._rescan = excludes, rescan
+        self.counts: Counter[str] = Counter()
+        self.left_out: list[str] = []
+        self.relabelled: dict[str, str] = {}
+        self.unusable_gone = set(unusable)
+
+    @property
+    def to_scan(self) -> int:
+        """Archives to read, as far as the tree has been listed."""
+        return self.counts["new"] + self.counts["changed"]
+
+    def jobs(self) -> Iterator[tuple[FoundArchive, str]]:
+        """Yield archives to read, each with its digest at the last ingest or nothing. To be consumed once."""
+        size = FIRST_PORTION
+        while portion := list(itertools.islice(self._found, size)):
+            yield from self._compare(portion)
+            size = min(2 * size, LARGEST_PORTION)
+
+    def _compare(self, portion: Sequence[FoundArchive]) -> list[tuple[FoundArchive, str]]:
+        named = [self._excludes(one.url) for one in portion]
+        self.left_out += [one.url for one, excluded in zip(portion, named, strict=True) if excluded]
+        kept = [one for one, excluded in zip(portion, named, strict=True) if not excluded]
+        table = found_table(kept, self._keys)
+        if self.unusable_gone:
+            self.unusable_gone.difference_update(table["archive_key"].to_pylist())
+        plan = plan_archives(table, self._known, self._rescan)
+        self.relabelled.update({kept[i].url: kept[i].category for i in plan.relabelled})
+        new = sum(not digest for digest in plan.known_digest)
+        self.counts.update(
+            new=new,
+            changed=len(plan.to_scan) - new,
+            unchanged=len(plan.unchanged),
+            excluded=len(portion) - len(kept),
+        )
+        return [(kept[i], digest) for i, digest in zip(plan.to_scan, plan.known_digest, strict=True)]
 
 
 def one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from latentcache import InputError
-from pipeline.archive import FoundArchive, JoinedSource, StorageError, open_archive
+from pipeline.archive import UNREADABLE_FILE, FoundArchive, JoinedSource, StorageError, open_archive
 from pipeline.engines import EngineOptions, Outcome, Stage, stream
 from pipeline.reading import ScannedSeries, pointer_of, scan
 
@@ -41,7 +41,7 @@ def _scan_on_worker(state: str, turn: Turn) -> ArchiveScan:
     return scan_archive(*turn.job)
 
 
-def scans_in_order(jobs: Sequence[ScanJob], options: EngineOptions) -> Generator[ArchiveScan, None, None]:
+def scans_in_order(jobs: Iterable[ScanJob], options: EngineOptions) -> Generator[ArchiveScan, None, None]:
     """Scan archives on an engine's workers; one that kills or outlasts them is set aside with the reason.
 
     Raises:
@@ -76,6 +76,7 @@ class ArchiveScan:
     ``unchanged`` means that the central directory was found as before, so that nothing was read. ``reason`` is set
     when the archive as a whole is set aside; ``detail`` is for PRIVATE alone. ``problems`` are (member name, reason).
     ``unreachable`` means that its place did not answer: what is known of it stands, and the next run asks again.
+    ``ask_again`` means that some of its files would not open, which no listing shows to have changed.
     """
 
     found: FoundArchive
@@ -87,6 +88,7 @@ class ArchiveScan:
     unchanged: bool = False
     unreachable: bool = False
     empty_folder: bool = False
+    ask_again: bool = False
 
     @property
     def complaint(self) -> str:
@@ -106,6 +108,8 @@ def scan_archive(found: FoundArchive, known_digest: str = "", verify_pixels: boo
         known_digest: Digest at the last ingest; where it still holds, no member is opened.
         verify_pixels: Decode every series too and quarantine those whose pixels are broken.
     """
+    if found.refusal:
+        return ArchiveScan(found, reason=found.refusal, unreachable=True)
     try:
         return _scan(found, known_digest, verify_pixels)
     except StorageError as error:
@@ -135,7 +139,8 @@ def _scan(found: FoundArchive, known_digest: str, verify_pixels: bool) -> Archiv
     detail = "; ".join(f"{name}: {why}" for name, why in problems[:20])
     # A folder of notes beside the archives is nobody's lost study; a zip without DICOM may be.
     empty_folder = bool(reason) and not problems and not found.url.casefold().endswith(".zip")
-    return ArchiveScan(found, digest, series, problems, reason, detail, empty_folder=empty_folder)
+    ask_again = any(why == UNREADABLE_FILE for _, why in problems)
+    return ArchiveScan(found, digest, series, problems, reason, detail, empty_folder=empty_folder, ask_again=ask_again)
 
 
 def _why_nothing(members: int, problems: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import erf
 
 from latentcache import InputError
+from latentcache.storage import fresh_draft
 from pipeline.phantom.anatomy import Anatomy, Clot, Nodule, make_body
 from pipeline.phantom.dicom import patient_zip
 from pipeline.phantom.rasterise import Array, Canvas, Grid, Texture, slice_noise
@@ -265,7 +266,7 @@ def write_dataset(
             patient = make_patient(own_seed, size, n_thin, category, settings)
             label = f"S{seed}_{category}_{number:03d}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".partial")
+            aside = fresh_draft(path.with_suffix(".partial"))
             aside.write_bytes(patient_zip(patient.thick, patient.thin, label, comment))
             os.replace(aside, path)
         paths.append(path)

@@ -3,10 +3,11 @@
 Every deviation has a stated policy (tests/test_assembly.py shows each):
 
 - set aside (role ``other``): localizers, captures, reformats, projections, maps that are not HU, lone slices;
-- split: orientation, in-plane grid, frame of reference, kernel; acquisition, energy, phase, image type and the like
-  where their slices share positions or interleave;
+- split: orientation, in-plane grid, frame of reference (unless most slices have one to themselves), kernel;
+  acquisition, energy, phase, image type and the like where their slices share positions or interleave;
 - kept with a flag: gantry tilt, variable spacing, mixed rescale, duplicates (dropped), overlap, several thicknesses;
-- quarantined: missing slices or positions, conflicting duplicates, slices that shift in plane, unreadable pixel forms.
+- quarantined: missing slices or positions, conflicting duplicates, slices that shift in plane, a negative slope,
+  unreadable pixel forms.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ def _slice_fault(instances: Sequence[Instance]) -> str:
     for one in instances:
         if not (math.isfinite(one.slope or 0) and math.isfinite(one.intercept or 0)) or not one.slope:
             return "RescaleSlope or RescaleIntercept is no usable number"
+        if one.slope < 0:
+            return "a RescaleSlope below zero, which turns the grey scale over"
         if abs(one.slope) > 1e3 or abs(one.intercept or 0) > 1e5:
             return "RescaleSlope or RescaleIntercept lies far outside of any CT"
         if 0x00283000 in one.header.elements:

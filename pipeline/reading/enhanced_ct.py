@@ -10,7 +10,15 @@ from typing import Any
 
 from latentcache import InputError
 from pipeline.reading.header import HeaderError
-from pipeline.reading.instance import Instance, as_cosines, as_spacing, as_vector
+from pipeline.reading.instance import (
+    Instance,
+    as_cosines,
+    as_label,
+    as_rescale_type,
+    as_spacing,
+    as_thickness,
+    as_vector,
+)
 
 MAX_FRAMES = 20_000
 
@@ -82,7 +90,7 @@ def _frame(one: Instance, number: int, shared: Any, group: Any) -> Instance:
     image_type = tuple(str(part).upper() for part in kind.get("FrameType") or one.image_type)
     stack_id = str(content.get("StackID") or "")
     acquisition_number = str(content.get("FrameAcquisitionNumber") or one.acquisition)
-    rescale_type = str(transform.get("RescaleType") or one.rescale_type).upper()
+    rescale_type = as_rescale_type(str(transform.get("RescaleType") or one.rescale_type))
     tilt = _number(acquisition.get("GantryDetectorTilt"))
     return replace(
         one,
@@ -93,7 +101,7 @@ def _frame(one: Instance, number: int, shared: Any, group: Any) -> Instance:
             _floats(_macro("PlaneOrientationSequence", group, shared).get("ImageOrientationPatient"))
         ),
         pixel_spacing=as_spacing(_floats(measures.get("PixelSpacing"))),
-        thickness_mm=thickness if thickness is not None and math.isfinite(thickness) else 0.0,
+        thickness_mm=as_thickness(thickness),
         slope=_number(transform.get("RescaleSlope")),
         intercept=_number(transform.get("RescaleIntercept")),
         rescale_type=rescale_type,
@@ -106,7 +114,8 @@ def _frame(one: Instance, number: int, shared: Any, group: Any) -> Instance:
             "kvp": str(beam.get("KVP") or ""),
             "type": "\\".join(image_type),
             "temporal-position": str(content.get("TemporalPositionIndex") or ""),
-            "cardiac-phase": str(phase.get("NominalPercentageOfCardiacPhase") or ""),
+            "cardiac-phase": as_label(_number(phase.get("NominalPercentageOfCardiacPhase"))),
+            "cardiac-delay": as_label(_number(phase.get("NominalCardiacTriggerDelayTime"))),
             "thickness": str(thickness),
             "acquisition-time": str(content.get("FrameAcquisitionDateTime") or ""),
         },

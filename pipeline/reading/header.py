@@ -155,7 +155,7 @@ _MAX_DEFLATED_DATASET = 1 << 31
 _IDENTITY_AND_SORTING = """
     00080005 00080008 00080016 00080018 00080020 00080021 00080022 0008002A 00080030 00080031 00080032 00080050
     00080060 00080070 00080090 00081030 0008103E 00081090 00100010 00100020 00100021 00100030 00100040 00101010
-    0020000D 0020000E 00200010 00200011 00200012 00200013 00200032 00200037 00200052 00200100 00209241"""
+    0020000D 0020000E 00200010 00200011 00200012 00200013 00200032 00200037 00200052 00200100 00209153 00209241"""
 _ACQUISITION = """
     00180010 00180015 00180022 00180050 00180060 00180088 00180090 00181020 00181060 00181100 00181110 00181111
     00181120 00181130 00181140 00181150 00181151 00181152 00181160 00181190 00181210 00185100 00189305 00189306
@@ -221,6 +221,12 @@ class Header:
         raw = self.elements.get(tag, b"")
         return float(struct.unpack("<d" if self.little else ">d", raw[:8])[0]) if len(raw) >= 8 else None
 
+    def real(self, tag: int) -> float | None:
+        """The value of an FL or FD element that holds one; its length tells which, as writers confuse them."""
+        raw = self.elements.get(tag, b"")
+        form = {4: "f", 8: "d"}.get(len(raw))
+        return float(struct.unpack(("<" if self.little else ">") + form, raw)[0]) if form else None
+
 
 def _to_float(text: str) -> float:
     try:
@@ -274,7 +280,7 @@ def parse_header(data: bytes, *, whole: bool) -> Header:
         deflated_from = position
         body, whole = _inflate_head(data[position:], whole)
         position = 0
-    explicit, little = _encoding_at(body, position, syntax, has_meta=meta_start >= 0)
+    explicit, little = _encoding_at(body, position, syntax, has_meta=meta_start >= 0, whole=whole)
     if not syntax:
         syntax = EXPLICIT_LITTLE if explicit and little else IMPLICIT_LITTLE if little else EXPLICIT_BIG
         notes.append("no-file-meta")
@@ -308,10 +314,12 @@ def inflate_data_set(data: bytes | memoryview, limit: int = _MAX_DEFLATED_DATASE
     return inflated
 
 
-def _encoding_at(data: bytes, position: int, syntax: str, *, has_meta: bool) -> tuple[bool, bool]:
+def _encoding_at(data: bytes, position: int, syntax: str, *, has_meta: bool, whole: bool) -> tuple[bool, bool]:
     """(explicit VR, little endian) of the data set that starts here; the first element proves or refutes the label."""
     head = data[position : position + 8]
     if len(head) < 8:
+        if not whole:
+            raise NeedMoreError
         if has_meta:
             raise HeaderError("the file ends behind its meta information")
         raise NotDicomError("no DICOM file")

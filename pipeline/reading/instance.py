@@ -31,6 +31,7 @@ _OTHER_CLASSES = (
     ("1.2.840.10008.5.1.4.1.1.9", "waveform"),
     ("1.2.840.10008.5.1.4.1.1.77", "photograph or video"),
 )
+_HOUNSFIELD = frozenset({"HU", "H.U.", "HOUNSFIELD", "HOUNSFIELD UNIT", "HOUNSFIELD UNITS"})
 
 
 Vector3 = tuple[float, float, float]
@@ -66,6 +67,7 @@ class Instance:
     slope: float | None
     intercept: float | None
     rescale_type: str
+    photometric: str
     padding: tuple[int, int] | None
     kernel: str
     acquisition: str
@@ -88,6 +90,8 @@ def instance_of(header: Header, member: int, size: int, crc32: int | None) -> In
     """The single frame of a classic file. Values that are missing or no numbers stay visible as None or NaN."""
     h = header
     thickness = h.number(0x00180050)
+    if thickness is not None and thickness < 0:
+        h.notes = (*h.notes, "negative-thickness-ignored")
     form = SampleFormat(
         rows=h.short(0x00280010) or 0,
         columns=h.short(0x00280011) or 0,
@@ -116,10 +120,11 @@ def instance_of(header: Header, member: int, size: int, crc32: int | None) -> In
         position=as_vector(h.numbers(0x00200032)),
         orientation=as_cosines(h.numbers(0x00200037)),
         pixel_spacing=as_spacing(h.numbers(0x00280030)),
-        thickness_mm=thickness if thickness is not None and math.isfinite(thickness) else 0.0,
+        thickness_mm=as_thickness(thickness),
         slope=h.number(0x00281053),
         intercept=h.number(0x00281052),
-        rescale_type=h.text(0x00281054).upper(),
+        rescale_type=as_rescale_type(h.text(0x00281054)),
+        photometric=h.text(0x00280004).upper(),
         padding=padding_range(h, form.signed),
         kernel=h.text(0x00181210),
         acquisition=h.text(0x00200012),
@@ -129,7 +134,8 @@ def instance_of(header: Header, member: int, size: int, crc32: int | None) -> In
             "kvp": h.text(0x00180060),
             "type": h.text(0x00080008).upper(),
             "temporal-position": h.text(0x00200100),
-            "cardiac-phase": str(h.double(0x00209241) or ""),
+            "cardiac-phase": as_label(h.real(0x00209241)),
+            "cardiac-delay": as_label(h.real(0x00209153)),
             "trigger-time": h.text(0x00181060),
             "contrast": h.text(0x00180010),
             "thickness": h.text(0x00180050),
@@ -137,6 +143,22 @@ def instance_of(header: Header, member: int, size: int, crc32: int | None) -> In
             "series-number": h.text(0x00200011),
         },
     )
+
+
+def as_label(value: float | None) -> str:
+    """A number as the label of a volume; a phase of 0% is one, an absent phase is none."""
+    return "" if value is None else f"{value:g}"
+
+
+def as_thickness(value: float | None) -> float:
+    """SliceThickness (0018,0050) in mm; 0 where it is absent or no length."""
+    return value if value is not None and math.isfinite(value) and value > 0 else 0.0
+
+
+def as_rescale_type(text: str) -> str:
+    """RescaleType (0028,1054) in capitals; ``HU`` for the spellings that some scanners and converters write."""
+    text = text.upper()
+    return "HU" if text in _HOUNSFIELD else text
 
 
 def as_vector(values: tuple[float, ...]) -> Vector3 | None:

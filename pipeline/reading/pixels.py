@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.archive import Source
-from pipeline.reading.codecs import NATIVE, PixelError, encapsulated_frame, native_frame
+from pipeline.reading.codecs import NATIVE, PixelError, encapsulated_frame, exceeds_declared, native_frame
 from pipeline.reading.header import DEFLATED, Header, PixelElement, find_pixels, inflate_data_set
 from pipeline.reading.instance import Instance
 
@@ -33,10 +33,11 @@ def rescale_into(stored: NDArray[Any], one: Instance, slot: NDArray[Any]) -> fro
 
     Returns:
         Facts: ``padding`` (declared padding became air), ``padding-ignored`` (declared, but a tissue value),
-        ``padding-untagged`` (values below any CT number became air), ``saturated`` (clipped to int16).
+        ``padding-untagged`` (values below any CT number became air), ``saturated`` (clipped to int16),
+        ``beyond-bits-stored`` (a codestream held more than BitsStored declares).
     """
     slope, intercept = float(one.slope or 0), float(one.intercept or 0)
-    facts = set()
+    facts = {"beyond-bits-stored"} if exceeds_declared(stored) else set()
     if slot.dtype == np.float32:
         slot[...] = stored * slope + intercept  # float64, as the standard's arithmetic, rounded once
     elif _rescale_int16(stored, int(slope), int(intercept), one.form.stored_range, slot):
@@ -56,6 +57,7 @@ def _rescale_int16(
     limits = np.iinfo(np.int16)
     ends = [slope * v + intercept for v in stored_range]
     whole_range_fits = limits.min <= min(ends) and max(ends) <= limits.max and stored_range[1] <= limits.max
+    whole_range_fits = whole_range_fits and not exceeds_declared(stored)
     if slope == 1 and whole_range_fits and limits.min <= intercept <= limits.max:
         np.add(stored.view(np.int16) if stored.dtype == np.uint16 else stored, np.int16(intercept), out=slot)
         return False

@@ -91,20 +91,30 @@ _MODEL_WORDS = _words(
     lightspeed discovery revolution optima brightspeed hispeed prospeed vct ct ctxt evo maxima frontier
     apex somatom sensation definition emotion force drive edge flash as go up now all top perspective
     spirit scope confidence biograph mct vision plus ingenuity brilliance ict iqon spectral incisive
-    access mx8000 gemini big bore core aquilion activion alexion asteion one prime lightning precision
-    start genesis vision naeotom alpha scenaria eclos supria uct neuviz ceretom bodytom omnitom phantom
-    pro plus elite ultra x xr hd st
+    access mx gemini big bore core aquilion activion alexion asteion one prime lightning precision
+    start genesis naeotom alpha scenaria eclos supria uct umi neuviz ceretom bodytom omnitom phantom
+    pro elite ultra x xr hd st ste es rx rt mi iq qx i ct/i nx dual tf lb sp cx rxl exceed serve open sim
+    duo zoom volume balance cite peak view tx
     """
 )
+_MODEL_NUMBERS = _words(
+    """
+    1 2 3 4 5 6 8 10 12 16 20 24 32 40 64 80 128 160 256 320 510 520 528 530 540 550 560 570 580 590 600 610 660
+    670 680 690 710 750 760 780 820 860 890 960 3000 5300 6000 7500 7700 8000 4R 128S
+    """
+)
+"""Detector rows and type numbers of scanners on the market; any other number may be a date or an id."""
 _KERNEL_WORDS = _words(
     """
-    STANDARD STD STD+ SOFT SOFT+ LUNG LUNG+ BONE BONE+ BONEPLUS DETAIL EDGE CHST CHEST ULTRA SMOOTH
+    STANDARD STD STD+ STND SOFT SOFT+ LUNG LUNG+ BONE BONE+ BONEPLUS DETAIL EDGE CHST CHEST ULTRA SMOOTH
     SHARP BRAIN BODY MEDIUM NORMAL HEAD B_SOFT_A B_SOFT_B B_SHARP_A B_SHARP_B B_SHARP_C H_SOFT_A
     H_SOFT_B H_SHARP_A B_VSOFT_B B_SMTH_A B_SMTH_B LUNG_A LUNG_B
+    A B C D E F L EA EB EC IA IB UA UB UC XA XB XC YA YB YC YD YE HRC
     """
 )
-_KERNEL_PATTERN = re.compile(r"[A-Z][A-Za-z]{0,2}(\d{1,2}[a-z]?)?\+?|\d")
-_TOKEN = re.compile(r"\d{1,4}[A-Z]?|[A-Za-z]{1,2}\d{0,3}")
+"""Names that vendors give their kernels; the last line are those of one that calls them by letters."""
+_KERNEL_PATTERN = re.compile(r"(B[dflmnruv]?|D|H[cfmnprv]?|I|J|Qr?|S[ad]|T|U[bfr]?)\d{2}[a-z]?\+?|F[CL]\d{2}(-H)?|\d")
+"""A body region or purpose and two digits for the sharpness (``Br38f``, ``H30s``, ``FC08``), or a strength alone."""
 
 
 _IDENTITY = {
@@ -164,17 +174,29 @@ def known_manufacturer(text: str) -> str:
 
 
 def known_model(text: str) -> str:
-    """A scanner's model name, if all its words are known ones or short type numbers, else an empty string."""
-    tokens = [token for token in re.split(r"[\s\-_/.,()]+", text) if token]
-    known = [token.lower().rstrip("0123456789") in _MODEL_WORDS for token in tokens]
-    fine = any(known) and all(k or _TOKEN.fullmatch(t) for k, t in zip(known, tokens, strict=True))
-    return text if fine else ""
+    """A scanner's model name, else an empty string.
+
+    All its words must be known ones. One known type number may stand alone (``Sensation 64``) and one behind a word
+    (``CT750``): more of them could spell a date.
+    """
+    words = attached = alone = 0
+    for token in filter(None, re.split(r"[\s\-_.,()]+", text)):
+        word, number = token.lower(), ""
+        if word not in _MODEL_WORDS and token.upper() not in _MODEL_NUMBERS:
+            word = word.rstrip("0123456789")
+            number = token[len(word) :]
+            if word not in _MODEL_WORDS or number not in _MODEL_NUMBERS:
+                return ""
+        words += word in _MODEL_WORDS
+        attached += bool(number)
+        alone += word not in _MODEL_WORDS
+    return text if words and attached <= 1 and alone <= 1 else ""
 
 
 def known_kernel(text: str) -> str:
     """A reconstruction kernel in a vendor's own spelling (``Br38f\\3``, ``FC08``, ``STANDARD``), else empty."""
     parts = [part.strip() for part in text.split("\\")]
-    fine = all(part.upper() in _KERNEL_WORDS or _KERNEL_PATTERN.fullmatch(part) for part in parts)
+    fine = len(parts) <= 2 and all(part.upper() in _KERNEL_WORDS or _KERNEL_PATTERN.fullmatch(part) for part in parts)
     return "\\".join(parts) if text and fine else ""
 
 

@@ -83,9 +83,14 @@ MAX_OBLIQUE_DEG = 2.0
 
 
 _PROJECTIONS = frozenset({"MIP", "MINIP", "MPVR", "PROJECTION IMAGE", "SURFACE", "VRT", "3D", "CPR", "CURVED", "SSD"})
-_ALWAYS_APART = ("acquisition", "stack", "kvp", "temporal-position", "cardiac-phase", "trigger-time")
+_ALWAYS_APART = ("acquisition", "stack", "kvp", "temporal-position", "cardiac-phase", "cardiac-delay", "trigger-time")
 """Volumes apart even where their slices interleave evenly; the others count only where one volume is no lattice."""
+_APART_IF_ALTERNATING = frozenset({"type", "contrast", "series-number", "thickness"})
+"""Of those others, what tells two reconstructions apart whose slices alternate so evenly that they look like one."""
 _APART_IF_NEEDED = ("type", "contrast", "series-number", "thickness", "acquisition-time")
+_GREYSCALE = frozenset({"", "MONOCHROME1", "MONOCHROME2"})
+FRAME_EACH_SLICE = "frame-of-reference-per-slice"
+_FEWEST_IN_FRAME = 3
 _COSINE_TOLERANCE = 0.01
 _SPACING_TOLERANCE = 1e-3
 
@@ -100,6 +105,8 @@ def why_not_volume(one: Instance) -> str:
         return "a localizer"
     if one.samples != 1:
         return "a colour image"
+    if one.photometric not in _GREYSCALE:
+        return "an image whose values are no grey levels (PhotometricInterpretation)"
     projection = sorted(kinds & _PROJECTIONS)
     if projection:
         return f"a projection image ({projection[0]})"
@@ -148,6 +155,7 @@ def _group(instances: Iterable[Instance], key: Callable[[Instance], Hashable]) -
 def _by_lattice(images: Sequence[Instance]) -> list[Stack]:
     """Split by what no single lattice can hold: orientation, grid, frame of reference; and by kernel."""
     stacks = []
+    flags = _forget_frames(images)
     exact = _group(images, lambda one: (one.form.rows, one.form.columns, one.frame_uid, one.kernel))
     for key, group in exact.items():
         clusters: list[list[Instance]] = []
@@ -163,8 +171,23 @@ def _by_lattice(images: Sequence[Instance]) -> list[Stack]:
                 [round(v, 1) + 0.0 for v in first.orientation or ()],
                 [round(v, 3) for v in first.pixel_spacing or ()],
             )
-            stacks.append(Stack(cluster, discriminator=f"lattice:{key}:{grid}"))
+            stacks.append(Stack(cluster, discriminator=f"lattice:{key}:{grid}", flags=list(flags)))
     return stacks
+
+
+def _forget_frames(images: Sequence[Instance]) -> list[str]:
+    """Drop frames of reference that most slices have to themselves, a fault of some de-identifiers; returns flags.
+
+    FrameOfReferenceUID says which positions may be compared (PS3.3 C.7.4.1). One for every slice says nothing, and
+    an unknown one is the truth.
+    """
+    frames = _group(images, lambda one: one.frame_uid)
+    lone = sum(len(group) for group in frames.values() if len(group) < _FEWEST_IN_FRAME)
+    if len(frames) < _FEWEST_IN_FRAME or 2 * lone <= len(images):
+        return []
+    for one in images:
+        one.frame_uid = ""
+    return [FRAME_EACH_SLICE]
 
 
 def _same_grid(one: Instance, other: Instance) -> bool:
@@ -192,17 +215,29 @@ def _by_label(stack: Stack) -> list[Stack]:
     ranks = np.argsort(z, kind="stable")
     placed = [stack.instances[int(k)] for k in ranks]
     shared = _shared(z[ranks])
-    as_needed = () if not shared and is_even(z[ranks]) else _APART_IF_NEEDED
-    for label in (*_ALWAYS_APART, *as_needed):
+    even = not shared and is_even(z[ranks])
+    for label in (*_ALWAYS_APART, *_APART_IF_NEEDED):
         groups = _group(placed, lambda one, label=label: one.labels.get(label, ""))  # type: ignore[misc]
         if len(groups) < 2 or min(len(group) for group in groups.values()) < 2:
+            continue
+        if even and label in _APART_IF_NEEDED and not (label in _APART_IF_ALTERNATING and _alternate(placed, label)):
             continue
         changes = sum(a.labels.get(label, "") != b.labels.get(label, "") for a, b in pairwise(placed))
         left = sum(_shared(heights(group)) for group in groups.values())
         if (shared and left < shared) or (not shared and changes >= len(groups)):
-            parts = [Stack(group, f"{stack.discriminator}|{label}:{value}") for value, group in groups.items()]
+            parts = [
+                Stack(group, f"{stack.discriminator}|{label}:{value}", flags=list(stack.flags))
+                for value, group in groups.items()
+            ]
             return [leaf for part in parts for leaf in _by_label(part)]
     return [stack]
+
+
+def _alternate(placed: Sequence[Instance], label: str) -> bool:
+    """Whether slices in order of position carry a label's values in turn: 1, 2, 1, 2, ... from end to end."""
+    values = [one.labels.get(label, "") for one in placed]
+    period = len(set(values))
+    return len(values) >= 2 * period and all(a == b for a, b in zip(values, values[period:], strict=False))
 
 
 def _shared(ascending: NDArray[np.float64]) -> int:

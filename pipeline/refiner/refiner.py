@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from latentcache import InputError
+from latentcache.storage import fresh_draft
 from pipeline.forward_model import SliceProfile
 from pipeline.refiner.inputs import RefinerInput, ThickView
 from pipeline.refiner.network import HEAD_REACH, Refiner, RefinerConfig
@@ -89,7 +90,7 @@ def save_refiner(network: Refiner, card: RefinerCard, out: Path) -> RefinerFile:
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".partial")
+    aside = fresh_draft(out.with_suffix(".partial"))
     save_file(tensors, aside, metadata={"refiner": json.dumps(asdict(card), sort_keys=True)})
     aside.replace(out)
     return RefinerFile.of(out)

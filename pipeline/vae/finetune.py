@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from latentcache import InputError, NonFiniteError
+from latentcache.storage import fresh_draft
 from pipeline.vae.architecture import KlAutoencoder, VaeArchitecture
 from pipeline.vae.weights import VaeWeights, load_weights
 
@@ -182,7 +183,7 @@ def save_weights(network: KlAutoencoder, out: Path, metadata: dict[str, str]) ->
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_suffix(".partial")
+    aside = fresh_draft(out.with_suffix(".partial"))
     save_file(tensors, aside, metadata={"architecture": json.dumps(network.architecture.to_dict()), **metadata})
     aside.replace(out)
     return load_weights(out)

@@ -14,7 +14,7 @@ from pydicom.valuerep import format_number_as_ds
 
 from pipeline.volume import Geometry, SourceHeader
 from pipeline.writing.pixel_data import PixelFormat
-from pipeline.writing.provenance import ALGORITHM, Provenance, add_provenance, package_version
+from pipeline.writing.provenance import ALGORITHM, Provenance, add_provenance, mark_compression, package_version
 from pipeline.writing.series_identity import SeriesIdentity, derived_uid
 
 CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -94,7 +94,7 @@ def series_dataset(
     if ds.get("BodyPartExamined", "") not in UNPAIRED_BODY_PARTS:
         ds.Laterality = ""  # type 2C (C.7.3.1): empty means unknown; forbidden where the body part is unpaired
     ds.BurnedInAnnotation = "NO"
-    ds.LossyImageCompression = ds.get("LossyImageCompression", "00")
+    mark_compression(ds, source.public, provenance)
     _add_image(ds, geometry, pixels, provenance.window)
     add_provenance(ds, provenance, identity.source_sop_uids, identity.source_sop_class)
     return ds

@@ -23,7 +23,7 @@ from pipeline.volume import Geometry, SourceHeader
 from pipeline.writing.ct_image import SERIES_NUMBER, WrittenSeries, series_digest
 from pipeline.writing.dataset import SharedHeader, described, file_prefix, multi_frame_dataset, spell_number
 from pipeline.writing.pixel_data import PixelFormat, frames_element, transfer_syntax_uid
-from pipeline.writing.provenance import Provenance, coded
+from pipeline.writing.provenance import Provenance, coded, mark_compression
 from pipeline.writing.series_identity import SeriesIdentity, derived_uid
 
 ENHANCED_CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -149,6 +149,7 @@ def _dataset(
     ds.ContentDate, ds.ContentTime = time.strftime("%Y%m%d"), time.strftime("%H%M%S")
     ds.AcquisitionContextSequence = DicomSequence([])
     _add_pixel_description(ds, geometry, pixels)
+    mark_compression(ds, header.public, provenance)
     add_stack_dimension(ds, series_uid)
     ds.SharedFunctionalGroupsSequence = DicomSequence([_shared_groups(geometry, header, identity, provenance, pixels)])
     ds.PerFrameFunctionalGroupsSequence = DicomSequence(
@@ -178,7 +179,7 @@ def _add_pixel_description(ds: Dataset, geometry: Geometry, pixels: PixelFormat)
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
     ds.PixelRepresentation = int(pixels.signed)
-    ds.PresentationLUTShape, ds.BurnedInAnnotation, ds.LossyImageCompression = "IDENTITY", "NO", "00"
+    ds.PresentationLUTShape, ds.BurnedInAnnotation = "IDENTITY", "NO"
 
 
 FRAME_TYPE = ("DERIVED", "PRIMARY", "VOLUME", "RESAMPLED")

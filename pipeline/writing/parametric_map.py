@@ -25,7 +25,7 @@ from pipeline.writing.enhanced_ct import (
     frame_groups,
     lattice_groups,
 )
-from pipeline.writing.provenance import ALGORITHM, Provenance, coded
+from pipeline.writing.provenance import ALGORITHM, Provenance, coded, mark_compression
 from pipeline.writing.series_identity import SeriesIdentity, derived_uid
 
 PARAMETRIC_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.30"
@@ -99,7 +99,8 @@ def _dataset(
     ds.ImageType = list(FRAME_TYPE)
     ds.NumberOfFrames, ds.Rows, ds.Columns = geometry.shape_zyx
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.BitsAllocated = 1, "MONOCHROME2", 32
-    ds.PresentationLUTShape, ds.BurnedInAnnotation, ds.LossyImageCompression = "IDENTITY", "NO", "00"
+    ds.PresentationLUTShape, ds.BurnedInAnnotation = "IDENTITY", "NO"
+    mark_compression(ds, header.public, provenance)
     add_stack_dimension(ds, series_uid)
     ds.ReferencedSeriesSequence = evidence_item(header, identity, provenance).ReferencedSeriesSequence
     for item in ds.ReferencedSeriesSequence:

@@ -18,6 +18,9 @@ ALGORITHM = "ctpipe"
 PRIVATE_GROUP = 0x0071
 PRIVATE_CREATOR = "CTPIPE PROVENANCE 1"
 _ST_MAX = 1024
+VAE_COMPRESSION_RATIO = 16
+VAE_COMPRESSION_METHOD = "CTPIPE_VAE"
+"""A term of our own: PS3.3 C.7.6.1.1.5.1 lists defined terms, which may be extended, and none for an autoencoder."""
 
 
 def package_version() -> str:
@@ -121,6 +124,32 @@ def add_provenance(
     ds.ContributingEquipmentSequence = DicomSequence([equipment])
     block = ds.private_block(PRIVATE_GROUP, PRIVATE_CREATOR, create=True)
     block.add_new(0x01, "UT", provenance.to_json())
+
+
+def mark_compression(ds: Dataset, source: Mapping[str, Any], provenance: Provenance) -> None:
+    """Write LossyImageCompression, its ratio and its method (C.7.6.1.1.5): once lossy, an image stays it.
+
+    A series decoded from its own latent has been through a lossy compression by the autoencoder: 16-bit voxels, 64 of
+    them kept as four numbers of 16 bits. A generated one has not been compressed itself; its provenance names the VAE.
+
+    Args:
+        ds: Changed in place.
+        source: Public facts of the source by keyword.
+        provenance: How the series came to be.
+    """
+    lossy = source.get("LossyImageCompression") == "01"
+    steps = [(source.get("LossyImageCompressionRatio"), source.get("LossyImageCompressionMethod"))] if lossy else []
+    if provenance.kind == "decoded" and provenance.vae_sha256:
+        lossy = True
+        steps.append((VAE_COMPRESSION_RATIO, VAE_COMPRESSION_METHOD))
+    for keyword in ("LossyImageCompressionRatio", "LossyImageCompressionMethod"):
+        if keyword in ds:
+            delattr(ds, keyword)
+    ds.LossyImageCompression = "01" if lossy else "00"
+    stated = [(ratio, method) for ratio, method in steps if ratio and method]  # their values correspond one to one
+    if stated:
+        ds.LossyImageCompressionRatio = [ratio for ratio, _ in stated]
+        ds.LossyImageCompressionMethod = [method for _, method in stated]
 
 
 def read_provenance(ds: Dataset) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from latentcache import LatentStore
+from pipeline.identity import PrivateStore, whois
+from tests.support.hospital import study, write_zip
 
 
 def ctpipe(*words: str | Path) -> tuple[int, dict[str, Any], str]:
@@ -73,3 +76,23 @@ def test_ingest_again_finds_the_same_and_touches_nothing(dataset: Path, tmp_path
     second, _, _ = ctpipe("ingest", dataset, tmp_path / "store")
     assert (first, second) == (3, 3)
     assert LatentStore.open(tmp_path / "store").series() == before
+
+
+def test_what_is_no_archive_is_named_by_key_and_ends_in_no_traceback(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "APE"
+    write_zip(folder / "a.zip", study("PAT1", 3))
+    (folder / "MUELLER_HANS.zip").symlink_to("/nonexistent")
+    os.mkfifo(folder / "MUELLER_PIPE.zip")
+    (folder / "MUELLER_OLD.7z").write_bytes(b"7z")
+    (folder / "MUELLER_LOOSE").mkdir()
+    (folder / "MUELLER_LOOSE" / "notes").write_text("nothing")
+    os.mkfifo(folder / "MUELLER_LOOSE" / "MUELLER_PIPE")
+    code, summary, said = ctpipe("ingest", tmp_path / "data", tmp_path / "store", "--engine", "inline")
+    assert code == 3
+    assert summary["pairs"] == 1
+    assert [item["kind"] for item in summary["set_aside"]] == ["archive"] * 4
+    assert "MUELLER" not in said
+    assert "Traceback" not in said
+    private = PrivateStore.open(str(tmp_path / "store"))
+    for item in summary["set_aside"]:
+        assert "MUELLER" in whois(private, item["key"]).text(), "the private part knows what was meant"

@@ -6,12 +6,14 @@ Used twice: `test_odd_inputs.py` holds ctpipe to it, `infra/bench/odd_inputs.py`
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset, dcmread
@@ -183,6 +185,66 @@ def phases(**told: Callable[[int], Any]) -> list[bytes]:
     return files
 
 
+def half_a_step_apart(**told: Callable[[int], Any]) -> list[bytes]:
+    """Two volumes under one series UID whose slices alternate so evenly that they look like one."""
+    files = []
+    for phase in range(2):
+        values = put(**{keyword: value(phase) for keyword, value in told.items()})
+        files += series_files(base(phase), z=[5.0 * k + 2.5 * phase for k in range(COUNT)], tweak=values)
+    return files
+
+
+def wide_jpeg_2000(intercept: int, odd: int) -> list[bytes]:
+    """Signed codestreams of 16 bits where 12 are declared, with one value in the corners that takes all of them."""
+    files = []
+    for index, stored in enumerate(base().astype(np.int16)):
+        stored[:4, :4] = odd
+        ds = dataset(stored, position=(-10.0, -20.0, 5.0 * index), number=index + 1)
+        ds.RescaleIntercept = intercept
+        cells = imagecodecs.jpeg2k_encode(stored, level=0, reversible=True, codecformat="j2k", bitspersample=16)
+        ds.PixelData = encapsulate([bytes(cells)])
+        ds["PixelData"].VR = "OB"
+        files.append(file_bytes(ds, None, J2K))
+    return files
+
+
+def wide_hu(offset: int, corner: int) -> Volume:
+    truth = hu(base(), offset)
+    truth[:, :4, :4] = corner
+    return truth
+
+
+def after_meta(data: bytes, extra: bytes) -> bytes:
+    """A file with bytes put behind its file meta information, whose length (0002,0000) covers them."""
+    length = int.from_bytes(data[140:144], "little")
+    end = 144 + length
+    return data[:140] + (length + len(extra)).to_bytes(4, "little") + data[144:end] + extra + data[end:]
+
+
+def nested(depth: int) -> bytes:
+    """Sequences of undefined length, one inside the other (PS3.5 7.5.2), in (0008,1140), explicit VR little endian."""
+    opened = b"\x08\x00\x40\x11SQ\x00\x00\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    closed = b"\xfe\xff\x0d\xe0\x00\x00\x00\x00\xfe\xff\xdd\xe0\x00\x00\x00\x00"
+    return opened * depth + closed * depth
+
+
+def before_tag(data: bytes, tag: bytes, extra: bytes) -> bytes:
+    at = data.index(tag, 144)
+    return data[:at] + extra + data[at:]
+
+
+def disguised_dicomdir() -> bytes:
+    """A DICOMDIR whose records point out of the folder, at what must never be opened."""
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.1.3.10", "1.2.3.4.5"
+    ds.FileSetID = "DISC"
+    record = Dataset()
+    record.DirectoryRecordType = "IMAGE"
+    record.ReferencedFileID = ["UP", "UP", "UP", "ETC", "PASSWD"]
+    ds.DirectoryRecordSequence = [record]
+    return file_bytes(ds, None).replace(b"UP\\", b"..\\")
+
+
 simple("nothing odd", lambda: series_files(base()), PLAIN)
 simple("InstanceNumber is not spatial", scanned_back, PLAIN)
 simple(
@@ -250,6 +312,39 @@ simple(
     PLAIN,
     hu(base(1)),
     why="split",
+)
+simple(
+    "two cardiac phases under one series UID, half a step apart",
+    lambda: half_a_step_apart(NominalPercentageOfCardiacPhase=lambda p: (30.0, 75.0)[p]),
+    PLAIN,
+    hu(base(1)),
+    why="split",
+)
+simple(
+    "four cardiac phases at the same positions, the first at 0%",
+    lambda: [f for p in range(4) for f in tweaked(put(NominalPercentageOfCardiacPhase=25.0 * p), base(p))],
+    *(hu(base(p)) for p in range(4)),
+    why="split",
+)
+simple(
+    "two series numbers under one series UID, half a step apart",
+    lambda: half_a_step_apart(SeriesNumber=lambda p: p + 2),
+    PLAIN,
+    hu(base(1)),
+    why="split",
+)
+simple(
+    "two image types under one series UID, half a step apart",
+    lambda: half_a_step_apart(ImageType=lambda p: ["ORIGINAL", "PRIMARY", "AXIAL", ("FBP", "ADMIRE")[p]]),
+    PLAIN,
+    hu(base(1)),
+    why="split",
+)
+simple(
+    "a frame of reference for every slice",
+    lambda: tweaked(lambda ds, i: setattr(ds, "FrameOfReferenceUID", f"1.2.3.{i}")),
+    PLAIN,
+    why="frame-of-reference-per-slice",
 )
 simple("two phases that nothing tells apart", lambda: phases(), why="different images")
 simple("gantry tilt of 20 degrees", lambda: tweaked(tilt), PLAIN, why="gantry-tilt", spacing_mm=4.698)
@@ -369,6 +464,64 @@ simple(
     why="derived",
 )
 simple("a map that is not in HU", lambda: tweaked(put(RescaleType="Z_EFF")), why="not in Hounsfield")
+simple("a rescale type that spells Hounsfield out", lambda: tweaked(put(RescaleType="Hounsfield")), PLAIN)
+simple("a negative slope", lambda: tweaked(put(RescaleSlope=-1)), why="below zero")
+simple("palette colour", lambda: tweaked(put(PhotometricInterpretation="PALETTE COLOR")), why="no grey levels")
+simple("a negative slice thickness", lambda: tweaked(put(SliceThickness=-5)), PLAIN, why="negative-thickness-ignored")
+simple(
+    "JPEG 2000 of more bits than declared, padding of -32768",
+    lambda: wide_jpeg_2000(-1024, -32768),
+    wide_hu(-1024, -1024),
+    why="beyond-bits-stored",
+)
+simple(
+    "JPEG 2000 of more bits than declared, beyond int16",
+    lambda: wide_jpeg_2000(1000, 32000),
+    wide_hu(1000, 32767),
+    why="saturated",
+)
+simple(
+    "a value representation that does not exist in the file meta information",
+    lambda: [after_meta(f, b"\x02\x00\x02\x01ZZ\xff\xff" + b"\x00" * 8) for f in series_files(base())],
+    why="no valid value representation",
+)
+simple(
+    "an element of 2 GiB less one in the file meta information",
+    lambda: [after_meta(f, b"\x02\x00\x02\x01OB\x00\x00\xff\xff\xff\x7f") for f in series_files(base())],
+    why="cut short",
+)
+simple(
+    "an element of 2 GiB less one in the header",
+    lambda: [
+        before_tag(f, b"\x28\x00\x02\x00US", b"\x20\x00\xff\xffUN\x00\x00\xff\xff\xff\x7f")
+        for f in series_files(base())
+    ],
+    why="cut short",
+)
+simple(
+    "pixel data of 2 GiB less one",
+    lambda: [
+        f[:at] + b"\xff\xff\xff\x7f" + f[at + 4 :]
+        for f in series_files(base())
+        for at in [f.index(b"\xe0\x7f\x10\x00OW") + 8]
+    ],
+    why="pixel data longer than the image",
+)
+simple(
+    "sequences nested 10,000 deep",
+    lambda: [before_tag(f, b"\x10\x00\x10\x00PN", nested(10_000)) for f in series_files(base())],
+    why="nested too deeply",
+)
+simple(
+    "sequences nested 10,000 deep in an enhanced image",
+    lambda: [before_tag(enhanced(base(), [5.0 * k for k in range(COUNT)]), b"\x00\x52\x29\x92", nested_late())],
+    why="cannot be parsed",
+)
+simple(
+    "a DICOMDIR that points out of its folder",
+    lambda: {**{f"S2/I{i}": f for i, f in enumerate(series_files(base()))}, "DICOMDIR": disguised_dicomdir()},
+    PLAIN,
+)
 simple("65535 rows claimed", lambda: tweaked(put(Rows=65535)), why="65535")
 simple("a million frames claimed", lambda: tweaked(put(NumberOfFrames=1000000)), why="frames")
 
@@ -379,6 +532,36 @@ def jpeg_xl() -> list[bytes]:
 
 
 simple("a JPEG XL transfer syntax", jpeg_xl, why="JPEG XL Lossless")
+
+
+def nested_late() -> bytes:
+    """The same in a private group behind those that the fast walk reads."""
+    return nested(10_000).replace(b"\x08\x00\x40\x11", b"\x51\x00\x40\x11")
+
+
+@case("long extra fields before three members", PLAIN)
+def _long_extra(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i, data in enumerate(series_files(base())):
+            member = zipfile.ZipInfo(f"2/I{i}")
+            member.compress_type = zipfile.ZIP_DEFLATED
+            if i >= 5:
+                member.extra = struct.pack("<HH", 0x7777, 9000) + bytes(9000)
+            archive.writestr(member, data)
+    return path
+
+
+@case("member names of 9,000 letters", PLAIN)
+def _long_names(path: Path) -> Path:
+    return zip_of(path, {f"{'long/' * 1800}I{i}": f for i, f in enumerate(series_files(base()))})
+
+
+@case("a zip comment that holds the signature of its end", PLAIN)
+def _comment(path: Path) -> Path:
+    zip_of(path, series_files(base()))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"made by PK\x05\x06 software" + b"\x01" * 40
+    return path
 
 
 @case("a damaged byte in the zip", why="checksum")

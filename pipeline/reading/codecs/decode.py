@@ -185,16 +185,24 @@ def _as_stored(cells: NDArray[Any], form: SampleFormat) -> NDArray[Any]:
     """Bring a decoder's output to stored values: JPEG and JPEG-LS know no sign, JPEG 2000 does."""
     wide = np.uint8 if form.bits_allocated == 8 else np.uint16
     if cells.dtype.kind == "i":
-        if not form.signed:
-            low = int(cells.min())
-            if low < 0:
-                raise PixelError("a signed codestream in an image that is declared unsigned")
-        return cells
+        low, high = int(cells.min()), int(cells.max())
+        if not form.signed and low < 0:
+            raise PixelError("a signed codestream in an image that is declared unsigned")
+        if low < np.iinfo(np.int16).min or high > np.iinfo(wide).max:
+            raise PixelError("a compressed frame with more bits than are allocated")
+        # Four bytes say that a stream holds more than BitsStored declares, see `exceeds_declared`.
+        beyond = low < form.stored_range[0] or high > form.stored_range[1]
+        return cells.astype(np.int32) if beyond else cells.astype(np.int16, copy=False) if form.signed else cells
     if cells.dtype.itemsize > np.dtype(wide).itemsize:
         if int(cells.max()) > np.iinfo(wide).max:
             raise PixelError("a compressed frame with more bits than are allocated")
         cells = cells.astype(wide)
     return clean_bits(cells.astype(wide, copy=False), form)
+
+
+def exceeds_declared(stored: NDArray[Any]) -> bool:
+    """Whether a codestream gave values that BitsStored does not allow, so that the declared range is no bound."""
+    return stored.dtype.itemsize > 2
 
 
 def _same_size(size: tuple[int, ...], form: SampleFormat) -> None:

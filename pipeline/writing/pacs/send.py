@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from latentcache import InputError
+from latentcache.storage import write_text
 
 log = logging.getLogger("ctpipe.send")
 
@@ -145,10 +145,5 @@ def _keep_left(folder: Path, summary: SendSummary) -> None:
     if not summary.left:
         path.unlink(missing_ok=True)
         return
-    draft = path.with_suffix(".part")
     text = json.dumps({"destination": summary.destination, "left": summary.left, "reason": summary.reason}, indent=1)
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    write_text(path, text)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from latentcache import InputError
-from pipeline.archive import StorageError, discover, object_store as archive_s3, open_archive
+from pipeline.archive import StorageError, object_store as archive_s3, open_archive
+from pipeline.archive.discover import discover
 from pipeline.ingest import IngestOptions, ingest, open_stores
 from tests.support.hospital import study, write_zip
 from tests.support.s3_server import S3Server, serve
@@ -98,3 +99,32 @@ def test_a_store_that_goes_away_counts_against_no_archive(
 def test_an_object_that_is_not_there_is_named_as_such(server: S3Server) -> None:
     with pytest.raises(StorageError, match="cannot be opened"):
         open_archive("s3://bucket/nothing.zip")
+
+
+def test_folders_with_special_characters_are_what_the_listing_says(server: S3Server, tmp_path: Path) -> None:
+    """Read as parts of a URL, they would name another folder, without a word."""
+    for number, folder in enumerate(("APE#1", "50%20", "why?", "plain", "a b=c&d")):
+        write_zip(server.root / "special" / folder / "a.zip", study(f"P{number}", 20 + number))
+    found = discover("s3://bucket/special")
+    assert len({open_archive(one.url).digest for one in found}) == 5
+    store, private = open_stores(str(tmp_path / "store"))
+    summary = ingest("s3://bucket/special", store, private)
+    assert (summary.pairs, summary.archives) == (5, {"new": 5})
+
+
+def test_what_an_object_store_cannot_give_is_listed(server: S3Server, tmp_path: Path) -> None:
+    write_zip(server.root / "mixed" / "APE" / "a.zip", study("PAT1", 3))
+    for name in ("APE/b.7z", "APE/p1/I1", "APE/p1/I2.dcm", "APE/p2/1/I1.IMA", "README", "APE/list.csv"):
+        (server.root / "mixed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (server.root / "mixed" / name).write_bytes(b"x")
+    reasons = {one.url.removeprefix("s3://bucket/mixed/"): one.refusal for one in discover("s3://bucket/mixed")}
+    assert reasons.pop("APE/a.zip") == ""
+    assert "not read (7z)" in reasons.pop("APE/b.7z")
+    assert reasons.pop("APE/p1").startswith("2 loose files in an object store")
+    assert reasons.pop("APE/p2").startswith("1 loose files in an object store")
+    assert reasons == {}
+    store, private = open_stores(str(tmp_path / "store"))
+    summary = ingest("s3://bucket/mixed", store, private)
+    assert summary.archives == {"new": 1, "unusable": 3}
+    assert len(summary.set_aside) == 3
+    assert ingest("s3://bucket/mixed", store, private).archives == {"unchanged": 4}

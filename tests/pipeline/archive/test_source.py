@@ -7,6 +7,7 @@ import io
 import random
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from latentcache import InputError
 from pipeline.archive import Scratch, open_archive
 from pipeline.archive.object_store import ObjectFile
 from pipeline.archive.source import FolderSource, ZipSource
-from pipeline.archive.zip_directory import ArchiveError, Limits
+from pipeline.archive.zip_directory import LOCAL_HEADER, ArchiveError, Limits, Member, head_of, head_range
 from pipeline.reading import pointer_of, read_scanned, read_series, scan
 from tests.support.dicom_files import series_files, zip_of
 
@@ -109,6 +110,49 @@ def test_a_member_that_grows_beyond_its_declared_size_is_refused() -> None:
     with pytest.raises(ArchiveError, match="larger than declared"):
         source.read(0)
     assert len(source.read(0, 400)) == 400
+
+
+@pytest.mark.parametrize(
+    "comment",
+    [
+        b"PK\x05\x06",
+        b"PK\x05\x06" + b"\x01" * 30,
+        b"PK\x05\x06" + bytes(16) + b"\x08\x00" + b"8 letter",
+        b"PK\x05\x06" + bytes(18),
+    ],
+)
+def test_a_comment_that_looks_like_the_end_of_the_zip_is_a_comment(tmp_path: Path, comment: bytes) -> None:
+    path = zip_of(tmp_path / "a.zip", [b"1" * 100, b"2"])
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = comment
+    for data in (path.read_bytes(), b"stub" * 100 + path.read_bytes()):
+        source = ZipSource("memory", Memory(data))
+        assert [source.read(m.index) for m in source.members()] == [b"1" * 100, b"2"]
+    appended = ZipSource("memory", Memory(zip_of(tmp_path / "b.zip", [b"1"]).read_bytes() + b"signed by a gateway"))
+    assert [appended.read(m.index) for m in appended.members()] == [b"1"]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_head_is_whole_however_long_the_extra_field_and_however_it_is_packed(method: int) -> None:
+    """Packed with a flush after every byte, data expand, which a guess at their length does not see."""
+    data = bytes(range(256)) * 40
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        member = zipfile.ZipInfo("I1")
+        member.compress_type, member.extra = method, struct.pack("<HH", 0x7777, 60_000) + bytes(60_000)
+        archive.writestr(member, data)
+    source = ZipSource("memory", Memory(buffer.getvalue()))
+    for limit in (1, 100, 4096, 10_000, 10_240, 99_999):
+        assert list(source.heads([0], limit)) == [(0, data[:limit])]
+        assert source.read(0, limit) == data[:limit]
+    flushed = zlib.compressobj(wbits=-15)
+    packed = b"".join(flushed.compress(data[i : i + 1]) + flushed.flush(zlib.Z_FULL_FLUSH) for i in range(len(data)))
+    packed += flushed.flush()
+    one = Member(0, "I1", len(packed), len(data), zlib.crc32(data), method=8)
+    raw = LOCAL_HEADER.pack(b"PK\x03\x04", 20, 0, 8, 0, 0, 0, 0, 0, 0, 0) + packed
+    memory = Memory(raw)
+    head = head_of(one, memory.read(*head_range(one, 4096)), 4096, memory.read)
+    assert head == data[:4096]
 
 
 def test_bomb_and_total_limits() -> None:

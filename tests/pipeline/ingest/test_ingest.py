@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import shutil
@@ -9,11 +10,21 @@ from pathlib import Path
 import pytest
 
 from latentcache import LatentStore, PairRecord, SeriesRecord, StoreError
-from pipeline.archive import FoundArchive
+from pipeline.archive import FoundArchive, source as archive
 from pipeline.identity import PrivateStore
-from pipeline.ingest import IngestOptions, check_secret, ingest, open_stores, read_overrides, scan as ingest_scan
+from pipeline.ingest import (
+    IngestOptions,
+    check_secret,
+    ingest,
+    open_stores,
+    plan as ingest_plan,
+    read_overrides,
+    scan as ingest_scan,
+)
 from pipeline.ingest.summary import IngestSummary
 from tests.support.hospital import study, thick, thin, write_zip
+
+ingest_module = importlib.import_module("pipeline.ingest.ingest")
 
 
 class Bench:
@@ -184,6 +195,114 @@ def test_a_plain_folder_is_an_archive_too(bench: Bench) -> None:
     assert summary.archives == {"new": 1, "ignored": 1}
     assert not summary.quarantined
     assert bench.run().archives == {"unchanged": 2}
+
+
+def test_what_cannot_be_used_is_listed_by_key_and_stops_nothing(
+    bench: Bench, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
+    (bench.data / "APE" / "Doe^Jane.zip").symlink_to("/nonexistent")
+    os.mkfifo(bench.data / "APE" / "Roe^Pipe.zip")
+    (bench.data / "APE" / "Poe^Old.7z").write_bytes(b"7z")
+    for i, data in enumerate(thick("1.2.9.5", study="1.2.9", patient="PAT9", frame="1.9.9").files()):
+        file = bench.data / "APE" / "Loe^Loose" / f"{i}.dcm"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(data)
+    (bench.data / "APE" / "Loe^Loose" / "Loe^Lost.dcm").symlink_to("/nonexistent")
+    os.mkfifo(bench.data / "APE" / "Loe^Loose" / "Loe^Pipe")
+    summary = bench.run()
+    keys = bench.private.keys
+    reasons = {item.key: item.reason for item in summary.set_aside if item.kind == "archive"}
+    assert reasons.pop(keys.archive(str(bench.data / "APE/Doe^Jane.zip"))) == "a link to nothing"
+    assert reasons.pop(keys.archive(str(bench.data / "APE/Roe^Pipe.zip"))) == "a named pipe, not a file"
+    assert "not read (7z)" in reasons.pop(keys.archive(str(bench.data / "APE/Poe^Old.7z")))
+    loose = reasons.pop(keys.archive(str(bench.data / "APE/Loe^Loose")))
+    assert loose.startswith("2 of its files cannot be read")
+    assert not reasons
+    assert (summary.pairs, summary.archives) == (1, {"new": 2, "unusable": 3})
+    assert summary.series["thick"] == 2
+    private = bench.private.table("quarantine").to_pylist()
+    assert {"Loe^Lost.dcm", "Loe^Pipe"} <= {row["member"] for row in private}
+    assert any(row["url"].endswith("Doe^Jane.zip") and row["reason"] == "a link to nothing" for row in private)
+    said = "".join(capfd.readouterr()) + summary.text() + repr(bench.store.series())
+    assert not any(name in said for name in ("Doe", "Roe", "Poe", "Loe"))
+    again = bench.run()
+    assert again.archives == {"unchanged": 5}
+    assert again.set_aside == summary.set_aside
+
+
+def test_an_entry_that_can_be_used_again_or_has_gone_is_no_longer_reported(bench: Bench) -> None:
+    target = bench.data.parent / "target.zip"
+    (bench.data / "a.zip").symlink_to(target)
+    (bench.data / "b.7z").write_bytes(b"7z")
+    other = bench.data.parent / "other"
+    other.mkdir()
+    (other / "c.rar").write_bytes(b"Rar!")
+    ingest(str(other), bench.store, bench.private)
+    assert len(bench.run().set_aside) == 3
+    write_zip(target, study("PAT1", 3))
+    (bench.data / "b.7z").unlink()
+    summary = bench.run()
+    assert (summary.pairs, summary.archives) == (1, {"changed": 1})
+    (left,) = summary.set_aside
+    assert left.key == bench.private.keys.archive(str(other / "c.rar"))
+    (other / "c.rar").unlink()
+    assert not ingest(str(other), bench.store, bench.private).set_aside
+
+
+def test_an_archive_behind_a_link_that_leads_nowhere_for_a_while_is_kept(bench: Bench) -> None:
+    target = write_zip(bench.data.parent / "disk" / "a.zip", study("PAT1", 3))
+    (bench.data / "a.zip").symlink_to(target)
+    assert bench.run().pairs == 1
+    target.rename(target.with_suffix(".away"))
+    summary = bench.run()
+    assert (summary.pairs, [item.reason for item in summary.set_aside]) == (1, ["a link to nothing"])
+    target.with_suffix(".away").rename(target)
+    assert (bench.run().pairs, bench.run().quarantined) == (1, False)
+
+
+def test_a_file_that_does_not_open_is_asked_for_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i, data in enumerate(thick().files()):
+        file = bench.data / "p" / f"{i}.dcm"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(data)
+    real = archive.open_regular
+
+    def denied(path: Path) -> int:
+        if str(path).endswith("3.dcm"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(archive, "open_regular", denied)
+        assert any("cannot be opened" in item.reason for item in bench.run().set_aside)
+    assert bench.of_uid("1.2.3.5").n_slices == 3
+    assert bench.run().archives == {"changed": 1}
+    assert bench.of_uid("1.2.3.5").n_slices == 4
+    assert bench.run().archives == {"unchanged": 1}
+
+
+def test_the_first_archives_are_read_while_the_tree_is_still_being_listed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest_plan, "FIRST_PORTION", 2)
+    for i in range(12):
+        write_zip(bench.data / f"p{i:02}" / "a.zip", study(f"P{i}", 10 + i))
+    order: list[str] = []
+    scandir, scan = os.scandir, ingest_module.scan_archive
+
+    def listing(folder: str) -> object:
+        order.append(f"list {Path(folder).name}")
+        return scandir(folder)
+
+    def scanning(found: FoundArchive, *rest: object) -> ingest_scan.ArchiveScan:
+        order.append(f"scan {Path(found.url).parent.name}")
+        return scan(found, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "scandir", listing)
+    monkeypatch.setattr(ingest_module, "scan_archive", scanning)
+    assert bench.run(batch=2).pairs == 12
+    assert order.index("scan p00") < order.index("list p05")
 
 
 def test_batches_and_a_kill_between_them_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,11 +185,49 @@ def test_public_facts_hold_no_planted_text(tmp_path: Path) -> None:
     assert one.header.public["ImageType"] == ["ORIGINAL", "PRIMARY", "AXIAL"]
 
 
-@pytest.mark.parametrize(
-    "kernel", ["Br38f", "Br38f\\3", "B30f", "FC08", "STANDARD", "UB", "STD+", "I31f\\2", "B", "YA"]
-)
+LETTER_KERNELS = ["Br38f", "Br38f\\3", "B30f", "I31f\\2", "H30s", "J70h\\3", "Qr40", "Bv40f", "Ub44", "T20f", "D30f"]
+
+
+@pytest.mark.parametrize("kernel", [*LETTER_KERNELS, "FC08", "FC18-H", "STANDARD", "STD+", "B", "YA", "UB", "EC"])
 def test_vendors_kernels_are_known(kernel: str) -> None:
     assert known_kernel(kernel) == kernel
+
+
+NAMES = [
+    "Kim",
+    "Li",
+    "Wu",
+    "Ng",
+    "Eva",
+    "Max",
+    "Lee",
+    "LEE",
+    "Roe",
+    "Kim+",
+    "Al45",
+    "Ma12",
+    "Jo7",
+    "M45",
+    "F63",
+    "Vu88",
+]
+DATES = ["1943", "12 10", "19430512", "4711", "0", "31", "Li 1943 1209", "1209 1943"]
+
+
+@pytest.mark.parametrize("text", [*NAMES, "Br38f\\Kim", "B 30", "A1", "Br1943", "FC1209"])
+def test_short_names_initials_ages_and_dates_are_no_kernel(text: str) -> None:
+    assert known_kernel(text) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_beside_a_known_word_is_no_model(name: str) -> None:
+    assert known_model(f"SOMATOM Force {name}") == ""
+    assert known_model(f"{name} Force") == ""
+
+
+@pytest.mark.parametrize("text", [*(f"Force {date}" for date in DATES), "Force19430512", "64", "16 64", ""])
+def test_numbers_that_may_be_a_date_are_no_model(text: str) -> None:
+    assert known_model(text) == known_model(f"Sensation 64 {text or 16}") == ""
 
 
 @pytest.mark.parametrize("text", ["Doe^John", "JOHN", "19700101", "4711", "Br38f Doe", ""])
@@ -203,6 +241,10 @@ def test_models() -> None:
     assert known_model("LightSpeed VCT") == "LightSpeed VCT"
     assert known_model("SOMATOM Definition AS+") == ""
     assert known_model("Biograph40_mCT 4R") == "Biograph40_mCT 4R"
+    for name in ("SOMATOM Force", "Sensation 64", "Discovery CT750 HD", "Brilliance 64", "iCT 256", "Aquilion ONE",
+                 "Revolution EVO", "uCT 760", "MX8000 IDT 16", "Emotion 16 (2007)", "NAEOTOM Alpha.Peak"):  # fmt: skip
+        known = name if "IDT" not in name and "2007" not in name else ""
+        assert known_model(name) == known
 
 
 def test_character_sets_of_private_identity(tmp_path: Path) -> None:

@@ -336,3 +336,38 @@ def test_any_lattice_survives_the_decimal_strings(
         ds = pydicom.dcmread(path, stop_before_pixels=True)
         np.testing.assert_allclose(ds.ImagePositionPatient, at.slice_position(i), atol=1e-4)
     shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "expected"),
+    [
+        ("generated", {}, ("00", None, None)),
+        ("decoded", {}, ("01", 16, "CTPIPE_VAE")),
+        (
+            "generated",
+            {"LossyImageCompressionRatio": 8.0, "LossyImageCompressionMethod": "ISO_10918_1"},
+            ("01", 8, "ISO_10918_1"),
+        ),
+        (
+            "decoded",
+            {"LossyImageCompressionRatio": 8.0, "LossyImageCompressionMethod": "ISO_10918_1"},
+            ("01", [8, 16], ["ISO_10918_1", "CTPIPE_VAE"]),
+        ),
+    ],
+)
+def test_a_round_trip_through_the_autoencoder_is_lossy_and_lossy_it_stays(
+    tmp_path: Path, kind: str, source: dict[str, Any], expected: tuple[object, ...]
+) -> None:
+    from pipeline.writing import write_enhanced_ct
+
+    lossy = {"LossyImageCompression": "01" if source else "00"}
+    full = {"ManufacturerModelName": "Model", "BodyPartExamined": "CHEST"}
+    header = replace(HEADER, public={**HEADER.public, **full, **lossy, **source})
+    provenance = replace(PROVENANCE, kind=kind)  # type: ignore[arg-type]
+    slices = write_ct_series(pixels(), geometry(), header, tmp_path / "s", uids=IDENTITY, provenance=provenance)
+    enhanced = write_enhanced_ct(pixels(), geometry(), header, tmp_path / "e", uids=IDENTITY, provenance=provenance)
+    for path in (slices.paths[0], enhanced.paths[0]):
+        assert validator_errors(path) == []
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        keywords = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
+        assert tuple(ds.get(keyword) for keyword in keywords) == expected
