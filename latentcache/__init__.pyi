@@ -1,8 +1,10 @@
 from .errors import (
+    CorruptLatentError as CorruptLatentError,
     CtpipeError as CtpipeError,
     InputError as InputError,
     NonFiniteError as NonFiniteError,
     StoreError as StoreError,
+    StoreExistsError as StoreExistsError,
     no_ray_cluster as no_ray_cluster,
 )
 from .lease import Lease as Lease
@@ -22,6 +24,6 @@ from .records import (
     Split as Split,
     valid_latents as valid_latents,
 )
-from .shard import METADATA as METADATA, SHARD as SHARD, Layout as Layout
+from .shard import METADATA as METADATA, SHARD as SHARD, Layout as Layout, restore_latent as restore_latent
 from .store import STORE as STORE, LatentStore as LatentStore, open_on_worker as open_on_worker
 from .writer import Writer as Writer

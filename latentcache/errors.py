@@ -34,6 +34,10 @@ class StoreError(InputError):
     """The latent store cannot be used as asked: newer format, another secret, a lease held, a half copy."""
 
 
+class StoreExistsError(StoreError):
+    """There is a store already where one was to be made."""
+
+
 class CorruptLatentError(InputError):
     """Bytes of a committed latent do not match their checksum. Names the series key."""
 

@@ -41,6 +41,11 @@ class LeaseRecord:
         return self.host == _host() and not self.holder_is_dead
 
 
+def _uptime() -> float:
+    """Seconds that pass for a process that is stopped and for a machine that sleeps too, and never jump."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 def _host() -> str:
     """Differs between machines, boots and containers: process numbers mean the same only where it is equal."""
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -93,15 +98,16 @@ class Lease:
             self._wait_for(found)
         self._write()
         # Two drivers may have found the lease free at once: the later write wins, and the loser sees it here.
-        if not self._exclusive():
+        if not self.exclusive:
             time.sleep(min(1.0, self.seconds / 10))
         self.check()
         self._thread = threading.Thread(target=self._renew, name="ctpipe-lease", daemon=True)
         self._thread.start()
 
-    def _exclusive(self) -> bool:
+    @property
+    def exclusive(self) -> bool:
         """Whether a racing driver would be stopped by the store itself (exclusive links of a file system)."""
-        return "://" not in self.location.url
+        return "://" not in self.location.url or bool(getattr(self.location, "conditional", False))
 
     def _wait_for(self, found: LeaseRecord) -> None:
         seen = time.monotonic()
@@ -124,17 +130,24 @@ class Lease:
     def _renew(self) -> None:
         while not self._stop.wait(self.seconds / 3):
             try:
-                found = self.current()
-                if found is None or found.token != self.token:
+                asked, held = _uptime(), self.held()
+                while held and _uptime() - asked > self.seconds / 3:
+                    # Stopped between asking and writing: by now another may have it by right, so ask again.
+                    asked, held = _uptime(), self.held()
+                if not held:
                     return  # taken over: check() says so at the next commit
                 self._write()
             except (OSError, StoreError) as error:
                 log.warning("the lease could not be renewed: %s", type(error).__name__)
 
+    def held(self) -> bool:
+        """Whether it is still this driver's."""
+        found = self.current()
+        return found is not None and found.token == self.token
+
     def check(self) -> None:
         """Raises StoreError if another driver has taken the lease."""
-        found = self.current()
-        if found is None or found.token != self.token:
+        if not self.held():
             raise StoreError(
                 "this driver's lease was taken over by another",
                 expected="one committing driver at a time",
@@ -145,6 +158,5 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        found = self.current()
-        if found is not None and found.token == self.token:
+        if self.held():
             self.location.delete(LEASE)

@@ -205,9 +205,15 @@ def _scatter(
     return groups, copies
 
 
+def restore_latent(location: Location, damaged: str, remade: str, shape: Shape) -> None:
+    """Put an attempt's bytes back under the path of another that was lost; the caller knows that they are equal."""
+    location.put(f"{damaged}/{METADATA}", Layout(shape).metadata())
+    location.put(f"{damaged}/{SHARD}", location.read(f"{remade}/{SHARD}"))
+
+
 def _corrupt(name: str, what: str) -> CorruptLatentError:
     return CorruptLatentError(
         f"latent {name}: {what}",
         expected="the bytes that were committed",
-        remedy="Run `ctpipe verify STORE`, then restore the file from a copy of the store.",
+        remedy="`ctpipe encode STORE --repair` makes it anew from its archive; `ctpipe verify STORE` lists all such.",
     )

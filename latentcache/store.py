@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from latentcache.checks import check_key, check_latent, load_encoding
-from latentcache.errors import InputError, StoreError
+from latentcache.errors import InputError, StoreError, StoreExistsError
 from latentcache.moments import ROW, Moments, moments_of
 from latentcache.records import (
     FORMAT_VERSION,
@@ -65,6 +65,8 @@ class Header:
                 expected=f"a folder or prefix with {STORE}",
                 remedy="Make one with `ctpipe ingest DATASET STORE`; if this is a copy, copy it whole.",
             ) from error
+        except OSError as error:
+            raise _unreadable() from error
         try:
             body = json.loads(data)
             version = body["format_version"]
@@ -96,7 +98,7 @@ class Header:
         try:
             location.put_once(STORE, [json.dumps(body, indent=1).encode()])
         except FileExistsError as error:
-            raise StoreError(
+            raise StoreExistsError(
                 f"there is a store at {location.url} already",
                 expected="a place without one",
                 remedy="Open it, or choose another place.",

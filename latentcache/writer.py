@@ -3,7 +3,9 @@
 Safety rests on three things, in this order: a snapshot's name is put once, so of two drivers only one can make version
 n; the lease keeps a second driver from starting at all; and a snapshot names only files that are already durable. On a
 file system the first holds by itself. On an object store without conditional puts the lease must: it is read back
-before every commit, and a driver that lost it stops.
+before and after every commit, and a driver that lost it stops; one that was stopped between looking and putting may
+still replace a snapshot, which both drivers notice: its own commit is reported as failed, and the other, when it next
+commits or ends, puts its snapshot back. infra/docs/store-guarantees.md says what is left to chance.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import pyarrow as pa
 
 from latentcache.checks import load_encoding
 from latentcache.errors import StoreError
-from latentcache.lease import Lease
+from latentcache.lease import Lease, log
 from latentcache.records import LatentRecord, PairRecord, SeriesRecord
 from latentcache.shard import SHARD, Layout
 from latentcache.storage import Location
@@ -55,6 +57,8 @@ class Writer:
         self._index: KeyIndex | None = None
         self._added: set[tuple[str, str, str]] = set()
         self._base: Snapshot | None = None
+        self._committed: Snapshot | None = None
+        """The last snapshot that this driver committed itself."""
 
     def __enter__(self) -> Writer:
         self._lease.acquire()
@@ -69,7 +73,11 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._follower.detach(self)
-        self._lease.release()
+        try:
+            if error is None and not self._lease.exclusive and self._lease.held():
+                self._restore_base()
+        finally:
+            self._lease.release()
 
     def commit(self, records: Sequence[LatentRecord], timings: Sequence[Mapping[str, Any]] = ()) -> list[LatentRecord]:
         """Make staged latents visible in one new snapshot.
@@ -154,8 +162,39 @@ class Writer:
         if any(table.num_rows for table in added.values()):
             self._put(extend(self._location, base, added))
 
+    def _confirm(self, snapshot: Snapshot) -> None:
+        """After a commit that the store itself may not have guarded: it counts only if the lease held until it stood.
+
+        Raises:
+            StoreError: Another driver took over meanwhile, so that one of the two snapshots replaced the other.
+        """
+        self._lease.check()
+        if self._location.read(snapshot_path(snapshot.number)) != snapshot.to_json():
+            raise StoreError(
+                f"snapshot {snapshot.number} was replaced by another driver's",
+                expected="one committing driver at a time",
+                remedy="Stop the other command, then run this one again: it resumes from what is committed.",
+            )
+
+    def _restore_base(self) -> None:
+        """Put this driver's last snapshot back where a driver that had lost the lease replaced it a moment too late.
+
+        That driver finds the lease gone and reports its commit as failed (see ``_confirm``); ours was reported as done.
+        """
+        if self._lease.exclusive or self._committed is None:
+            return
+        path, data = snapshot_path(self._committed.number), self._committed.to_json()
+        try:
+            if self._location.read(path) == data:
+                return
+        except FileNotFoundError:
+            return  # expired or forgotten since
+        log.warning("snapshot %d was replaced by a driver without the lease: put back", self._committed.number)
+        self._location.put(path, data)
+
     def _put(self, snapshot: Snapshot) -> None:
         self._lease.check()
+        self._restore_base()
         try:
             self._location.put_once(snapshot_path(snapshot.number), [snapshot.to_json()])
         except FileExistsError as error:
@@ -164,5 +203,7 @@ class Writer:
                 expected="one committing driver at a time",
                 remedy="Stop the other command, then run this one again: it resumes from what is committed.",
             ) from error
-        self._base = snapshot
+        if not self._lease.exclusive:
+            self._confirm(snapshot)
+        self._base = self._committed = snapshot
         self._follower.advance(snapshot)

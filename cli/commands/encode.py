@@ -53,6 +53,9 @@ def encode(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Make latents of archives that have changed since anew.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read all latents first, and make those anew that are damaged or gone.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be encoded, and stop.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -62,9 +65,15 @@ def encode(
     trains on; until then they are counted, no run trains on them, and the exit code is 3. Runs that are pinned to an
     older snapshot keep the latents that they began with.
 
+    With --repair, latents whose bytes are damaged or gone are made anew from their archives. One whose archive is not
+    at hand stays as it is and is named; so is a run that is pinned to a damaged latent which did not come back as it
+    was. The exit code is 3 then.
+
     Examples:
 
         ctpipe encode STORE --vae tiny
+
+        ctpipe encode STORE --repair
 
         ctpipe encode STORE --gpus 2 --vae weights/autoencoder_epoch273.pt --window soft-tissue
 
@@ -106,7 +115,14 @@ def encode(
             progress.update(bar, total=planned, advance=1)
 
         summary = encode_store(
-            store, settings, options, private_url=private, dry_run=dry_run, refresh=refresh, on_outcome=advance
+            store,
+            settings,
+            options,
+            private_url=private,
+            dry_run=dry_run,
+            refresh=refresh,
+            repair=repair,
+            on_outcome=advance,
         )
     verb = "would encode" if dry_run else "encoded"
     lines = [
@@ -119,7 +135,20 @@ def encode(
     if summary.stale:
         verb = "would be retired and made anew" if refresh else "give --refresh to make them anew"
         lines.append(f"{summary.stale} latents are of archives that have changed since: {verb}")
+    if repair:
+        verb = "to be made anew" if dry_run else "retired to be made anew"
+        again = f"{summary.restored} came back byte for byte, in older snapshots too"
+        lines.append(
+            f"{summary.damaged} latents are damaged or gone, {summary.damaged - len(summary.hopeless)} {verb}"
+            + ("" if dry_run else f"; {again}")
+        )
+    lines += [f"cannot be repaired {name}: {reason}" for name, reason in sorted(summary.hopeless.items())]
+    lines += [
+        f"run {name} is pinned to a snapshot with {count} of them: begin it anew or restore them from a copy"
+        for name, count in sorted(summary.pinned.items())
+    ]
     lines += [f"set aside {name}: {reason}" for name, reason in sorted(summary.failed.items())]
     lines += [f"pair refused {name}: {reason}" for name, reason in sorted(summary.unpaired_by_pixels.items())]
     emit(vars(summary), "\n".join(lines), as_json)
-    return Exit.QUARANTINED if summary.failed or summary.unpaired_by_pixels or summary.stale else Exit.OK
+    unsettled = (summary.failed, summary.unpaired_by_pixels, summary.stale, summary.hopeless, summary.pinned)
+    return Exit.QUARANTINED if any(unsettled) else Exit.OK

@@ -112,7 +112,7 @@ class RunCard:
         path = run_dir / RUN_CARD
         try:
             values = json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"no {RUN_CARD} in {run_dir}",
                 expected="a run directory made by `ctpipe train`",

@@ -2,7 +2,7 @@ from .diff import diff as diff
 from .erase import Forgotten as Forgotten, forget_patient as forget_patient, keys_of_patient as keys_of_patient
 from .gc import collect as collect
 from .migrate import migrate as migrate
-from .pins import pin as pin
+from .pins import pin as pin, pinned_snapshots as pinned_snapshots
 from .staleness import (
     pair_digest as pair_digest,
     pair_digests as pair_digests,
@@ -11,4 +11,4 @@ from .staleness import (
 )
 from .statistics import summarise as summarise
 from .status import status as status
-from .verify import verify as verify
+from .verify import damaged_latents as damaged_latents, verify as verify

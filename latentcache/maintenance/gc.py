@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from latentcache import LatentStore, StoreError
-from latentcache.maintenance.pins import pinned_snapshots
+from latentcache import LatentStore, StoreError, Writer
+from latentcache.maintenance.pins import EXPIRING, mark_path, pinned_snapshots
 from latentcache.storage import TEMPORARY, Entry, Location
 from latentcache.tables import KINDS, Snapshot, load_snapshot, read_fragment, snapshot_numbers, snapshot_path
 
@@ -48,8 +48,8 @@ def collect(
     Raises:
         StoreError: A driver is committing. gc holds the lease, so that no attempt is committed while it looks.
     """
-    with store.writer():
-        total = _collect(store.location, grace_s, dry_run, expire_snapshots)
+    with store.writer() as writer:
+        total = _collect(store.location, writer, grace_s, dry_run, expire_snapshots)
     for name in store.location.folders("generated"):
         try:
             child = store.generated(name)
@@ -59,9 +59,50 @@ def collect(
     return total
 
 
-def _collect(location: Location, grace_s: float, dry_run: bool, expire_snapshots: bool) -> Garbage:
+@dataclass(frozen=True)
+class _Found:
+    """Objects to remove, by why."""
+
+    snapshots: list[Entry]
+    fragments: list[Entry]
+    attempts: list[list[Entry]]
+    asides: list[Entry]
+
+    @property
+    def rest(self) -> list[Entry]:
+        """All but the snapshots, which go first."""
+        return [*self.fragments, *(e for group in self.attempts for e in group), *self.asides]
+
+
+def _collect(location: Location, writer: Writer, grace_s: float, dry_run: bool, expire_snapshots: bool) -> Garbage:
     oldest = time.time() - grace_s
     doomed = _expired(location, oldest) if expire_snapshots else []
+    if doomed and not dry_run:
+        for entry in doomed:
+            location.put(mark_path(_number(entry)), b"{}")
+        # A run may have pinned one since; from now on none can, see pins.pin.
+        pinned = set(pinned_snapshots(location))
+        doomed = [entry for entry in doomed if _number(entry) not in pinned]
+    found = _garbage(location, oldest, doomed)
+    if not dry_run:
+        if doomed or found.rest:
+            # A driver that lost the lease while it slept may hold a fragment that is about to go, with nothing but a
+            # put between it and a snapshot that names it. This takes the number that it would put.
+            writer.replace(lambda base: Snapshot(base.number + 1, base.fragments))
+        for entry in (*doomed, *list(location.list(EXPIRING)), *found.rest):
+            location.delete(entry.path)
+    objects = [*doomed, *found.rest]
+    return Garbage(
+        len(found.attempts),
+        len(found.fragments),
+        len(found.asides),
+        len(doomed),
+        len(objects),
+        sum(entry.size for entry in objects),
+    )
+
+
+def _garbage(location: Location, oldest: float, doomed: list[Entry]) -> _Found:
     gone = {e.path for e in doomed}
     numbers = [n for n in snapshot_numbers(location) if snapshot_path(n) not in gone]
     paths, attempts = named(location, [load_snapshot(location, n) for n in numbers])
@@ -74,19 +115,18 @@ def _collect(location: Location, grace_s: float, dry_run: bool, expire_snapshots
     dead = [group for path, group in attempts_in(location) if path not in attempts and _all_older(group, oldest)]
     known = {e.path for group in dead for e in group}
     asides = [e for e in _asides(location) if e.modified < oldest and e.path not in known]
-    objects = [*doomed, *fragments, *(e for group in dead for e in group), *asides]
-    if not dry_run:
-        for entry in objects:
-            location.delete(entry.path)
-    return Garbage(
-        len(dead), len(fragments), len(asides), len(doomed), len(objects), sum(entry.size for entry in objects)
-    )
+    return _Found(doomed, fragments, dead, asides)
+
+
+def _number(entry: Entry) -> int:
+    """The number of the snapshot whose file this is."""
+    return int(entry.path.rpartition("/")[2].removesuffix(".json"))
 
 
 def _asides(location: Location) -> Iterator[Entry]:
     """Files left aside anywhere in the store itself (not in generated stores, nor in PRIVATE)."""
     yield from (e for e in location.objects("") if is_aside(e))
-    for folder in (*KINDS, "snapshots", "encodings", "pins", ARRAYS):
+    for folder in (*KINDS, "snapshots", "encodings", "pins", EXPIRING, ARRAYS):
         yield from (e for e in location.list(folder) if is_aside(e))
 
 
@@ -102,7 +142,8 @@ def _all_older(group: Iterable[Entry], oldest: float) -> bool:
 def _expired(location: Location, oldest: float) -> list[Entry]:
     numbers = snapshot_numbers(location)
     kept = {snapshot_path(n) for n in (*pinned_snapshots(location), *numbers[-1:])}
-    return [e for e in location.list("snapshots") if e.path not in kept and e.modified < oldest and not is_aside(e)]
+    named = {snapshot_path(n) for n in numbers}
+    return [e for e in location.list("snapshots") if e.path in named - kept and e.modified < oldest]
 
 
 def named(location: Location, snapshots: Iterable[Snapshot]) -> tuple[set[str], set[str]]:

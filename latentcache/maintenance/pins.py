@@ -18,6 +18,7 @@ from latentcache import InputError, StoreError
 from latentcache.storage import Location
 from latentcache.tables import snapshot_path
 
+EXPIRING = "expiring"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -29,15 +30,18 @@ def pin(location: Location, name: str, number: int) -> None:
         StoreError: There is no such snapshot.
     """
     location.put(_path(name), json.dumps({"snapshot": number}).encode())
-    try:
-        location.size(snapshot_path(number))
-    except FileNotFoundError as error:
-        location.delete(_path(name))
-        raise StoreError(
-            f"snapshot {number} cannot be pinned: it does not exist",
-            expected="a snapshot that the store still keeps",
-            remedy="`ctpipe status STORE` lists them.",
-        ) from error
+    # The pin first, then the looks: gc marks first and then looks for pins, so that one of the two sees the other.
+    for path, wanted, why in (
+        (mark_path(number), False, "gc is dropping it"),
+        (snapshot_path(number), True, "it does not exist"),
+    ):
+        if _exists(location, path) != wanted:
+            location.delete(_path(name))
+            raise StoreError(
+                f"snapshot {number} cannot be pinned: {why}",
+                expected="a snapshot that the store still keeps",
+                remedy="`ctpipe status STORE` lists them.",
+            )
 
 
 def unpin(location: Location, name: str) -> None:
@@ -53,6 +57,19 @@ def pinned_snapshots(location: Location) -> dict[int, list[str]]:
             number = int(json.loads(location.read(entry.path))["snapshot"])
             pins.setdefault(number, []).append(entry.path.split("/")[-1][:-5])
     return pins
+
+
+def mark_path(number: int) -> str:
+    """The file by which gc says that it is about to drop a snapshot."""
+    return f"{EXPIRING}/{number:08d}.json"
+
+
+def _exists(location: Location, path: str) -> bool:
+    try:
+        location.size(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _path(name: str) -> str:

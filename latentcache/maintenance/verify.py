@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from latentcache import METADATA, SHARD, CtpipeError, LatentRecord, LatentStore, Layout, Moments, valid_latents
+from latentcache import (
+    METADATA,
+    SHARD,
+    CtpipeError,
+    LatentRecord,
+    LatentRole,
+    LatentStore,
+    Layout,
+    Moments,
+    valid_latents,
+)
 from latentcache.maintenance.gc import attempts_in
+from latentcache.maintenance.staleness import ROLES
 from latentcache.tables import (
     KINDS,
     Fragment,
@@ -45,6 +58,8 @@ class Verification:
     bytes: int = 0
     orphans: int = 0
     problems: list[Problem] = field(default_factory=list)
+    damaged: list[LatentRecord] = field(default_factory=list)
+    """Rows whose bytes are gone, changed or unlike the row: what `ctpipe encode --repair` makes anew."""
 
     @property
     def ok(self) -> bool:
@@ -70,11 +85,29 @@ def verify(store: LatentStore, *, threads: int = 2) -> Verification:
                 result.latents += 1
                 result.bytes += Layout(row.shape).shard_bytes
                 result.problems += problems
+                result.damaged += [row] if problems else []
                 if catalogued and row.key not in catalogued:
                     result.problems.append(Problem(row.key, f"{row.role} is in the manifest but not in the catalog"))
     named = set(manifest["path"].to_pylist())
     result.orphans = sum(path not in named for path, _ in attempts_in(store.location))
     return result
+
+
+def damaged_latents(
+    store: LatentStore, encode_key: str, roles: Sequence[LatentRole] = ROLES, *, threads: int = 2
+) -> dict[str, tuple[LatentRecord, str]]:
+    """Rows of an encoding whose bytes are gone, changed or unlike the row, by path, each with what is wrong."""
+    wanted = pa.array(roles, pa.string())
+    table = store.manifest_table(
+        None, lambda rows: pc.and_(pc.equal(rows["encode_key"], encode_key), pc.is_in(rows["role"], value_set=wanted))
+    )
+    found: dict[str, tuple[LatentRecord, str]] = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, table.num_rows, AT_ONCE):
+            rows = from_table(table.slice(first, AT_ONCE), LatentRecord)
+            checked = pool.map(lambda row: next(check_latent(store, row, {encode_key}), None), rows)
+            found.update((row.path, (row, bad.what)) for row, bad in zip(rows, checked, strict=True) if bad)
+    return found
 
 
 def _catalogued(store: LatentStore) -> set[str]:

@@ -79,6 +79,20 @@ class LocalLocation:
     def url(self) -> str:
         return str(self.root)
 
+    def _at(self, path: str) -> Path:
+        """Where a path lies; never outside of the location, whatever a file of the store may say.
+
+        Raises:
+            StoreError: It climbs out.
+        """
+        if path.startswith("/") or ".." in path.split("/"):
+            raise StoreError(
+                "a path that leads out of the store",
+                expected="paths below the store's own folder",
+                remedy="A file of the store was tampered with: run `ctpipe verify STORE`, restore it from a copy.",
+            )
+        return self.root / path
+
     def _make_folder(self, folder: Path) -> None:
         """Create missing folders, each made durable in its parent, so that a name below survives a power cut."""
         refuse_planted(folder, self.root)
@@ -101,7 +115,7 @@ class LocalLocation:
             self.files.unlink(aside)
 
     def put_once(self, path: str, buffers: Sequence[Buffer]) -> None:
-        target = self.root / path
+        target = self._at(path)
         if target.exists():
             raise FileExistsError(path)
         with _room_for(buffers), self._aside(target, buffers) as aside:
@@ -109,16 +123,16 @@ class LocalLocation:
         self.files.fsync_folder(target.parent)
 
     def put(self, path: str, data: bytes) -> None:
-        target = self.root / path
+        target = self._at(path)
         with _room_for([data]), self._aside(target, [data]) as aside:
             self.files.replace(aside, target)
         self.files.fsync_folder(target.parent)
 
     def read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
+        return self._at(path).read_bytes()
 
     def read_into(self, path: str, offset: int, groups: Sequence[Sequence[NDArray[Any]]]) -> Iterator[None]:
-        descriptor = os.open(self.root / path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(self._at(path), os.O_RDONLY | os.O_CLOEXEC)
         try:
             for group in groups:
                 for first in range(0, len(group), IOV_MAX):
@@ -132,10 +146,10 @@ class LocalLocation:
             os.close(descriptor)
 
     def size(self, path: str) -> int:
-        return (self.root / path).stat().st_size
+        return self._at(path).stat().st_size
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        yield from self._walk(str(self.root / prefix) if prefix else str(self.root))
+        yield from self._walk(str(self._at(prefix)))
 
     def _walk(self, folder: str) -> Iterator[Entry]:
         for entry in self._scan(folder):
@@ -161,16 +175,16 @@ class LocalLocation:
             yield Entry(os.path.relpath(entry.path, self.root).replace(os.sep, "/"), stat.st_size, stat.st_mtime)
 
     def objects(self, prefix: str) -> Sequence[Entry]:
-        return [entry for entry in self._scan(str(self.root / prefix)) if isinstance(entry, Entry)]
+        return [entry for entry in self._scan(str(self._at(prefix))) if isinstance(entry, Entry)]
 
     def folders(self, prefix: str) -> Sequence[str]:
         try:
-            return sorted(entry.name for entry in os.scandir(self.root / prefix) if entry.is_dir())
+            return sorted(entry.name for entry in os.scandir(self._at(prefix)) if entry.is_dir())
         except FileNotFoundError:
             return []
 
     def delete(self, path: str) -> None:
-        target = self.root / path
+        target = self._at(path)
         self.files.unlink(target)
         # An emptied folder is litter too; one that a writer has just filled refuses, and stays.
         for folder in target.parents:
@@ -182,15 +196,21 @@ class LocalLocation:
                 break
 
     def child(self, path: str) -> LocalLocation:
-        return LocalLocation(self.root / path, self.files)
+        return LocalLocation(self._at(path), self.files)
 
 
 @contextlib.contextmanager
 def _room_for(buffers: Sequence[Buffer]) -> Iterator[None]:
-    """A full disk or quota as an error that says what to do; what was written aside is gone by then."""
+    """A full disk or quota, or a place that is read-only, as an error that says what to do; nothing is left aside."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise StoreError(
+                f"this place cannot be written to ({os.strerror(error.errno)})",
+                expected="a folder in which this user may make files",
+                remedy="Mount it for writing or change its permissions; commands that only read need neither.",
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         size = sum(memoryview(b).nbytes for b in buffers)

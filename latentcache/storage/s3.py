@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -128,6 +130,26 @@ class S3Location:
             # A retry after a lost answer finds its own object: that is success, not a rival.
             if self.read(path) != data:
                 raise
+
+    @functools.cached_property
+    def conditional(self) -> bool:
+        """Whether this server refuses a put of a name that is taken, asked once with an object of its own."""
+        path = f"probe-{uuid.uuid4().hex}"
+        with _errors(path):
+            try:
+                for _ in range(2):
+                    obstore.put(self._store, path, b"", mode="create", use_multipart=False)
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileExistsError):
+                return True
+            except (exceptions.NotSupportedError, NotImplementedError):
+                pass
+            finally:
+                self.delete(path)
+        log.warning(
+            "this object store ignores conditional puts: while one ctpipe command writes to it, start no other, and do "
+            "not suspend the machine that runs it"
+        )
+        return False
 
     def put(self, path: str, data: bytes) -> None:
         with _errors(path):

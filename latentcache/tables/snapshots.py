@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -104,6 +105,8 @@ def arrow_memory_pool() -> Iterator[None]:
 
 
 SNAPSHOTS = "snapshots"
+_FRAGMENT = re.compile(r"[a-z]+/[A-Za-z0-9_-]+\.parquet")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 Keep = Callable[[pa.Table], Any]
 ROW_GROUP = 16_384
 """Rows of a Parquet row group: one row of a large fragment costs some ten milliseconds to decode."""
@@ -147,8 +150,18 @@ class Snapshot:
         check_version(version)
         if seal != _digest(body):
             raise _damaged(path)
-        lists = {kind: tuple(Fragment(**f) for f in body["fragments"][kind]) for kind in KINDS}
-        return cls(body["number"], lists)
+        try:
+            number = body["number"]
+            lists = {kind: tuple(_fragment(kind, f) for f in body["fragments"][kind]) for kind in KINDS}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(path) from error
+        if type(number) is not int or snapshot_path(number) != path:
+            raise StoreError(
+                f"{path} holds snapshot {number}",
+                expected="every snapshot under the name of its own number",
+                remedy="It was copied or renamed: delete the copy, or restore the file that was there.",
+            )
+        return cls(number, lists)
 
     def rows(self, kind: Kind) -> int:
         return sum(f.rows for f in self.fragments[kind])
@@ -156,6 +169,17 @@ class Snapshot:
 
 def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _fragment(kind: Kind, entry: dict[str, Any]) -> Fragment:
+    """A fragment as a snapshot lists it. Raises ValueError or TypeError for anything else, whatever its seal says."""
+    found = Fragment(**entry)
+    counts = type(found.rows) is int and type(found.size) is int and min(found.rows, found.size) >= 0
+    if not (counts and _FRAGMENT.fullmatch(found.path) and found.path.startswith(f"{kind}/")):
+        raise ValueError("no fragment of this table")
+    if not _SHA256.fullmatch(found.sha256):
+        raise ValueError("no SHA-256")
+    return found
 
 
 def _damaged(path: str) -> StoreError:

@@ -257,10 +257,12 @@ class FolderSource(_MemberTable):
             name = self._odd_names.get(index, member.name)
             with os.fdopen(open_regular(self._root / name), "rb") as file:
                 data = file.read(member.size if limit is None else limit)
+                after = os.fstat(file.fileno())
         except OSError:
             raise ArchiveError(UNREADABLE_FILE) from None
-        if limit is None and len(data) != member.size:
-            raise ArchiveError("a file of the folder became shorter while it was read")
+        short = limit is None and len(data) != member.size
+        if short or (after.st_size, after.st_mtime_ns) != (member.size, member.stamp):
+            raise ArchiveError("a file of the folder changed while it was read", "Run the command again.")
         return data
 
     def read_into(self, index: int, scratch: Scratch) -> memoryview:

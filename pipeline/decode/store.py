@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.vae import Decoder, load_decoder
 from pipeline.volume import Window
+from pipeline.writing import is_written_series
 
 log = logging.getLogger("ctpipe.decode")
 
@@ -139,8 +141,14 @@ def decode_store(
             remedy="Check --split or --series against `ctpipe status STORE`.",
         )
     out = Path(settings.write.out_dir)
-    todo = [task for task in tasks if not (out / task.key).exists()]
-    summary = DecodeSummary(planned=len(tasks), already=len(tasks) - len(todo), failed=dict(lost or {}))
+    taken = [task for task in tasks if os.path.lexists(out / task.key)]
+    odd = {task.key for task in taken if not is_written_series(out / task.key)}
+    here = {task.key for task in taken}
+    todo = [task for task in tasks if task.key not in here]
+    summary = DecodeSummary(planned=len(tasks), already=len(here) - len(odd), failed=dict(lost or {}))
+    for key in sorted(odd):
+        said = summary.failed[key] = f"{key} in the output folder is no series that decode wrote: move it away"
+        note(log, "set_aside", logging.WARNING, said, series_key=key, stage="decode", outcome="InputError")
     encoding = store.encoding(encode_key)
     load = functools.partial(
         load_decoder,

@@ -15,6 +15,7 @@ from latentcache import COMPRESSION, Encoding, InputError, LatentRole, LatentSto
 from latentcache.maintenance import stale_rows
 from pipeline.encode import task as encode
 from pipeline.encode.plan import EncodePlan
+from pipeline.encode.repair import Damage, find_damage, restore_pinned
 from pipeline.encode.task import EncodeTask, Prepared
 from pipeline.engines import (
     EngineOptions,
@@ -79,6 +80,14 @@ class EncodeSummary:
     stale: int = 0
     """Latents of archives that have changed since they were made; they stay until a run with ``refresh``."""
     retired: int = 0
+    damaged: int = 0
+    """Latents whose bytes were found damaged or gone; counted by a run with ``repair``."""
+    restored: int = 0
+    """Those of them whose very bytes came back, so that older snapshots read on too."""
+    hopeless: dict[str, str] = field(default_factory=dict)
+    """Damaged latents that stay because nothing can replace them, and why."""
+    pinned: dict[str, int] = field(default_factory=dict)
+    """Training runs whose pinned snapshot holds damaged latents that did not come back as they were."""
     snapshot: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     unpaired_by_pixels: dict[str, str] = field(default_factory=dict)
@@ -154,13 +163,15 @@ def encode_store(
     private_url: str | None = None,
     dry_run: bool = False,
     refresh: bool = False,
+    repair: bool = False,
     on_outcome: Callable[[Outcome[EncodeTask, StagedLatents], int], Any] | None = None,
 ) -> EncodeSummary:
     """Encode what is missing. Safe to kill and run again: at most the series in hand are lost.
 
     Latents of archives that have changed since are counted; with ``refresh`` they are retired first (a snapshot without
-    them is committed), and so are missing and encoded anew. ``on_outcome(outcome, planned)`` is called in the driver
-    after each task.
+    them is committed), and so are missing and encoded anew. With ``repair`` every latent of the encoding is read first,
+    and those that are damaged or gone are retired likewise, see `encode_repair`. ``on_outcome(outcome, planned)`` is
+    called in the driver after each task.
 
     Raises:
         InputError: The store is empty, the VAE's weights are unusable, no worker can start, or another driver holds
@@ -179,6 +190,7 @@ def encode_store(
     if refresh and not dry_run:
         with store.writer() as writer:
             summary.retired = writer.retire(stale_rows(store, encoding.encode_key, settings.roles))
+    damage = _retire_damaged(store, private, settings, summary, dry_run) if repair else Damage()
     summary.stale = stale_rows(store, encoding.encode_key, settings.roles).num_rows
     plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles)
     summary.planned, summary.already, summary.snapshot = len(plan), _held(store, encoding.encode_key), store.snapshot
@@ -210,8 +222,32 @@ def encode_store(
                 on_outcome(outcome, summary.planned)
     progress.end()
     summary.committed = commits.committed
+    if damage:
+        _put_back(LatentStore.open(store_url), damage, summary)
     summary.snapshot = LatentStore.open(store_url).snapshot
     return summary
+
+
+def _retire_damaged(
+    store: LatentStore, private: PrivateStore, settings: EncodeSettings, summary: EncodeSummary, dry_run: bool
+) -> Damage:
+    """Look for damaged latents and, unless it is a rehearsal, retire those that can be made anew."""
+    damage = find_damage(store, private.pointer, summary.encode_key, settings.roles, settings.reader_threads)
+    summary.damaged, summary.hopeless, summary.pinned = len(damage), damage.hopeless, damage.pinned
+    for name, reason in damage.hopeless.items():
+        note(log, "damaged", logging.WARNING, f"latent {name}: {reason}", stage="encode")
+    if damage.repairable and not dry_run:
+        with store.writer() as writer:
+            writer.retire(damage.paths())
+    return damage
+
+
+def _put_back(store: LatentStore, damage: Damage, summary: EncodeSummary) -> None:
+    """Bring the lost bytes back to older snapshots where they were made again; name the runs that go without."""
+    with store.writer():  # so that gc does not look on meanwhile
+        summary.restored = restore_pinned(store, damage.repairable)
+    if summary.restored == summary.damaged:
+        summary.pinned = {}
 
 
 def _held(store: LatentStore, encode_key: str) -> int:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import COMPRESSION, Encoding, LatentRecord, LatentRole, PairRecord
+from latentcache import COMPRESSION, Encoding, InputError, LatentRecord, LatentRole, PairRecord
+from latentcache.maintenance import pair_digest
 from pipeline.engines import StagedLatents, timed
 from pipeline.vae import Encoder
 from pipeline.volume import Geometry, SeriesPointer, Volume, Window, onto_field, resample_z
@@ -44,7 +45,7 @@ class Staging(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """One latent that is missing from the manifest."""
+    """One latent that is missing from the manifest. ``source_digest`` is what the catalog says of its source."""
 
     key: str
     role: LatentRole
@@ -95,12 +96,32 @@ def make_encoding(
 
 
 def prepare(task: EncodeTask, *, threads: int = 2) -> Prepared:
-    """Read the task's volumes from their archives (CPU). Raises InputError when pixels are broken or have changed."""
+    """Read the task's volumes from their archives (CPU).
+
+    Raises:
+        InputError: Pixels are broken, or what lies in the archive now is not what the catalog describes.
+    """
     from pipeline.reading import read_series
 
     thin = read_series(task.thin, threads=threads) if task.thin else None
     thick = read_series(task.thick, threads=threads) if task.thick else None
-    return Prepared(task, thin, thick)
+    prepared = Prepared(task, thin, thick)
+    for want in task.wanted:
+        read = _digest_read(prepared, want.role)
+        if read and want.source_digest and read != want.source_digest:
+            raise InputError(
+                f"the {want.role.replace('_', ' ')} source of {want.key} is not the one that the catalog describes",
+                expected="the archive as it was when it was ingested",
+                remedy="Run `ctpipe ingest` again, then this command: it goes on with what the archive holds now.",
+            )
+    return prepared
+
+
+def _digest_read(prepared: Prepared, role: LatentRole) -> str:
+    """Digest of what was read for a latent; empty where the volumes come from no archive."""
+    thin = prepared.thin.source_digest if prepared.thin else ""
+    thick = prepared.thick.source_digest if prepared.thick else ""
+    return {"thin": thin, "thick": thick}.get(role) or (pair_digest(thin, thick) if role == "thick_on_thin" else "")
 
 
 def encode_one(
@@ -138,7 +159,7 @@ def encode_one(
             z0_mm=geometry.z_mm[0] + (COMPRESSION - 1) / 2 * geometry.spacing_mm_zyx[0],
             dz_mm=COMPRESSION * geometry.spacing_mm_zyx[0],
             valid_zyx=geometry.shape_zyx,
-            source_digest=want.source_digest,
+            source_digest=_digest_read(prepared, want.role) or want.source_digest,
             round_trip_psnr=psnr,
         )
         records.append(timed(seconds, "store", staged))

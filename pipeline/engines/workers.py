@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from latentcache import InputError
+
+MARK = ".at-work-"
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Delete marks that killed commands of this host left behind; living ones are spared."""
+    form = re.compile(re.escape(f"{MARK}{socket.gethostname()}.") + r"(\d+)\.[0-9a-f]{32}")
+    for entry in out.iterdir():
+        found = form.fullmatch(entry.name)
+        if found and not Path(f"/proc/{found[1]}").exists() and Path("/proc/self").exists():
+            entry.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -15,7 +29,8 @@ def mark(out: Path) -> Iterator[Path]:
     """A file in the output folder, by which workers know the folder; gone afterwards, and an empty folder with it."""
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f".at-work-{uuid.uuid4().hex}"
+    _remove_abandoned(out)
+    path = out / f"{MARK}{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
     path.touch()
     try:
         yield path

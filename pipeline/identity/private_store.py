@@ -12,15 +12,17 @@ Fragments are immutable and put once; a later row with the same key replaces the
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +76,9 @@ def read_secret(location: Location, create: bool) -> bytes:
     secret = given or kept
     if not secret and create:
         secret = secrets.token_hex(32).encode()
-        location.put_once("secret", [secret])
+        with contextlib.suppress(FileExistsError):  # another first ingest was a moment earlier: its secret counts
+            location.put_once("secret", [secret])
+        secret = location.read("secret").strip()
     if not secret:
         raise StoreError(
             "no secret",
@@ -90,7 +94,11 @@ def read_secret(location: Location, create: bool) -> bytes:
     return secret
 
 
-POINTER_COLUMNS = ("series_key", "sources", "slots", "members", "frames", "even")
+_T = TypeVar("_T")
+POINTER_COLUMNS = ("series_key", "series_uid", "sources", "slots", "members", "frames", "even", "seal")
+_SEQUENCE = re.compile(r"/(\d{20})-[^/]*$")
+READ_ATTEMPTS = 5
+"""Listings of fragments that may be overtaken in a row; a merge takes longer than a listing."""
 COMPACT_ROWS = 50_000
 """Fragments below this many rows are merged: neither their number nor a merge's memory grows with the archive."""
 
@@ -199,7 +207,7 @@ class PrivateStore:
         schema = SCHEMAS[kind]
         wanted = list(columns) if columns is not None else schema.names
         read = list(dict.fromkeys([*wanted, key]))
-        parts = [self._fragment(name, read, where) for name in self._names(kind)]
+        parts = _while_merged(lambda: [self._fragment(name, read, where) for name in self._names(kind)])
         table = pa.concat_tables(parts) if parts else pa.schema([schema.field(n) for n in read]).empty_table()
         return latest(table, key).select(wanted)
 
@@ -217,6 +225,9 @@ class PrivateStore:
         Raises:
             InputError: Some of them have no source here.
         """
+        return _while_merged(lambda: self._pointers(series_keys), self._let_go)
+
+    def _pointers(self, series_keys: Sequence[str]) -> dict[str, SeriesPointer]:
         if self._places is None or any(key not in self._places for key in series_keys):
             self._places = self._find_places()
         missing = [key for key in series_keys if key not in self._places]
@@ -234,6 +245,10 @@ class PrivateStore:
                 self._open = {**dict(list(self._open.items())[-1:]), name: self._fragment(name, POINTER_COLUMNS)}
             found[key] = pointer_of(self._open[name].slice(row, 1).to_pylist()[0])
         return found
+
+    def _let_go(self) -> None:
+        """Forget where rows were found."""
+        self._places, self._open = None, {}
 
     def _find_places(self) -> dict[str, tuple[str, int]]:
         """Fragment and row of every series; of one series the last."""
@@ -270,7 +285,7 @@ class PrivateStore:
             if len(kept) == len(table):
                 continue
             removed += len(table) - len(kept)
-            self._places, self._open = None, {}
+            self._let_go()
             if len(kept):
                 self._put(f"{name.removesuffix('.parquet')}r.parquet", kept)
             self._at.delete(name)
@@ -279,10 +294,10 @@ class PrivateStore:
     def _append(self, kind: Kind, rows: Sequence[Mapping[str, Any]]) -> None:
         if rows:
             table = pa.Table.from_pylist(list(rows), schema=SCHEMAS[kind])
-            self._put(f"{kind}/{_sequence()}.parquet", table)
+            self._put(f"{kind}/{_sequence(self._names(kind))}.parquet", table)
 
     def _put(self, name: str, table: pa.Table) -> None:
-        self._places, self._open = None, {}
+        self._let_go()
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         self._at.put(name, buffer.getvalue())
@@ -299,7 +314,20 @@ class PrivateStore:
     def _fragment(
         self, name: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None
     ) -> pa.Table:
-        return pq.read_table(self._source(name), columns=None if columns is None else list(columns), filters=where)
+        # The schema adds, as nulls, what fragments of an earlier version lack.
+        schema = SCHEMAS[cast(Kind, name.partition("/")[0])]
+        wanted = None if columns is None else list(columns)
+        return pq.read_table(self._source(name), columns=wanted, filters=where, schema=schema)
+
+
+def _while_merged(read: Callable[[], _T], before_again: Callable[[], None] = lambda: None) -> _T:
+    """What ``read`` gives, from the beginning again when a fragment that it had listed was merged away meanwhile."""
+    for _ in range(READ_ATTEMPTS - 1):
+        try:
+            return read()
+        except FileNotFoundError:
+            before_again()
+    return read()
 
 
 def one_of(column: str, values: Iterable[str]) -> pc.Expression:
@@ -332,9 +360,13 @@ def _small_runs(sizes: Sequence[tuple[str, int]]) -> Iterator[list[str]]:
         yield run
 
 
-def _sequence() -> str:
-    """A name that sorts by the time it was made and is taken by nobody else."""
-    return f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+def _sequence(names: Sequence[str] = ()) -> str:
+    """A name that sorts after all ``names`` and is taken by nobody else: by the time, or where clocks differ by count.
+
+    A machine whose clock is behind would else write rows that are older than those that they replace.
+    """
+    last = max((int(found[1]) for found in map(_SEQUENCE.search, names) if found), default=-1)
+    return f"{max(time.time_ns(), last + 1):020d}-{secrets.token_hex(4)}"
 
 
 def _local(root: Path, create: bool) -> LocalLocation:
@@ -347,7 +379,14 @@ def _local(root: Path, create: bool) -> LocalLocation:
             remedy="Give another place with --private, or let its owner run the command.",
         )
     if create:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"the private part cannot be made ({error.strerror})",
+                expected="a place in which this user may make folders",
+                remedy="Choose another place for the store, or give one for its private part with --private.",
+            ) from error
     elif not root.is_dir():
         raise InputError(
             "this store has no private part here",
@@ -355,5 +394,12 @@ def _local(root: Path, create: bool) -> LocalLocation:
             remedy="Give its place with --private, or ingest first.",
         )
     if root.stat().st_mode & 0o077:
-        root.chmod(0o700)
+        try:
+            root.chmod(0o700)
+        except OSError as error:
+            raise InputError(
+                f"the private part may be read by others, and that cannot be changed ({error.strerror})",
+                expected="a folder of mode 0700",
+                remedy="Have its owner run chmod 700 on it, or mount it so.",
+            ) from error
     return LocalLocation(root, OwnerOnlyFiles())

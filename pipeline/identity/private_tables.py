@@ -52,6 +52,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             "members": _indices,
             "frames": _indices,
             "even": pa.bool_(),
+            "seal": _text,
         }
     ),
     "quarantine": _schema(
@@ -136,6 +137,7 @@ def series_dict(row: SeriesRow) -> dict[str, Any]:
         "members": [member for _, member, _ in row.pointer.members],
         "frames": _unless_zero([frame for _, _, frame in row.pointer.members]),
         "even": row.pointer.even,
+        "seal": row.pointer.seal,
     }
 
 
@@ -144,7 +146,9 @@ def pointer_of(row: Mapping[str, Any]) -> SeriesPointer:
     sources, zeros = row["sources"], [0] * len(row["members"])
     slices = zip(row["slots"] or zeros, row["members"], row["frames"] or zeros, strict=True)
     members = tuple((sources[s], int(m), int(f)) for s, m, f in slices)
-    return SeriesPointer(row["series_key"], members, even=bool(row["even"]))
+    return SeriesPointer(
+        row["series_key"], members, even=bool(row["even"]), series_uid=row["series_uid"], seal=row["seal"] or ""
+    )
 
 
 def _unless_zero(values: list[int]) -> list[int]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache import LatentStore, StoreError
+from latentcache import LatentStore, StoreError, StoreExistsError
 from pipeline.archive import DEFAULT_CATEGORIES, FoundArchive, stream_archives
 from pipeline.engines import EngineOptions
 from pipeline.identity import UNUSABLE, Keys, PrivateStore
@@ -78,9 +78,9 @@ def open_stores(store_url: str, private_url: str | None = None, seed: int = 0) -
     """
     private = PrivateStore.open(store_url, private_url, create=not LatentStore.exists(store_url))
     if not LatentStore.exists(store_url):
-        store = LatentStore.create(store_url, secret_fingerprint=private.fingerprint, split_seed=seed)
-    else:
-        store = LatentStore.open(store_url)
+        with contextlib.suppress(StoreExistsError):  # another first ingest was a moment earlier
+            LatentStore.create(store_url, secret_fingerprint=private.fingerprint, split_seed=seed)
+    store = LatentStore.open(store_url)
     check_secret(store, private)
     return store, private
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from latentcache import SeriesRecord
 from pipeline.identity import TELLING, Keys, PrivateStore, SeriesRow, identities_conflict, is_placeholder_id, one_of
-from pipeline.reading import ScannedSeries
-from pipeline.volume import RESAMPLED_FLAG, SeriesPointer
+from pipeline.reading import ScannedSeries, pointer_of
+from pipeline.volume import RESAMPLED_FLAG
 
 NO_PATIENT_ID = "no-patient-id"
 SHARED_PATIENT_ID = "shared-patient-id"
@@ -101,7 +101,7 @@ def _unknown_kernel(text: str, keys: Keys) -> str:
 def private_row(one: ScannedSeries, record: SeriesRecord) -> SeriesRow:
     """The row of PRIVATE for a scanned series."""
     return SeriesRow(
-        pointer=SeriesPointer(record.series_key, tuple(one.pointer_members), even=RESAMPLED_FLAG in one.flags),
+        pointer=replace(pointer_of(one, record.series_key), even=RESAMPLED_FLAG in one.flags),
         study_key=record.study_key,
         patient_key=record.patient_key,
         series_uid=one.series_uid,

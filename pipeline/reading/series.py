@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -61,6 +62,8 @@ class ScannedSeries:
     folder_hint: str
     transfer_syntax: str
     source_digest: str
+    seal: str = field(default="", repr=False)
+    """See `SeriesPointer.seal`."""
     instances: tuple[Instance, ...] = field(default=(), repr=False, compare=False)
     """Parsed headers, kept only on request, so that pixels can be read without parsing them again."""
 
@@ -108,7 +111,7 @@ def scan(source: Source, *, keep_instances: bool = False) -> ScanResult:
 
 def pointer_of(scanned: ScannedSeries, series_key: str = "") -> SeriesPointer:
     """Where the slices of a scanned series are."""
-    return SeriesPointer(series_key, scanned.pointer_members)
+    return SeriesPointer(series_key, scanned.pointer_members, series_uid=scanned.series_uid, seal=scanned.seal)
 
 
 def _give_uids(one: Instance, source: Source, names: dict[int, str]) -> None:
@@ -147,6 +150,26 @@ def _same_pixels(source: Source, one: Instance, other: Instance) -> bool:
     return a.shape == b.shape and bool((a == b).all())
 
 
+def digest_and_seal(slices: Sequence[tuple[Source, Instance]]) -> tuple[str, str]:
+    """What slices are, whatever their numbers: the catalog's digest, and `SeriesPointer.seal`.
+
+    Both hash the CRC-32 of the zip's directory, which reading holds the bytes against, or a file's modification time
+    where there is none, with size and frame; the seal hashes the SOPInstanceUID too.
+    """
+    digest, seal = hashlib.sha256(), hashlib.sha256()
+    stamps: dict[int, dict[int, int]] = {}
+    for source, one in slices:
+        mark = one.crc32
+        if mark is None:
+            if id(source) not in stamps:
+                stamps[id(source)] = {member.index: member.stamp for member in source.members()}
+            mark = -stamps[id(source)][one.member]
+        line = f"{mark}:{one.size}:{one.frame}\n"
+        digest.update(line.encode())
+        seal.update(f"{one.sop_uid}:{line}".encode())
+    return digest.hexdigest()[:32], seal.hexdigest()[:32]
+
+
 def _describe(source: Source, stack: Stack, names: dict[int, str], keep_instances: bool) -> ScannedSeries:
     first = stack.instances[0]
     header = first.header
@@ -156,11 +179,7 @@ def _describe(source: Source, stack: Stack, names: dict[int, str], keep_instance
         flags.append("lossy-compressed")
     if len(syntaxes) > 1:
         flags.append("mixed-transfer-syntax")
-    digest = hashlib.sha256()
-    stamps = {m.index: m.stamp for m in source.members()} if first.crc32 is None else {}
-    for one in stack.instances:
-        seal = one.crc32 if one.crc32 is not None else -stamps[one.member]
-        digest.update(f"{seal}:{one.size}:{one.frame}\n".encode())
+    digest, seal = digest_and_seal([(source, one) for one in stack.instances])
     return ScannedSeries(
         pointer_members=tuple((source.url, one.member, one.frame) for one in stack.instances),
         geometry=stack.geometry,
@@ -180,7 +199,8 @@ def _describe(source: Source, stack: Stack, names: dict[int, str], keep_instance
         modality=_modality(header),
         folder_hint=names.get(first.member, "").rpartition("/")[0],
         transfer_syntax=header.syntax,
-        source_digest=digest.hexdigest()[:32],
+        source_digest=digest,
+        seal=seal,
         instances=tuple(stack.instances) if keep_instances else (),
     )
 

@@ -131,7 +131,12 @@ def _angle_to_axis(orientation: Sequence[float]) -> float:
 
 
 def split(images: Sequence[Instance]) -> list[Stack]:
-    """Volumes mixed up under one series UID, each with a discriminator of its own (empty if there is only one)."""
+    """Volumes mixed up under one series UID, each with a discriminator of its own (empty if there is only one).
+
+    Two that nothing but their place in the archive would tell apart are numbered by their SOPInstanceUIDs, so that an
+    archive that is packed anew, or a folder whose files are renamed, does not exchange their keys.
+    """
+    images = sorted(images, key=lambda one: (one.sop_uid, one.frame, one.member))
     stacks = [leaf for stack in _by_lattice(images) for leaf in _by_label(stack)]
     if len(stacks) == 1:
         stacks[0].discriminator = ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from pipeline.reading.assembly import order
 from pipeline.reading.instance import Instance
 from pipeline.reading.pixels import FrameReader, hu_dtype, rescale_into
 from pipeline.reading.read_headers import read_instances, source_header
-from pipeline.reading.series import ScannedSeries
+from pipeline.reading.series import ScannedSeries, digest_and_seal, pointer_of
 from pipeline.reading.stacks import Stack
 from pipeline.volume import SeriesPointer, Volume, on_even_positions
 
@@ -25,33 +25,53 @@ Slice = tuple[Source, Instance]
 
 
 def read_series(pointer: SeriesPointer, *, threads: int = 1) -> Volume:
-    """Read a series as HU. Its headers are parsed and judged anew, so a changed archive cannot give another volume.
+    """Read a series as HU, and refuse whatever is not the series that the pointer was made for.
+
+    Headers are parsed and judged anew. Members are found by their number and taken by what they are: every slice must
+    bear the SeriesInstanceUID, and all of them together the seal, that ingest recorded; a member of a zip must match
+    the CRC-32 of its directory, and a file of a folder its size and time before and after it was read. What was read
+    stands in `Volume.source_digest`.
 
     Args:
         pointer: Slices in ascending order, possibly of several archives.
         threads: Decoding threads; codecs release the GIL.
 
     Raises:
-        InputError: An archive or slice is gone, damaged, or no longer what it was; names no file.
+        InputError: An archive or slice is gone, damaged, of another series, or no longer what it was; names no file.
     """
-    with ExitStack() as stack:
-        sources: dict[str, Source] = {}
-        for url in dict.fromkeys(url for url, _, _ in pointer.members):
-            sources[url] = open_archive(url)
-            stack.callback(sources[url].close)
-        found: dict[tuple[str, int, int], Instance] = {}
-        for url, source in sources.items():
-            wanted = frozenset(index for where, index, _ in pointer.members if where == url)
-            problems: list[tuple[int, str]] = []
-            for one in read_instances(source, problems, [], wanted):
-                found[(url, one.member, one.frame)] = one
-            if problems:
-                raise _changed(problems[0][1])
-        missing = [where for where in pointer.members if where not in found]
-        if missing or not pointer.members:
-            raise _changed(f"{len(missing)} of {len(pointer.members)} slices are no longer there")
-        volume = _read(pointer.members, [(sources[w[0]], found[w]) for w in pointer.members], threads)
+    with ExitStack() as opened:
+        volume = _read(pointer, _slices(pointer, opened), threads)
         return on_even_positions(volume) if pointer.even else volume
+
+
+def check_series(pointer: SeriesPointer) -> str:
+    """That a series is what ingest found, from its headers alone; returns its digest.
+
+    Raises:
+        InputError: As `read_series`, but for damage that only pixels show.
+    """
+    with ExitStack() as opened:
+        return _recognised(pointer, _slices(pointer, opened))[1]
+
+
+def _slices(pointer: SeriesPointer, opened: ExitStack) -> list[Slice]:
+    """What lies where the pointer says, headers parsed; sources are closed with ``opened``."""
+    sources: dict[str, Source] = {}
+    for url in dict.fromkeys(url for url, _, _ in pointer.members):
+        sources[url] = open_archive(url)
+        opened.callback(sources[url].close)
+    found: dict[tuple[str, int, int], Instance] = {}
+    for url, source in sources.items():
+        wanted = frozenset(index for where, index, _ in pointer.members if where == url)
+        problems: list[tuple[int, str]] = []
+        for one in read_instances(source, problems, [], wanted):
+            found[(url, one.member, one.frame)] = one
+        if problems:
+            raise _changed(problems[0][1])
+    missing = [where for where in pointer.members if where not in found]
+    if missing or not pointer.members:
+        raise _changed(f"{len(missing)} of {len(pointer.members)} slices are no longer there")
+    return [(sources[where[0]], found[where]) for where in pointer.members]
 
 
 def read_scanned(source: Source, scanned: ScannedSeries, *, threads: int = 1) -> Volume:
@@ -67,19 +87,33 @@ def read_scanned(source: Source, scanned: ScannedSeries, *, threads: int = 1) ->
             remedy="Exclude it, or export it again.",
         )
     if len(scanned.instances) != len(scanned.pointer_members):
-        return read_series(SeriesPointer("", scanned.pointer_members), threads=threads)
+        return read_series(pointer_of(scanned), threads=threads)
     stack = Stack(list(scanned.instances), flags=list(scanned.flags), geometry=scanned.geometry)
-    return _fill(stack, [(source, one) for one in scanned.instances], threads)
+    volume = _fill(stack, [(source, one) for one in scanned.instances], threads)
+    return replace(volume, source_digest=scanned.source_digest)
 
 
-def _read(members: Sequence[tuple[str, int, int]], slices: list[Slice], threads: int) -> Volume:
+def _recognised(pointer: SeriesPointer, slices: list[Slice]) -> tuple[Stack, str]:
+    """The slices as a stack, and their digest, once they are known to be those that the pointer was made for."""
+    # A file without the UID got one at ingest (`series._give_uids`), which only the seal can confirm.
+    others = sum(one.series_uid not in ("", pointer.series_uid) for _, one in slices) if pointer.series_uid else 0
+    if others:
+        raise _changed(f"{others} of {len(slices)} slices are of another series now")
     stack = Stack([one for _, one in slices])
     order(stack, lambda a, b: False)
     if stack.status == "quarantined" or stack.geometry is None:
         raise _changed(stack.reason)
     if any(kept is not one for kept, (_, one) in zip(stack.instances, slices, strict=True)):
         raise _changed("its slices are in another order than recorded")
-    return _fill(stack, slices, threads)
+    digest, seal = digest_and_seal(slices)
+    if pointer.seal and seal != pointer.seal:
+        raise _changed("its slices are not the files that were ingested")
+    return stack, digest
+
+
+def _read(pointer: SeriesPointer, slices: list[Slice], threads: int) -> Volume:
+    stack, digest = _recognised(pointer, slices)
+    return replace(_fill(stack, slices, threads), source_digest=digest)
 
 
 def _fill(stack: Stack, slices: list[Slice], threads: int) -> Volume:
@@ -141,5 +175,5 @@ def _changed(found: str) -> InputError:
     return InputError(
         f"a series that can no longer be read as it was ingested: {found}",
         expected="the archive as it was",
-        remedy="Run `ctpipe ingest` again, or exclude the series.",
+        remedy="Run `ctpipe ingest` again, which records what the archive holds now, or exclude the series.",
     )

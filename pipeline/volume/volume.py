@@ -18,11 +18,17 @@ class SeriesPointer:
     ``members`` holds one (source, member, frame) a slice: the archive's URL or path, the member's index in the central
     directory (names can be duplicated) and the frame number (0 but for enhanced multi-frame). ``even``: a series of
     uneven spacing is to be read at even positions (`even_spacing`).
+
+    Numbers alone would name whatever lies there now: ``series_uid`` is the SeriesInstanceUID and ``seal`` a hash over
+    the SOPInstanceUID, size and CRC-32 (in a folder: modification time) of every slice, both as ingest found them.
+    Either is empty where it is not known, and then says nothing.
     """
 
     series_key: str
     members: tuple[tuple[str, int, int], ...]
     even: bool = False
+    series_uid: str = ""
+    seal: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,15 @@ class Volume:
         hu: (z, y, x) int16 where every rescale is a whole number, else float32.
         geometry: The lattice; slice i of ``hu`` lies at ``geometry.z_mm[i]``.
         flags: Facts recorded by the reader, e.g. ``gantry-tilt``, ``padding``.
+        source_digest: Over the CRC-32 (in a folder: modification time) and size of every slice, made while they were
+            read; of the form that the catalog holds. Empty for a volume that was not read from an archive.
     """
 
     hu: NDArray[Any]
     geometry: Geometry
     header: SourceHeader = field(default_factory=SourceHeader)
     flags: tuple[str, ...] = ()
+    source_digest: str = ""
 
     def __post_init__(self) -> None:
         if self.hu.shape != self.geometry.shape_zyx or len(self.geometry.z_mm) != self.hu.shape[0]:

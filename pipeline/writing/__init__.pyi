@@ -1,4 +1,4 @@
-from .ct_image import write_ct_series as write_ct_series
+from .ct_image import is_written_series as is_written_series, write_ct_series as write_ct_series
 from .enhanced_ct import check_enhanced as check_enhanced, write_enhanced_ct as write_enhanced_ct
 from .parametric_map import write_parametric_map as write_parametric_map
 from .pixel_data import transfer_syntax_uid as transfer_syntax_uid

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
 
 from latentcache.storage import atomic_folder, refuse_existing, sync_file
 from pipeline.volume import Geometry, SourceHeader
@@ -136,3 +138,20 @@ def _write_all(fd: int, parts: tuple[bytes | memoryview, ...]) -> None:
         rest = memoryview(part)
         while rest:
             rest = rest[os.write(fd, rest) :]
+
+
+def is_written_series(folder: Path) -> bool:
+    """Whether a folder is a series that decode wrote: slices numbered from 1 on, of a derived SeriesInstanceUID.
+
+    A link is none, wherever it leads. Writing is atomic, so a folder that begins like a series is a whole one.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names or names != [f"{number:05d}.dcm" for number in range(1, len(names) + 1)]:
+        return False
+    try:
+        first = dcmread(folder / names[0], stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+    except (OSError, InvalidDicomError):
+        return False
+    return str(first.get("SeriesInstanceUID", "")).startswith("2.25.")

@@ -16,6 +16,7 @@ import zarr
 from hypothesis import given, settings, strategies as st
 
 from latentcache import (
+    CorruptLatentError,
     Encoding,
     InputError,
     LatentRecord,
@@ -25,7 +26,6 @@ from latentcache import (
     SeriesRecord,
     StoreError,
 )
-from latentcache.errors import CorruptLatentError
 from latentcache.tables import key_index as index
 from tests.support.s3_server import S3Server, serve
 

@@ -17,8 +17,7 @@ from diffusion.data.pairs import whole_latents_inside
 from diffusion.data.synthetic_store import ENCODING, smooth
 from diffusion.networks import build_unet
 from diffusion.objectives import build_objective
-from latentcache import InputError, LatentStore
-from latentcache.errors import CorruptLatentError
+from latentcache import CorruptLatentError, InputError, LatentStore
 from latentcache.tables import extend, to_table
 
 WINDOWS = DataConfig(window=4, windows_per_volume=3, batch_size=2, readers=0)

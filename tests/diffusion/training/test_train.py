@@ -31,8 +31,8 @@ from diffusion.runs.checkpoint import CheckpointError
 from diffusion.sampling import Interpolator
 from diffusion.training import train
 from latentcache import InputError, LatentStore, NonFiniteError
-from latentcache.maintenance import collect, forget_patient
-from latentcache.maintenance.pins import pinned_snapshots, unpin
+from latentcache.maintenance import collect, forget_patient, pinned_snapshots
+from latentcache.maintenance.pins import unpin
 from latentcache.tables import snapshot_numbers
 
 train_module = importlib.import_module("diffusion.training.train")

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentcache import LatentStore, StoreError
-from latentcache.errors import CorruptLatentError
+from latentcache import CorruptLatentError, LatentStore, StoreError
 from latentcache.maintenance import collect, verify
 from latentcache.storage import open_location, s3 as location_s3
 from tests.support.killed_writer import ENCODING, latent, stage

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,7 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from latentcache import StoreError
-from latentcache.storage import LocalLocation
+from latentcache.storage import FileSystem, LocalLocation
 from latentcache.tables import (
     SCHEMAS,
     Fragment,
@@ -135,3 +139,88 @@ def test_a_missing_snapshot_says_so(tmp_path: Path) -> None:
     assert load_snapshot(location).number == 3
     with pytest.raises(StoreError, match="snapshot 2 does not exist"):
         load_snapshot(location, 2)
+
+
+def resealed(number: int, changes: dict[str, Any]) -> bytes:
+    """A snapshot with a valid seal over whatever its maker wanted."""
+    body = json.loads(Snapshot(number).to_json()) | changes
+    del body["sha256"]
+    body["sha256"] = manifest._digest(body)
+    return json.dumps(body).encode()
+
+
+def test_a_snapshot_under_another_number_is_refused(tmp_path: Path) -> None:
+    """A copy under a higher number would roll the store back without a word."""
+    location = LocalLocation(tmp_path)
+    for number in range(3):
+        location.put_once(snapshot_path(number), [Snapshot(number).to_json()])
+    location.put_once(snapshot_path(99), [location.read(snapshot_path(1))])
+    with pytest.raises(StoreError, match=r"00000099\.json holds snapshot 1"):
+        load_snapshot(location)
+    assert load_snapshot(location, 2).number == 2
+
+
+ENTRY = {"path": "manifest/0a.parquet", "rows": 1, "size": 1, "sha256": "0" * 64}
+BODIES: list[dict[str, Any]] = [
+    {"number": "1"},
+    {"number": True},
+    {"number": None},
+    {"fragments": []},
+    {"fragments": None},
+    {"fragments": {"manifest": []}},
+    *(
+        {"fragments": {kind: [entry] for kind in SCHEMAS}}
+        for entry in (
+            ENTRY | {"path": "../victim.parquet"},
+            ENTRY | {"path": "manifest/../../victim.parquet"},
+            ENTRY | {"path": "/etc/victim.parquet"},
+            ENTRY | {"path": 7},
+            ENTRY | {"rows": -1},
+            ENTRY | {"size": "1"},
+            ENTRY | {"sha256": "x"},
+            ENTRY | {"more": 1},
+            {"path": "manifest/0a.parquet"},
+            [],
+            "manifest/0a.parquet",
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("changes", BODIES)
+def test_well_sealed_odd_bodies_are_refused_in_words(tmp_path: Path, changes: dict[str, Any]) -> None:
+    location = LocalLocation(tmp_path)
+    location.put_once(snapshot_path(1), [resealed(1, changes)])
+    with pytest.raises(StoreError):
+        load_snapshot(location)
+
+
+def test_no_path_of_a_stores_file_leads_out_of_it(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("secret")
+    location = LocalLocation(tmp_path / "store")
+    for path in ("../victim", "a/../../victim", str(tmp_path / "victim")):
+        for call in (location.read, location.size, location.delete, location.objects, location.folders, location.child):
+            with pytest.raises(StoreError, match="leads out of the store"):
+                call(path)
+        with pytest.raises(StoreError, match="leads out of the store"):
+            list(location.list(path))
+        with pytest.raises(StoreError, match="leads out of the store"):
+            location.put_once(path, [b""])
+    assert (tmp_path / "victim").read_text() == "secret"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, number: int) -> None:
+    class ReadOnly(FileSystem):
+        def mkdir(self, path: Path) -> None:
+            raise OSError(number, os.strerror(number))
+
+        def write(self, path: Path, buffers: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+    location = LocalLocation(tmp_path, ReadOnly())
+    for path in ("a", "new/a"):
+        with pytest.raises(StoreError, match="cannot be written to"):
+            location.put_once(path, [b""])
+        with pytest.raises(StoreError, match="cannot be written to"):
+            location.put(path, b"")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import stat
+import time
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -81,7 +82,9 @@ def test_a_store_on_an_object_store_needs_a_place_for_its_private_part() -> None
 
 
 def test_pointers_come_back_whole_and_the_last_row_counts(private: PrivateStore) -> None:
-    split_over_two = SeriesPointer("a" * 16, (("/d/x.zip", 3, 0), ("/d/y.zip", 0, 0), ("/d/x.zip", 1, 7)))
+    split_over_two = SeriesPointer(
+        "a" * 16, (("/d/x.zip", 3, 0), ("/d/y.zip", 0, 0), ("/d/x.zip", 1, 7)), False, "u", "seal"
+    )
     private.add_sources([series("a" * 16), series("b" * 16)])
     private.add_sources([SeriesRow(split_over_two, "s", "p", "u", "v", "i", "", {})])
     assert private.pointer("a" * 16) == split_over_two
@@ -134,3 +137,42 @@ def test_quarantine_details_are_kept_once(private: PrivateStore) -> None:
     private.quarantine([row])
     private.quarantine([row])
     assert private.table("quarantine", ["member"]).to_pylist() == [{"member": "Doe^Jane/1.dcm"}]
+
+
+def test_a_clock_that_is_behind_does_not_make_rows_old(
+    private: PrivateStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever writes last is right, also beside fragments that are merged, and also of a year to come."""
+    now = time.time_ns()
+    for patient, offset in (("1", 0), ("2", -86_400), ("3", 10**9), ("4", -(10**9)), ("5", 0)):
+        monkeypatch.setattr(time, "time_ns", lambda offset=offset: now + offset * 10**9)
+        writer = PrivateStore.open(str(tmp_path / "store"))
+        writer.add_sources([series("a" * 16, patient=patient * 16)])
+        assert private.table("series", ["patient_key"])["patient_key"].to_pylist() == [patient * 16]
+        if patient == "3":
+            private.compact()
+    names = sorted((tmp_path / "store" / "private" / "series").iterdir())
+    assert len({name.name[:20] for name in names}) == len(names) == 3
+
+
+def test_a_reader_is_not_disturbed_by_a_merge(private: PrivateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fragments vanish between the listing and the reading: at the first table, and at pointers found long before."""
+    keys = [f"{n:016x}" for n in range(4)]
+    for key in keys:
+        private.add_sources([series(key, source=f"/d/{key}.zip")])
+    reader = PrivateStore(private._at, private.secret)
+    reader.pointer(keys[0])  # its place in a fragment is known from now on
+    private.compact()
+    assert {key: one.members[0][0] for key, one in reader.pointers(keys).items()} == {k: f"/d/{k}.zip" for k in keys}
+    private.add_sources([series("f" * 16)])
+    listed = PrivateStore._names
+
+    def then_merged(self: PrivateStore, folder: str) -> list[str]:
+        names = listed(self, folder)
+        if self is reader:
+            private.compact()
+        return names
+
+    monkeypatch.setattr(PrivateStore, "_names", then_merged)
+    assert sorted(reader.table("series", ["series_key"])["series_key"].to_pylist()) == [*keys, "f" * 16]
+    assert reader.identity(keys[1]) == {"PatientName": "Doe^Jane"}

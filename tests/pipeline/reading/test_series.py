@@ -316,3 +316,22 @@ def test_real_odd_archives(real_data: Path, name: str, role: str, flags: set[str
     assert flags <= set(volume.flags)
     assert {one.reason for one in result.series if one is not volume} == aside
     assert not result.problems
+
+
+def test_a_repacked_archive_does_not_exchange_the_keys_of_two_volumes(tmp_path: Path) -> None:
+    """Two stacks of one UID that differ by a degree get one label and a number, which must not follow names."""
+
+    def second_is_turned(ds: Dataset, index: int) -> None:
+        if index >= 5:
+            ds.ImageOrientationPatient = [1.0, 0.0, 0.0, 0.0, 0.9998, 0.02]
+
+    files = series_files(
+        anatomy(10, 16), z=[5.0 * (k % 5) + 100.0 * (k // 5) for k in range(10)], tweak=second_is_turned
+    )
+    found = []
+    for name, order in (("a", files), ("b", files[5:] + files[:5]), ("c", files[::-1])):
+        result = scan(open_archive(zip_of(tmp_path / f"{name}.zip", order)))
+        assert len(result.series) == 2
+        found.append({one.discriminator: frozenset(one.header.sop_instance_uids) for one in result.series})
+    assert any("#2" in discriminator for discriminator in found[0])
+    assert found[0] == found[1] == found[2]
