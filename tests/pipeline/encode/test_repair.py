@@ -13,7 +13,7 @@ import pytest
 from latentcache import METADATA, SHARD, CorruptLatentError, LatentRecord, LatentStore
 from latentcache.maintenance import pin, verify
 from tests.end_to_end.test_source_identity import bench, encode
-from tests.pipeline.ingest.test_ingest import EncodeWorker
+from tests.pipeline.ingest.test_ingest import Bench
 from tests.support.hospital import study, thin, write_zip
 
 __all__ = ["bench"]
@@ -38,7 +38,7 @@ def garble(folder: Path) -> None:
     (folder / METADATA).write_text("{}")
 
 
-def encoded(bench: EncodeWorker) -> list[LatentRecord]:
+def encoded(bench: Bench) -> list[LatentRecord]:
     write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     write_zip(bench.data / "APE" / "b.zip", [thin("1.7.1", study="1.7", patient="PAT7")])
     bench.run()
@@ -47,9 +47,7 @@ def encoded(bench: EncodeWorker) -> list[LatentRecord]:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, remove, garble])
-def test_damaged_latents_are_made_anew_and_pinned_runs_read_on(
-    bench: EncodeWorker, damage: Callable[[Path], None]
-) -> None:
+def test_damaged_latents_are_made_anew_and_pinned_runs_read_on(bench: Bench, damage: Callable[[Path], None]) -> None:
     rows = encoded(bench)
     store = LatentStore.open(bench.url)
     pin(store.location, "run", store.snapshot)
@@ -75,7 +73,7 @@ def test_damaged_latents_are_made_anew_and_pinned_runs_read_on(
     assert (again.damaged, again.planned) == (0, 0)
 
 
-def test_what_cannot_be_made_anew_stays_and_is_named(bench: EncodeWorker) -> None:
+def test_what_cannot_be_made_anew_stays_and_is_named(bench: Bench) -> None:
     """A damaged latent of a lost archive may still give most of its windows: it is not thrown away."""
     rows = encoded(bench)
     store = LatentStore.open(bench.url)
@@ -93,14 +91,14 @@ def test_what_cannot_be_made_anew_stays_and_is_named(bench: EncodeWorker) -> Non
     assert str(bench.data) not in str(summary)
 
 
-def test_a_damaged_latent_says_how_to_repair_it(bench: EncodeWorker) -> None:
+def test_a_damaged_latent_says_how_to_repair_it(bench: Bench) -> None:
     row = encoded(bench)[0]
     flip(Path(bench.url, row.path))
     with pytest.raises(CorruptLatentError, match="encode STORE --repair"):
         LatentStore.open(bench.url).read(row)
 
 
-def test_a_run_whose_bytes_do_not_come_back_is_named(bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_bytes_do_not_come_back_is_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other arithmetic gives other bytes: the pinned snapshot's row must not be given them."""
     rows = encoded(bench)
     store = LatentStore.open(bench.url)

@@ -16,14 +16,14 @@ from latentcache.maintenance import verify
 from pipeline.encode import check_sources, retire_foreign
 from pipeline.encode.source_check import relative_difference
 from tests.end_to_end.test_source_identity import NEWCOMER, TISSUE, bench, encode, hu_of, latents, phase
-from tests.pipeline.ingest.test_ingest import EncodeWorker
+from tests.pipeline.ingest.test_ingest import Bench
 from tests.support.average_codec import AverageCodec
 from tests.support.hospital import study, write_zip
 
 __all__ = ["bench"]
 
 
-def swap_latents(bench: EncodeWorker, one: str, other: str) -> None:
+def swap_latents(bench: Bench, one: str, other: str) -> None:
     """What repro B left behind: each row holds the other series, under the digest that the catalog vouches for."""
     store = LatentStore.open(bench.url)
     rows = {row.key: row for row in store.records()}
@@ -42,9 +42,7 @@ def _stage(store: LatentStore, row: LatentRecord, array: Any) -> LatentRecord:
     )  # fmt: skip
 
 
-def test_rows_of_another_series_are_found_retired_and_made_anew(
-    bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_another_series_are_found_retired_and_made_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     write_zip(bench.data / "APE" / "a.zip", [phase("1.2.3.75", TISSUE), phase("1.2.3.30", NEWCOMER)])
     bench.run()
     encode(bench)
@@ -70,7 +68,7 @@ def test_rows_of_another_series_are_found_retired_and_made_anew(
     assert hu_of(bench, latents(bench)[one]) == pytest.approx(TISSUE, abs=2)
 
 
-def test_a_pair_that_was_refused_for_a_foreign_series_is_proved_anew(bench: EncodeWorker) -> None:
+def test_a_pair_that_was_refused_for_a_foreign_series_is_proved_anew(bench: Bench) -> None:
     write_zip(bench.data / "APE" / "a.zip", [s for n in (3, 4) for s in study(f"PAT{n}", n)])
     bench.run()
     encode(bench)
@@ -92,7 +90,7 @@ def test_a_pair_that_was_refused_for_a_foreign_series_is_proved_anew(bench: Enco
     assert {p.pair_key: p for p in LatentStore.open(bench.url).pairs()} == proved
 
 
-def test_an_archive_that_is_gone_and_another_vae_are_said_and_judge_nothing(bench: EncodeWorker) -> None:
+def test_an_archive_that_is_gone_and_another_vae_are_said_and_judge_nothing(bench: Bench) -> None:
     write_zip(bench.data / "APE" / "a.zip", [phase("1.2.3.75", TISSUE)])
     bench.run()
     key = encode(bench).encode_key
