@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all lint real clean
+.PHONY: demo test test-all test-gpu lint real clean
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("ctpipe needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Run make PYTHON=python3.12") if not (3, 11) <= sys.version_info < (3, 14) else None'
@@ -24,6 +24,9 @@ test: .venv/.dev
 
 real: .venv/.dev
 	$(BIN)/python -m pytest -m "real and not slow"
+
+test-gpu: .venv/.dev
+	$(BIN)/python -m pytest -m cuda -rs
 
 test-all: .venv/.dev
 	$(BIN)/python -m pytest

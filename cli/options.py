@@ -52,7 +52,9 @@ def engine_options(
         raise InputError("--dask-scheduler without dask", expected="--engine dask", remedy="Give --engine dask too.")
     return EngineOptions(
         name=engine,  # type: ignore[arg-type]
-        devices=tuple(f"cuda:{i}" for i in range(round(gpus / gpu_share))) or ("cpu",) * workers,
+        # Workers that share a GPU have one name: with a share of 0.5 on two GPUs cuda:0, cuda:0, cuda:1, cuda:1.
+        devices=tuple(f"cuda:{min(int(i * gpu_share), gpus - 1)}" for i in range(round(gpus / gpu_share)))
+        or ("cpu",) * workers,
         gpus_per_worker=gpu_share,
         prefetch=prefetch,
         scheduler=dask_scheduler,

@@ -7,8 +7,15 @@ from .errors import (
     StoreExistsError as StoreExistsError,
     no_ray_cluster as no_ray_cluster,
 )
+from .host_memory import free_host_bytes as free_host_bytes
 from .lease import Lease as Lease
 from .moments import ROW as ROW, Moments as Moments, merge_all as merge_all, moments_of as moments_of
+from .numerics import (
+    check_bf16_convolutions as check_bf16_convolutions,
+    compute_dtype as compute_dtype,
+    device_kind as device_kind,
+    full_float32 as full_float32,
+)
 from .queries import pairs_where as pairs_where, series_where as series_where
 from .records import (
     ACROSS_FIELDS as ACROSS_FIELDS,

@@ -19,7 +19,7 @@ LatentRole = Literal["thin", "thick", "thick_on_thin"]
 Split = Literal["train", "val", "test", ""]
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LATENT_CHANNELS = 4
 COMPRESSION = 4
 """Voxels per latent along each axis; latent slice j covers slices 4j..4j+3 and is centred at 4j+1.5."""
@@ -111,6 +111,9 @@ class LatentRecord:
     std: tuple[float, ...]
     round_trip_psnr: float | None
     source_digest: str
+    compute_dtype: str = "float32"
+    device_kind: str = "cpu"
+    """What it was computed in and on: two of these differ by 6e-3, where the pixels and the weights are the same."""
 
 
 class LatentPlace(Protocol):
@@ -147,10 +150,18 @@ class Encoding:
     posterior: Literal["mean", "mean+logvar"] = "mean"
     dtype: str = "float16"
     extra: dict[str, Any] = field(default_factory=dict)
+    compute_dtype: str = "float32"
+    device_kind: str = "cpu"
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no white space."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Canonical JSON: sorted keys, no white space.
+
+        Float32 on a CPU goes without saying, so that keys from before the arithmetic stood in them keep their meaning.
+        """
+        values = asdict(self)
+        if (self.compute_dtype, self.device_kind) == ("float32", "cpu"):
+            del values["compute_dtype"], values["device_kind"]
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Encoding:

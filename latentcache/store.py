@@ -347,6 +347,8 @@ class LatentStore:
             std=tuple(float(v) for v in moments.std),
             round_trip_psnr=None if round_trip_psnr is None else float(round_trip_psnr),
             source_digest=source_digest,
+            compute_dtype=encoding.compute_dtype,
+            device_kind=encoding.device_kind,
         )
 
     def writer(self) -> Writer:

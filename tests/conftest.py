@@ -22,6 +22,19 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def gpu_for_those_marked(request: pytest.FixtureRequest) -> None:
+    """Tests marked ``cuda`` say why they do not run where torch sees no GPU."""
+    if request.node.get_closest_marker("cuda") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = f"torch {torch.__version__} sees no GPU" if built else f"torch {torch.__version__} is built without CUDA"
+        pytest.skip(f"{why}: run `make test-gpu` on a machine with one")
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT

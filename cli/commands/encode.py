@@ -43,6 +43,9 @@ def encode(
         str, typer.Option(help="exact, or sliding: the blended windows that others use, to compare with.")
     ] = "exact",
     memory_gib: MemoryGib = None,
+    dtype: Annotated[
+        str, typer.Option(help="Arithmetic: auto (bf16 on a GPU, fp32 on a CPU), fp32 or bf16. Part of the encode key.")
+    ] = "auto",
     threads: Threads = 2,
     prefetch: Prefetch = 1,
     series_timeout: SeriesTimeout = None,
@@ -96,6 +99,7 @@ def encode(
         pad_in_plane=pad_in_plane,
         tiling=parse_tiling(tiling),
         torch_threads=threads,
+        precision=dtype,
     )
     options = engine_options(
         engine,

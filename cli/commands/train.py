@@ -29,6 +29,9 @@ def train(
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs; 0 is the CPU; one, where there is one.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="Train on a Ray cluster: its address, or `auto`.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
+    resume_if_there: Annotated[
+        bool, typer.Option("--resume-if-there", help="Continue the run in RUN, or begin it: for jobs that restart.")
+    ] = False,
     vae: Annotated[
         str | None, typer.Option(help="The VAE of the store (`tiny` or a path), for image losses and validation.")
     ] = None,
@@ -47,7 +50,7 @@ def train(
         ctpipe train STORE RUN --config classic.yaml --resume
     """
     from diffusion.training import become_torchrun, check_gpus, is_first, is_worker, train_on_ray
-    from pipeline.workflows import describe, run_training
+    from pipeline.workflows import configuration, describe, run_training
 
     overrides = list(set_ or [])
     if latent_patch is not None:
@@ -60,7 +63,7 @@ def train(
         "preset": preset,
         "config": str(config) if config else None,
         "overrides": overrides,
-        "resume": resume,
+        "resume": "if-there" if resume_if_there and not resume else resume,
         "vae": vae,
         "private": private,
         "gpus": gpus,
@@ -74,7 +77,7 @@ def train(
     else:
         if gpus and gpus > 1 and not is_worker():
             check_gpus(gpus)
-            become_torchrun(gpus, rerun_command())
+            become_torchrun(gpus, rerun_command(), configuration(settings).parallel.shutdown_timeout_s)
         with training_bar(progress_wanted() and is_first()) as show:
             figures = run_training(settings, show, note)
     if figures.get("rank", 0) == 0:

@@ -51,6 +51,7 @@ def check(config: TrainConfig) -> None:
         "losses.slab": config.losses.slab,
         "budget.checkpoint_every_steps": config.budget.checkpoint_every_steps,
         "budget.log_every_steps": config.budget.log_every_steps,
+        "parallel.shutdown_timeout_s": config.parallel.shutdown_timeout_s,
     }
     for key, value in at_least_one.items():
         if value < 1:
@@ -96,7 +97,8 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     "classic": TrainConfig(
         preset="classic",
-        model=MODEL_PRESETS["classic"],
+        # As its model had it; without, both image losses and a batch of 2 do not fit 80 GB.
+        model=replace(MODEL_PRESETS["classic"], activation_checkpointing=True),
         data=DataConfig(alignment="latent", batch_size=2),
         objective=ObjectiveConfig("epsilon"),
         losses=LossConfig(perceptual_weight=0.1, ms_ssim_weight=0.1),

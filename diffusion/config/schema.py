@@ -25,6 +25,7 @@ class DataConfig:
         crop: Side of a random in-plane crop; none takes the whole plane.
         windows_per_volume: Samples that a pair gives in an epoch.
         batch_size: Samples of one forward pass on one device; memory follows from it, results do not.
+        mixed_numerics: Train on latents that were computed in different dtypes or on different kinds of device.
         readers: Threads that read ahead; ``read_ahead``: batches that they may be ahead.
     """
 
@@ -35,6 +36,7 @@ class DataConfig:
     crop: int | None = None
     windows_per_volume: int = 1
     batch_size: int = 1
+    mixed_numerics: bool = False
     readers: int = 4
     read_ahead: int = 4
 
@@ -137,9 +139,16 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """``strategy``: ``ddp`` copies the model to every device, ``fsdp`` shards weights, gradients and optimiser."""
+    """How several devices train together.
+
+    Attributes:
+        strategy: ``ddp`` copies the model to every device, ``fsdp`` shards weights, gradients and optimiser.
+        shutdown_timeout_s: Seconds that the processes have after SIGTERM to save and end before they are killed; a
+            pod's grace period must be longer.
+    """
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    shutdown_timeout_s: int = 300
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from latentcache.tables import matrix, positions
 EDGE_MM = 1e-3
 PAIR = ("pair_key", "study_key", "category", "thick_key", "thin_key", "overlap_mm", "split", "status")
 LATENT = ("key", "role", "shape", "path", "z0_mm", "dz_mm", "valid_zyx", "crc32c", "source_digest")
+NUMERICS = ("compute_dtype", "device_kind")
 SERIES = ("series_key", "split", "n_slices", "source_digest")
 
 
@@ -195,17 +196,33 @@ class Tables:
             role = pc.or_(pc.equal(rows["role"], "thin"), pc.equal(rows["role"], condition))
             return pc.and_(pc.equal(rows["encode_key"], encode_key), role)
 
+        latents = store.manifest_table(tuple(dict.fromkeys((*LATENT, *ROW, *NUMERICS))), wanted)
+        if not data.mixed_numerics:
+            _refuse_mixed(latents)
         return cls(
             encode_key,
             condition,
             store.pairs_table((*PAIR, "evidence") if condition == "thick" else PAIR),
-            store.manifest_table(tuple(dict.fromkeys((*LATENT, *ROW))), wanted),
+            latents,
             store.catalog_table(SERIES),
         )
 
     def moments(self) -> Moments:
         """Per channel over the training split's thin latents; see ``LatentStore.whitening``."""
         return moments_of(self.latents, self.catalog, self.encode_key)
+
+
+def _refuse_mixed(latents: pa.Table) -> None:
+    """Refuse latents of one encode key that were computed in different dtypes or on different kinds of device."""
+    counts = latents.group_by(list(NUMERICS)).aggregate([([], "count_all")]).to_pylist()
+    if len(counts) > 1:
+        kinds = sorted(f"{row['count_all']} in {row['compute_dtype']} on {row['device_kind']}" for row in counts)
+        raise InputError(
+            f"latents of different arithmetic ({', '.join(kinds)})",
+            expected="one dtype and one kind of device: bfloat16 on a GPU and float32 on a CPU differ by 6e-3",
+            remedy="Encode anew on one kind of device (`ctpipe encode --dtype`, which gives a key of its own), or "
+            "accept it with --set data.mixed_numerics=true.",
+        )
 
 
 def plan_pairs(

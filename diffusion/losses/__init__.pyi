@@ -1,2 +1,3 @@
 from .image_losses import Decoder as Decoder, ImageLosses as ImageLosses
-from .vgg import load_vgg19 as load_vgg19, perceptual_distance as perceptual_distance
+from .ms_ssim import ms_ssim as ms_ssim
+from .vgg import VGG19Features as VGG19Features, load_vgg19 as load_vgg19, perceptual_distance as perceptual_distance

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion.networks.column_attention import column_attention
+
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -100,7 +102,7 @@ class DepthAttention(nn.Module):
         q_PNTK, k_PNTK, v_PNTK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q_PNTK = self.q_norm(q_PNTK).to(v_PNTK.dtype)
         k_PNTK = self.k_norm(k_PNTK).to(v_PNTK.dtype)
-        mixed = F.scaled_dot_product_attention(q_PNTK, k_PNTK, v_PNTK)
+        mixed = column_attention(q_PNTK, k_PNTK, v_PNTK)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(b * h * w, d, c))
         return x_BCDHW + out.view(b, h, w, d, c).permute(0, 4, 3, 1, 2)
 

@@ -2,6 +2,7 @@ from .checkpoint import (
     CheckpointFolder as CheckpointFolder,
     check_tensors as check_tensors,
     gather as gather,
+    load_on_first as load_on_first,
     restore as restore,
 )
 from .ema import PowerEma as PowerEma

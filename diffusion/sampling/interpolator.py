@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusion.data import align_depth, same_extent
-from diffusion.networks import UNet, build_unet
+from diffusion.networks import UNet, build_unet, for_generation
 from diffusion.objectives import DepthNoise, Objective
 from diffusion.runs import RunCard, check_tensors
 from diffusion.sampling.depth_windows import DepthWindows
@@ -113,7 +113,7 @@ class Interpolator:
             model = build_unet(card.unet_config)
         if not described:
             model.load_state_dict(_checked_weights(model, path, which))
-        model = model.eval().requires_grad_(False).to(device)
+        model = for_generation(model.eval().requires_grad_(False), torch.device(device))
         return cls.from_parts(
             model,
             card.build_objective(),

@@ -1,3 +1,4 @@
+from .compilation import what_compilation_lacks as what_compilation_lacks
 from .distributed import World as World, default_device as default_device, join as join, leave as leave
 from .launch import (
     become_torchrun as become_torchrun,

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from diffusion.networks import contiguous_weights
 
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 """Ranks wait this long for one that validates or saves."""
@@ -32,6 +34,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank; every rank must ask."""
+        return here if self.size == 1 else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -63,21 +69,49 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def spread(module: nn.Module, world: World, strategy: Literal["ddp", "fsdp"]) -> nn.Module:
+def spread(module: nn.Module, world: World, strategy: Literal["ddp", "fsdp"], *, bf16: bool = False) -> nn.Module:
     """The module as all ranks train it: itself, a DDP wrapper around it, or itself sharded in place (FSDP2).
 
     FSDP2 shards every large child and the root, so that weights, gradients and the optimiser's moments are each kept
-    once over all ranks.
+    once over all ranks. It refuses weights that are not contiguous: they become so, and the activations take their
+    channels-last layout from the input instead.
+
+    Args:
+        bf16: The forward pass runs under bf16 autocast: FSDP2 then gathers weights in bf16, half the traffic of
+            float32, and still sums gradients in float32.
     """
     if world.size == 1:
         return module
     if strategy == "fsdp":
+        contiguous_weights(module)
         mesh = init_device_mesh(world.device.type, (world.size,))
+        # Inputs keep their precision: times that are rounded to bf16 fall together.
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        policy = half if bf16 else MixedPrecisionPolicy()
         for child in _large_children(module):
-            fully_shard(child, mesh=mesh)
-        return cast(nn.Module, fully_shard(module, mesh=mesh))
+            fully_shard(child, mesh=mesh, mp_policy=policy)
+        return cast(nn.Module, fully_shard(module, mesh=mesh, mp_policy=policy))
     devices = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices)
+
+
+def compile_after_spreading(module: nn.Module) -> None:
+    """Compile a module that :func:`spread` has spread: whole, or, where it is sharded, block by block, so that no graph
+    holds a gather of weights."""
+    parts = _large_children(module) if isinstance(module, FSDPModule) else [module]
+    for part in parts:
+        part.compile()
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what FSDP2 has gathered, so that the next forward pass gathers the weights of then.
+
+    A forward pass without gradients leaves the root gathered. Weights that are exchanged after it (the average for the
+    live ones) would reach the root's shards only, and the next training step would compute with the old ones.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def _large_children(module: nn.Module, at_least: int = 1_000_000) -> list[nn.Module]:

@@ -5,6 +5,7 @@ Ray is imported only when it is used.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 from latentcache import CtpipeError, InputError, no_ray_cluster
+
+log = logging.getLogger("ctpipe.train")
 
 
 def is_worker() -> bool:
@@ -41,22 +44,39 @@ def check_gpus(wanted: int) -> None:
         )
 
 
-def torchrun_command(processes: int, program: Sequence[str]) -> list[str]:
-    """The command that starts ``program`` once a process on this machine and ends when all have."""
+def torchrun_command(processes: int, program: Sequence[str], shutdown_timeout_s: int = 300) -> list[str]:
+    """The command that starts ``program`` once a process on this machine and ends when all have.
+
+    Args:
+        shutdown_timeout_s: Seconds between SIGTERM, which torchrun passes on, and SIGKILL: torchrun's own 30 do not
+            suffice for a step's end and a checkpoint of 10 GB.
+    """
     own = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={processes}",
-        "--no-python",
     ]
-    return [*own, *program]
+    if _torchrun_knows("--shutdown-timeout"):
+        own.append(f"--shutdown-timeout={shutdown_timeout_s}")
+    else:
+        log.warning(
+            "this torch's torchrun kills its workers 30 s after SIGTERM, whatever parallel.shutdown_timeout_s says: "
+            "use a newer torch, or let checkpoints be frequent (budget.checkpoint_every_steps)"
+        )
+    return [*own, "--no-python", *program]
 
 
-def become_torchrun(processes: int, program: Sequence[str]) -> None:
+def _torchrun_knows(option: str) -> bool:
+    from torch.distributed.run import get_args_parser
+
+    return option in get_args_parser()._option_string_actions
+
+
+def become_torchrun(processes: int, program: Sequence[str], shutdown_timeout_s: int = 300) -> None:
     """Replace this process by torchrun, so that signals of whoever started it reach the ranks. Does not return."""
-    command = torchrun_command(processes, program)
+    command = torchrun_command(processes, program, shutdown_timeout_s)
     os.execv(command[0], command)
 
 

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from diffusion.config import BudgetConfig, OptimiserConfig, ParallelConfig, ValidationConfig
 from diffusion.data import Batch, Step
-from diffusion.runs import CheckpointFolder, Journal, PowerEma, gather, restore
-from diffusion.training.distributed import World, gradients_meet, spread
+from diffusion.runs import CheckpointFolder, Journal, PowerEma, gather, load_on_first, restore
+from diffusion.training.distributed import World, compile_after_spreading, gradients_meet, reshard, spread
 from diffusion.training.early_stopping import Best
 from diffusion.training.failures import non_finite, stop_signals
 from diffusion.training.optimiser import build_adamw, learning_rate
@@ -111,9 +111,9 @@ class Trainer:
         self.on_progress = on_progress
         self.meter = meter or Meter(self.world.device, None, None)
         self.parameter_count = sum(p.numel() for p in module.parameters())
+        self.model = spread(module, self.world, config.parallel.strategy, bf16=self._in_bf16)
         if config.optimiser.compile:
-            module.compile()
-        self.model = spread(module, self.world, config.parallel.strategy)
+            compile_after_spreading(module)
         settings = config.optimiser
         self.optimizer = build_adamw(module, settings, self.world.device)
         self.ema = PowerEma(module, settings.ema_std) if settings.ema_std > 0 else None
@@ -128,15 +128,16 @@ class Trainer:
 
     # One step ---------------------------------------------------------------------------------------------------------
 
-    def training_step(self, step: Step, signalled: bool = False) -> tuple[float, bool, bool]:
+    def training_step(self, step: Step, signalled: Sequence[int] = ()) -> tuple[float, bool, bool]:
         """One optimiser step over the samples of all ranks.
 
-        Returns the mean loss, and whether any rank was told to stop, or is out of time.
+        Returns the mean loss, and whether any rank was told to stop, or is out of time. Told to stop between two of the
+        batches whose gradients it sums, it takes no step: ``self.step`` stays what it was.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self._set_learning_rate()
         seen: list[tuple[Sequence[str], dict[str, Tensor]]] = []
-        total = torch.tensor([0.0, signalled, self._out_of_time()], dtype=torch.float64, device=self.world.device)
+        total = torch.tensor([0.0, 0.0, self._out_of_time()], dtype=torch.float64, device=self.world.device)
         for number, read in enumerate(self.meter.waiting(step.batches), start=1):
             batch = to_device(read, self.world.device)
             with gradients_meet(self.model, number == step.n_batches):
@@ -148,6 +149,9 @@ class Trainer:
                 (loss * self.world.size).backward()
             total[0] += loss.detach()
             seen.append((batch["study_key"], terms.named()))
+            if number < step.n_batches and self.world.any(bool(signalled)):
+                return math.nan, True, False
+        total[1] = bool(signalled)
         assert len(seen) == step.n_batches, "the stream was closed while a step was under way"
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optimiser.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -200,9 +204,14 @@ class Trainer:
         reason = self._reason_at_a_step()
         if reason:
             return reason
+        position, taken = self.stream.state_dict(), self.step
         for step in self.stream:
             self.meter.begin_step()
-            self.loss, told, late = self.training_step(step, bool(signalled))
+            loss, told, late = self.training_step(step, signalled)
+            if self.step == taken:
+                self.stream.load_state_dict(position)  # the step is taken anew after a resume
+                return "signal"
+            self.loss, position, taken = loss, self.stream.state_dict(), self.step
             self.meter.end_step(step.samples)
             if journal:
                 self._report(journal, step)
@@ -255,6 +264,7 @@ class Trainer:
             yield
         finally:
             if self.ema is not None:
+                reshard(self.module)  # or the next step would compute with gathered averages
                 self.ema.swap()
             self.module.train()
 
@@ -270,7 +280,7 @@ class Trainer:
 
     def save(self, journal: Journal | None = None, *, best: bool = False) -> None:
         """Write a checkpoint; every rank must call it."""
-        contents = gather(self.module, self.optimizer, self.ema, self.state())
+        contents = gather(self.module, self.optimizer, self.ema, self.state(), keep=self.world.rank == 0)
         if self.world.rank == 0:
             self.checkpoints.save(contents, best=best)
             if journal:
@@ -285,7 +295,7 @@ class Trainer:
             CheckpointError: There is none, or it is of another model.
             InputError: The run's identity differs: another encode key, snapshot, objective, seed, ...
         """
-        contents = self.checkpoints.load("last")
+        contents = load_on_first(self.checkpoints)
         state = contents.state
         restore(contents, self.module, self.optimizer, self.ema)
         differ = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
@@ -311,10 +321,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    @property
+    def _in_bf16(self) -> bool:
         precision = self.config.optimiser.precision
-        wanted = precision == "bf16" or (precision == "auto" and self.world.device.type == "cuda")
-        return torch.autocast(self.world.device.type, torch.bfloat16) if wanted else nullcontext()
+        return precision == "bf16" or (precision == "auto" and self.world.device.type == "cuda")
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.world.device.type, torch.bfloat16) if self._in_bf16 else nullcontext()
 
     def _report(self, journal: Journal, step: Step) -> None:
         if self.step % self.config.budget.log_every_steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.networks import Stage, UNetConfig, build_unet
 from diffusion.training.distributed import World
-from latentcache import InputError
+from latentcache import InputError, free_host_bytes
 
 if TYPE_CHECKING:
     from diffusion.config import TrainConfig
+    from diffusion.losses import Decoder
 
 
 WORKSPACE = 1.15
@@ -35,6 +37,9 @@ class StepEstimate:
         forward_flops_per_sample: Floating point operations of one forward pass (a multiply-add is two).
         state_bytes: Weights, gradients, AdamW's two moments and the average, as far as this rank keeps them.
         activation_bytes: What the forward pass keeps for the backward pass, one micro-batch.
+        image_bytes: What the image losses keep beside it, every sample of the micro-batch its decoded slab.
+        exchange_bytes: What the exchange between ranks holds: DDP's buckets, or the whole gradients that FSDP2 sums up
+            over accumulated batches before it shards them.
         peak_bytes: All of it and slack.
         checkpoint_bytes: One checkpoint on disk.
     """
@@ -43,12 +48,20 @@ class StepEstimate:
     forward_flops_per_sample: float
     state_bytes: int
     activation_bytes: int
+    image_bytes: int
+    exchange_bytes: int
     peak_bytes: int
     checkpoint_bytes: int
 
 
-def estimate_step(config: TrainConfig, shape_dhw: tuple[int, int, int], world: World) -> StepEstimate:
-    """Count a training step of the configured model on samples of one latent shape."""
+def estimate_step(
+    config: TrainConfig, shape_dhw: tuple[int, int, int], world: World, decoder: Decoder | None = None
+) -> StepEstimate:
+    """Count a training step of the configured model on samples of one latent shape.
+
+    Args:
+        decoder: The VAE's decoder where image losses are configured; it is run on shapes alone.
+    """
     settings = config.optimiser
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and world.device.type == "cuda")
     with_average = settings.ema_std > 0
@@ -56,17 +69,60 @@ def estimate_step(config: TrainConfig, shape_dhw: tuple[int, int, int], world: W
     sharers = world.size if config.parallel.strategy == "fsdp" else 1
     state = parameters * 4 * (5 if with_average else 4) // sharers
     activations = saved + (stage if config.model.activation_checkpointing else 0)
+    images = count_image_losses(config, shape_dhw, decoder) * config.data.batch_size if decoder else 0
+    exchange = exchange_bytes(config, parameters, world)
     casts = parameters * 2 if bf16 else 0
     # Validation and checkpoints exchange or copy a tensor at a time; a step's own peak is above theirs.
-    peak = int((state + activations + casts) * WORKSPACE)
+    peak = int((state + activations + images + exchange + casts) * WORKSPACE)
     return StepEstimate(
         parameters,
         flops / config.data.batch_size,
         state,
         activations,
+        images,
+        exchange,
         peak,
         parameters * 4 * (4 if with_average else 3),
     )
+
+
+def exchange_bytes(config: TrainConfig, parameters: int, world: World) -> int:
+    """Bytes of gradients that are held twice for the sake of the other ranks."""
+    if world.size == 1:
+        return 0
+    if config.parallel.strategy == "ddp":
+        return parameters * 4
+    accumulated = config.optimiser.samples_per_step > config.data.batch_size * world.size
+    return parameters * 4 if accumulated else 0
+
+
+def count_image_losses(config: TrainConfig, shape_dhw: tuple[int, int, int], decoder: Decoder) -> int:
+    """Bytes that one sample's image losses keep for the backward pass: the decoder's activations on a slab, those of
+    VGG19 on the slices that it looks at, and those of MS-SSIM."""
+    # Here, so that counting the U-Net needs torch alone (infra/bench/unet_gpu.py).
+    from diffusion.losses import VGG19Features, ms_ssim, perceptual_distance
+
+    losses = config.losses
+    if losses.ms_ssim_weight == 0 and losses.perceptual_weight == 0:
+        return 0
+    depth, height, width = shape_dhw
+    side = max(height, width) if losses.crop is None else losses.crop
+    slab = (min(losses.slab, depth), min(side, height), min(side, width))
+    with (
+        warnings.catch_warnings(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        saved_bytes(nn.Identity()) as kept,
+    ):
+        warnings.simplefilter("ignore")
+        latents = torch.zeros(1, config.model.latent_channels, *slab, requires_grad=True)
+        image = decoder(latents)[0, 0].float()
+        wanted = torch.zeros_like(image)
+        if losses.ms_ssim_weight > 0:
+            ms_ssim(image, wanted, data_range=2.0)
+        if losses.perceptual_weight > 0:
+            seen = max(1, math.ceil(losses.slice_fraction * len(image) - 1e-9))
+            perceptual_distance(VGG19Features(), image[:seen], wanted[:seen])
+    return sum(kept.values())
 
 
 def count_forward(
@@ -145,7 +201,9 @@ def check_resources(need: StepEstimate, config: TrainConfig, device: torch.devic
     if need.peak_bytes > present:
         raise InputError(
             f"a training step needs about {need.peak_bytes / 2**30:.1f} GiB ({need.state_bytes / 2**30:.1f} for "
-            f"weights, gradients and optimiser, {need.activation_bytes / 2**30:.1f} for activations); "
+            f"weights, gradients and optimiser, {need.activation_bytes / 2**30:.1f} for activations, "
+            f"{need.image_bytes / 2**30:.1f} for the image losses, {need.exchange_bytes / 2**30:.1f} for the exchange "
+            f"of gradients); "
             f"{present / 2**30:.1f} GiB are free on {device.type}",
             expected="a step that fits",
             remedy="; ".join(remedies(config)) + ".",
@@ -169,6 +227,9 @@ def remedies(config: TrainConfig) -> list[str]:
         hints.append(f"--set data.batch_size={config.data.batch_size // 2} (results do not change)")
     if not config.model.activation_checkpointing:
         hints.append("--set model.activation_checkpointing=true (a third slower)")
+    if config.losses.ms_ssim_weight > 0 or config.losses.perceptual_weight > 0:
+        smaller = f"losses.crop={(config.losses.crop or 64) // 2}"
+        hints.append(f"--set {smaller} or --set losses.slab={max(1, config.losses.slab // 2)} for the image losses")
     if config.data.window is None:
         hints.append("--set data.window=32 (depth windows instead of whole volumes)")
     if config.model.latent_patch == 1:
@@ -181,11 +242,4 @@ def memory_present(device: torch.device) -> int:
     """Bytes free on the device; for the CPU those of the control group, if it sets a limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil  # here, so that counting needs torch alone (infra/bench/unet_gpu.py)
-
-    available = int(psutil.virtual_memory().available)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        available = min(available, max(0, int(text) - used))
-    return available
+    return free_host_bytes()

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,15 +17,16 @@ from torch import nn
 from diffusion.config import LossConfig, TrainConfig, check, check_precision, to_dict
 from diffusion.data import Batch, PairStream
 from diffusion.losses import Decoder, ImageLosses, load_vgg19
-from diffusion.networks import build_unet
+from diffusion.networks import build_unet, channels_last
 from diffusion.objectives import Objective, build_objective
 from diffusion.runs import RUN_CARD, CheckpointFolder, RunCard, pin_snapshot, reopen
+from diffusion.training.compilation import check_compilation
 from diffusion.training.distributed import World, join
 from diffusion.training.loop import LoopConfig, Terms, Trainer, TrainSummary
 from diffusion.training.resources import check_resources, estimate_step, remedies
 from diffusion.training.throughput import Meter, Progress, measured_matmul_rate
 from diffusion.training.validation import ValidateImages, generators, validation
-from latentcache import InputError, LatentStore
+from latentcache import InputError, LatentStore, check_bf16_convolutions, full_float32
 
 log = logging.getLogger("ctpipe.train")
 
@@ -40,7 +41,7 @@ def train(
     *,
     decoder: Decoder | None = None,
     validate: ValidateImages | None = None,
-    resume: bool = False,
+    resume: bool | Literal["if-there"] = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainSummary:
     """Train a model on a store's latents; see ``loop`` for the loop and ``checkpoint`` for what is saved.
@@ -49,7 +50,8 @@ def train(
         store: Any snapshot; a new run is pinned to it, a resumed run reopens its own.
         decoder: The frozen VAE's decoder, for the image losses.
         validate: Samples, decodes and scores held-out pairs.
-        resume: Continue the run in ``run_dir``; without it the folder must hold no run.
+        resume: Continue the run in ``run_dir``; without it the folder must hold no run. ``if-there``: continue one, or
+            begin it.
 
     Raises:
         InputError: Settings, store or device that cannot work, before the first step; see also ``Trainer.run``.
@@ -57,6 +59,9 @@ def train(
     run_dir, world = Path(run_dir), join()
     check(config)
     check_precision(config, world.device)
+    check_arithmetic(config, world.device)
+    if resume == "if-there":  # one answer for all ranks, before the first of them writes a card
+        resume = world.any((run_dir / RUN_CARD).exists())
     if resume:
         card = RunCard.read(run_dir)
         store = reopen(store, card)
@@ -79,12 +84,12 @@ def train(
             card.write(run_dir)
             (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
     objective = card.build_objective()
-    need = estimate_step(config, stream.shapes[0], world)
+    need = estimate_step(config, stream.shapes[0], world, decoder)
     check_resources(need, config, world.device, run_dir)
     torch.manual_seed(config.seed)
     unet = build_unet(card.unet_config).to(world.device)
     if world.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        channels_last(unet)
     images = image_losses(config.losses, decoder, card, world.device)
     rate = measured_matmul_rate(world.device, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     trainer = Trainer(
@@ -100,13 +105,27 @@ def train(
         on_progress=on_progress,
     )
     try:
-        return trainer.run(resume=resume and CheckpointFolder(run_dir).path("last") is not None)
+        return trainer.run(resume=bool(resume) and CheckpointFolder(run_dir).path("last") is not None)
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"out of memory at step {trainer.step}, where about {need.peak_bytes / 2**30:.1f} GiB were expected",
             expected="a step that fits beside whatever else uses the device",
             remedy="; ".join(remedies(config)) + "; then --resume.",
         ) from error
+
+
+def check_arithmetic(config: TrainConfig, device: torch.device) -> None:
+    """See that the device computes what the configuration asks for, before the first step.
+
+    Raises:
+        InputError: bf16 convolutions that are wrong here, or a compilation that cannot run.
+    """
+    if config.optimiser.compile:
+        check_compilation()
+    if config.optimiser.precision == "fp32":
+        full_float32()
+    elif device.type == "cuda":
+        check_bf16_convolutions(device)
 
 
 def open_streams(store: LatentStore, config: TrainConfig, world: World) -> tuple[PairStream, PairStream | None]:
@@ -253,6 +272,7 @@ def identity(card: RunCard, config: TrainConfig) -> dict[str, Any]:
     values = to_dict(config)
     free = {
         "data.batch_size",
+        "data.mixed_numerics",
         "data.readers",
         "data.read_ahead",
         "optimiser.epochs",

@@ -1,5 +1,8 @@
 """Migrate a store of an older format version to this one, in place; killed at any point it can be run again.
 
+Version 1 had no ``compute_dtype`` and ``device_kind`` in the manifest: its encode keys could not tell latents of a GPU
+(bfloat16) from those of a CPU (float32). The timings know on which device each was made.
+
 Version 0, the format before the first release, had no ``status`` and ``reason`` in the pairs table (a pair that the
 pixels contradict could not be told) and no ``stage`` in the timings. Arrays are unchanged.
 """
@@ -7,7 +10,7 @@ pixels contradict could not be told) and no ``stage`` in the timings. Arrays are
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -68,17 +71,18 @@ def migrate(location: Location) -> tuple[int, int]:
     return found, rewritten
 
 
-def _from_0(location: Location) -> int:
+def _from_older(location: Location) -> int:
     number = snapshot_numbers(location)[-1]
     body: dict[str, Any] = json.loads(location.read(snapshot_path(number)))
     if body["format_version"] == FORMAT_VERSION:
         return 0  # an earlier run was killed after this step
     lists: dict[Kind, tuple[Fragment, ...]] = {}
     count = 0
+    made_on = _made_on(location, body["fragments"])
     for kind in KINDS:
         parts = []
         for entry in body["fragments"].get(kind, []):
-            parts.append(write_fragment(location, kind, _upgraded(location, kind, Fragment(**entry))))
+            parts.append(write_fragment(location, kind, _upgraded(location, kind, Fragment(**entry), made_on)))
             count += 1
         lists[kind] = tuple(parts)
     snapshot = Snapshot(number + 1, lists)
@@ -86,7 +90,46 @@ def _from_0(location: Location) -> int:
     return count
 
 
-def _upgraded(location: Location, kind: Kind, fragment: Fragment) -> pa.Table:
+def _made_on(location: Location, fragments: dict[str, list[dict[str, Any]]]) -> dict[tuple[str, str], set[str]]:
+    """Kinds of device, ``cpu`` or ``cuda``, by encode key and key of a latent, as far as the timings tell.
+
+    A timing bears its task's key: the pair's, for the latents of both its series too.
+    """
+    series: dict[str, list[str]] = {}
+    for row in _rows(location, fragments.get("pairs", []), ["pair_key", "thin_key", "thick_key"]):
+        series[row["pair_key"]] = [row["thin_key"], row["thick_key"]]
+    found: dict[tuple[str, str], set[str]] = {}
+    for row in _rows(location, fragments.get("timings", []), ["encode_key", "key", "device"]):
+        for key in (row["key"], *series.get(row["key"], ())):
+            found.setdefault((row["encode_key"], key), set()).add(row["device"])
+    return found
+
+
+def _rows(location: Location, entries: list[dict[str, Any]], columns: list[str]) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        data = pa.BufferReader(location.read(Fragment(**entry).path))
+        yield from pq.read_table(data, columns=columns).to_pylist()
+
+
+def _numerics(table: pa.Table, made_on: Mapping[tuple[str, str], set[str]]) -> pa.Table:
+    """A manifest table of an older version with the two columns that say what its latents were computed in and on.
+
+    On a GPU that was bfloat16, on a CPU float32. Where both kinds have worked at a latent, it is unknown which of them
+    was first.
+    """
+    known = {"cuda": ("bfloat16", "cuda"), "cpu": ("float32", "cpu")}
+    found = []
+    for row in zip(table["encode_key"].to_pylist(), table["key"].to_pylist(), strict=True):
+        kinds = made_on.get(row, set()) & known.keys() or {"cpu"}
+        found.append(known[min(kinds)] if len(kinds) == 1 else ("unknown", "unknown"))
+    for at, name in enumerate(("compute_dtype", "device_kind")):
+        table = table.append_column(name, pa.array([values[at] for values in found], pa.string()))
+    return table
+
+
+def _upgraded(
+    location: Location, kind: Kind, fragment: Fragment, made_on: Mapping[tuple[str, str], set[str]]
+) -> pa.Table:
     table = pq.read_table(pa.BufferReader(location.read(fragment.path)))
     if table.num_rows != fragment.rows:
         raise StoreError(
@@ -94,6 +137,8 @@ def _upgraded(location: Location, kind: Kind, fragment: Fragment) -> pa.Table:
             expected=f"{fragment.rows}",
             remedy="Restore it from a copy of the store before migrating.",
         )
+    if kind == "manifest" and "compute_dtype" not in table.column_names:
+        table = _numerics(table, made_on)
     schema = SCHEMAS[kind]
     defaults = DEFAULTS_OF_0.get(kind, {})
     columns = [
@@ -115,5 +160,5 @@ def _drop_older(location: Location) -> None:
                 location.delete(entry.path)
 
 
-STEPS: dict[int, Callable[[Location], int]] = {0: _from_0}
-"""From version n to n + 1."""
+STEPS: dict[int, Callable[[Location], int]] = {0: _from_older, 1: _from_older}
+"""From version n to this one."""

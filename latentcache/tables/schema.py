@@ -92,6 +92,8 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             _field("std", _zyx_float, "per channel over the valid latents, population"),
             _field("round_trip_psnr", _float, "dB, where it was measured", nullable=True),
             _field("source_digest", _text, "of the series it was made from"),
+            _field("compute_dtype", _text, "float32 or bfloat16: what it was computed in"),
+            _field("device_kind", _text, "cpu or cuda: what it was computed on"),
         ],
     ),
     "timings": _schema(

@@ -154,6 +154,7 @@ def decode_store(
         load_decoder,
         spec=vae,
         memory_gib=memory_gib,
+        gpu_share=options.gpus_per_worker,
         expected_sha256=encoding.vae_sha256,
         extra=encoding.extra,
     )

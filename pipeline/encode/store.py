@@ -6,12 +6,22 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow.compute as pc
 
-from latentcache import COMPRESSION, Encoding, InputError, LatentRole, LatentStore, open_on_worker
+from latentcache import (
+    COMPRESSION,
+    Encoding,
+    InputError,
+    LatentRole,
+    LatentStore,
+    check_bf16_convolutions,
+    compute_dtype,
+    device_kind,
+    open_on_worker,
+)
 from latentcache.maintenance import stale_rows
 from pipeline.encode import task as encode
 from pipeline.encode.plan import EncodePlan
@@ -47,6 +57,8 @@ class EncodeSettings:
         memory_gib: Budget of the VAE's executor on each device; None lets it choose.
         pad_in_plane: Rows and columns are padded to a multiple of this; 64 for U-Nets with latent patch 2.
         tiling: None for the exact encoder; else the blended windows that others use, under a key of their own.
+        gpu_share: A worker's share of its GPU's memory, where several share one and ``memory_gib`` is None.
+        precision: ``auto`` (bf16 on a GPU, float32 on a CPU), ``fp32`` or ``bf16``.
         torch_threads: Threads of one device's arithmetic; pinned, because the count changes low bits of latents.
     """
 
@@ -59,6 +71,8 @@ class EncodeSettings:
     tiling: Tiling | None = None
     torch_threads: int = 2
     reader_threads: int = 2
+    precision: str = "auto"
+    gpu_share: float = 1.0
 
     @property
     def pad_multiple_zyx(self) -> tuple[int, int, int]:
@@ -103,6 +117,7 @@ def load_encoder(device: str, settings: EncodeSettings) -> Encoder:
     import torch
 
     from pipeline.vae import load_vae
+    from pipeline.vae.streaming import share_gib
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(
@@ -111,8 +126,25 @@ def load_encoder(device: str, settings: EncodeSettings) -> Encoder:
             remedy="Give --gpus 0 to encode on the CPU, or start the worker on a GPU node with the CUDA image.",
         )
     torch.set_num_threads(settings.torch_threads)
-    vae: Encoder = as_encoded(load_vae(settings.vae, device=device, memory_gib=settings.memory_gib), settings.extra)
+    dtype: torch.dtype = getattr(torch, compute_dtype(settings.precision, device))
+    if dtype == torch.bfloat16:
+        check_bf16_convolutions(torch.device(device))
+    memory_gib = settings.memory_gib or share_gib(torch.device(device), settings.gpu_share)
+    network = load_vae(settings.vae, device=device, memory_gib=memory_gib, dtype=dtype)
+    vae: Encoder = as_encoded(network, settings.extra)
     return vae
+
+
+def encoding_of(vae: Encoder, settings: EncodeSettings, device: str) -> Encoding:
+    """The encoding of latents that workers on a kind of device make with these settings."""
+    return encode.make_encoding(
+        vae,
+        settings.window,
+        settings.pad_multiple_zyx,
+        settings.extra,
+        compute_dtype=compute_dtype(settings.precision, device),
+        device_kind=device_kind(device),
+    )
 
 
 @dataclass(frozen=True)
@@ -132,12 +164,13 @@ def set_up(device: str, *, store_url: str, fingerprint: str, encode_key: str, se
     store = open_on_worker(store_url, fingerprint)
     store.encoding(encode_key)
     vae = load_encoder(device, settings)
-    found = encode.make_encoding(vae, settings.window, settings.pad_multiple_zyx, settings.extra).encode_key
-    if found != encode_key:
+    found = encoding_of(vae, settings, device)
+    if found.encode_key != encode_key:
         raise InputError(
-            f"a worker's VAE gives encode key {found}",
+            f"a worker's VAE gives encode key {found.encode_key} ({found.compute_dtype} on {found.device_kind})",
             expected=f"the driver's, {encode_key}",
-            remedy="Put the same weights' file on every node.",
+            remedy="Put the same weights' file on every node, and nodes of one kind in the pool: latents of a CPU and "
+            "of a GPU differ by more than a run may mix.",
         )
     return EncodeWorker(vae, store)
 
@@ -179,9 +212,8 @@ def encode_store(
     """
     store = LatentStore.open(store_url)
     private = PrivateStore.open(store_url, private_url)
-    encoding: Encoding = encode.make_encoding(
-        load_encoder("cpu", settings), settings.window, settings.pad_multiple_zyx, settings.extra
-    )
+    device = "cuda" if options.wants_gpu else "cpu"
+    encoding = encoding_of(load_encoder("cpu", settings), settings, device)
     if store.current_snapshot.rows("catalog") == 0:
         raise InputError(
             "a store without series", expected="a store that ingest filled", remedy="Run ctpipe ingest first."
@@ -204,12 +236,11 @@ def encode_store(
             store_url=store.url,
             fingerprint=store.secret_fingerprint,
             encode_key=encoding.encode_key,
-            settings=settings,
+            settings=replace(settings, gpu_share=options.gpus_per_worker),
         ),
         run=functools.partial(run_task, settings=settings),
     )
     progress = Progress(store.location, encoding.encode_key, summary.planned, dashboard=dashboard_of(options))
-    device = "cuda" if options.wants_gpu else "cpu"
     with (
         store.writer() as writer,
         GroupCommit(writer, encoding.encode_key, device, progress.note) as commits,

@@ -81,8 +81,15 @@ def make_encoding(
     window: Window,
     pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
     extra: Mapping[str, Any] | None = None,
+    *,
+    compute_dtype: str = "float32",
+    device_kind: str = "cpu",
 ) -> Encoding:
-    """The record whose hash is the encode key; ``extra`` holds what only some encodings have (`vae_tiling`)."""
+    """The record whose hash is the encode key; ``extra`` holds what only some encodings have (`vae_tiling`).
+
+    Args:
+        compute_dtype, device_kind: What the workers compute in and on (`latentcache.numerics`).
+    """
     return Encoding(
         vae_sha256=vae.sha256,
         vae_architecture=vae.architecture,
@@ -92,6 +99,8 @@ def make_encoding(
         numerics_version=NUMERICS_VERSION,
         pad_multiple_zyx=pad_multiple_zyx,
         extra=dict(extra or {}),
+        compute_dtype=compute_dtype,
+        device_kind=device_kind,
     )
 
 

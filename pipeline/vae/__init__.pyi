@@ -13,5 +13,12 @@ from .sliding_window import (
     as_encoded as as_encoded,
     parse_tiling as parse_tiling,
 )
-from .vae import Decoder as Decoder, Encoder as Encoder, Vae as Vae, load_decoder as load_decoder, load_vae as load_vae
+from .vae import (
+    Decoder as Decoder,
+    Encoder as Encoder,
+    Vae as Vae,
+    decoder_on_shapes as decoder_on_shapes,
+    load_decoder as load_decoder,
+    load_vae as load_vae,
+)
 from .weights import VaeWeights as VaeWeights

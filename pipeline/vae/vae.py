@@ -7,7 +7,7 @@ network halves, and how a volume that does not fit in memory at once is run (`va
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from latentcache import InputError, NonFiniteError
+from latentcache import InputError, NonFiniteError, check_bf16_convolutions, device_kind, free_host_bytes, full_float32
+from pipeline.vae.architecture import KlAutoencoder, VaeArchitecture
 from pipeline.vae.sliding_window import as_encoded, sliding
 from pipeline.vae.streaming import Field, Plan, SlabExecutor, Stored, Stream, as_image, free_bytes, make_plan
 from pipeline.vae.weights import TINY, VaeWeights, load_weights
@@ -36,14 +37,27 @@ def load_decoder(
     memory_gib: float | None = None,
     expected_sha256: str = "",
     extra: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    gpu_share: float = 1.0,
 ) -> Decoder:
     """A VAE on a device; ``extra`` (`Encoding.extra`) says whether the latents were encoded in windows.
+
+    Args:
+        dtype: ``float32`` or ``bfloat16``; None: the device's own.
+        gpu_share: This worker's share of its GPU's memory, where ``memory_gib`` is None.
 
     Raises:
         InputError: Not the autoencoder that the latents were encoded with.
     """
+    import torch
 
-    vae: Decoder = as_encoded(load_vae(spec, device=device, memory_gib=memory_gib), extra or {})
+    from pipeline.vae.streaming import share_gib
+
+    arithmetic = None if dtype is None else getattr(torch, dtype)
+    if device_kind(device) == "cuda" and arithmetic != torch.float32:
+        check_bf16_convolutions(torch.device(device))
+    memory_gib = memory_gib or share_gib(torch.device(device), gpu_share)
+    vae: Decoder = as_encoded(load_vae(spec, device=device, memory_gib=memory_gib, dtype=arithmetic), extra or {})
     if expected_sha256 and vae.sha256 != expected_sha256:
         raise InputError(
             f"a VAE whose SHA-256 begins {vae.sha256[:12]}",
@@ -91,6 +105,23 @@ def load_vae(
     return Vae(weights, torch.device(device), memory_gib=memory_gib, dtype=dtype)
 
 
+def decoder_on_shapes(architecture: dict[str, Any] | None, *, bf16: bool) -> Callable[[Tensor], Tensor]:
+    """A decoder without weights, to count on shapes what `Vae.decode_slab` would keep. Call it in a fake tensor mode.
+
+    Args:
+        architecture: `Vae.architecture`; None: MAISI's as published.
+    """
+    layout = VaeArchitecture.from_dict(architecture or {})
+
+    def decode(latents: Tensor) -> Tensor:
+        network = KlAutoencoder(layout).eval().requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            image: Tensor = network.decode(latents)
+        return image.float() * 2 - 1
+
+    return decode
+
+
 class Vae:
     """A frozen autoencoder.
 
@@ -115,6 +146,8 @@ class Vae:
         self.latent_channels = self.layout.latent_channels
         self.device = device
         self.dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        if self.dtype == torch.float32:
+            full_float32()
         self.memory_gib = memory_gib
         self.slab_bytes = slab_bytes or SLAB_BYTES.get(device.type, 16 << 20)
         self.network = weights.build().to(device)
@@ -272,7 +305,14 @@ class Vae:
     def _plan(self, part: str, shape_DHWC: tuple[int, int, int, int]) -> Plan:
         budget = free_bytes(self.device, self.memory_gib)
         return make_plan(
-            self.layout, part, shape_DHWC, self.dtype, self.device, slab_bytes=self.slab_bytes, budget_bytes=budget
+            self.layout,
+            part,
+            shape_DHWC,
+            self.dtype,
+            self.device,
+            slab_bytes=self.slab_bytes,
+            budget_bytes=budget,
+            host_budget_bytes=int(0.9 * free_host_bytes()),
         )
 
     def _executor(self, plan: Plan) -> SlabExecutor:

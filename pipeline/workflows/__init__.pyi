@@ -1,14 +1,5 @@
 from .compare import compare_runs as compare_runs
-from .doctor import (
-    Finding as Finding,
-    device as device,
-    disk as disk,
-    epoch_time as epoch_time,
-    machine as machine,
-    memory as memory,
-    store_health as store_health,
-    vae_weights as vae_weights,
-)
+from .doctor import REMEDIES as REMEDIES, Finding as Finding, examine as examine
 from .evaluate import evaluate_run as evaluate_run
 from .evaluate_rplhr import evaluate_rplhr as evaluate_rplhr
 from .interpolate import (
@@ -32,7 +23,7 @@ from .sample import (
     sample_store as sample_store,
     sampling_facts as sampling_facts,
 )
-from .train import describe as describe, run_training as run_training
+from .train import configuration as configuration, describe as describe, run_training as run_training
 from .train_refiner import (
     HELD_OUT_PAIRS as HELD_OUT_PAIRS,
     PatchStream as PatchStream,

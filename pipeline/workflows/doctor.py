@@ -9,8 +9,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from diffusion.config import TrainConfig
     from latentcache import LatentStore
+
+
+REMEDIES = {
+    "out of memory": "set data.batch_size lower, model.activation_checkpointing=true, data.window=32, --latent-patch 2 "
+    "or, with several GPUs, parallel.strategy=fsdp; for the VAE, --memory-gib",
+    "NaN or infinity": "the run stops and names step, study and tensor; run `ctpipe verify STORE`; if it is clean, "
+    "lower optimiser.learning_rate or set optimiser.precision=fp32, and --resume",
+    "checkpoint not 130/130": "the file is not a MAISI VAE's, or is cut: compare its size with the publisher's; the "
+    "loader names the missing tensors",
+    "unreadable archive": "it is quarantined with its reason, the others go on: repair or replace the zip, then run "
+    "`ctpipe ingest` again",
+    "disk full": "the checkpoint before is whole: free space and run the same command with --resume; `ctpipe gc STORE` "
+    "removes what no snapshot names",
+}
+"""The README's troubleshooting table; error messages say the same."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +37,39 @@ class Finding:
     name: str
     level: str
     detail: str
+
+
+def examine(store: str | None, preset: str, overrides: Sequence[str], vae: str) -> list[Finding]:
+    """Return what was found about this machine and, where a store is named, about a planned run on it.
+
+    Args:
+        overrides: ``KEY=VALUE`` as for ``ctpipe train --set``.
+        vae: ``tiny`` or the path of MAISI weights.
+    """
+    from diffusion.config import load_config
+    from latentcache import CtpipeError, LatentStore
+
+    without_vgg = ["losses.perceptual_weight=0"] if preset == "classic" else []
+    config, _ = load_config(preset, None, [*without_vgg, *overrides])
+    findings: list[Finding] = []
+
+    def look(name: str, found: Callable[[], tuple[str, str]]) -> None:
+        try:
+            findings.append(Finding(name, *found()))
+        except CtpipeError as error:
+            findings.append(Finding(name, "problem", str(error)))
+
+    latents: list[LatentStore] = []
+    look("machine", machine)
+    look("device", device)
+    look("compilation", compilation)
+    look("disk", disk)
+    look("VAE weights", lambda: vae_weights(vae))
+    if store is not None:
+        look("store", lambda: store_health(latents, LatentStore.open(store)))
+    look("memory", lambda: memory(config, latents))
+    look("epoch", lambda: epoch_time(config, latents))
+    return findings
 
 
 def machine() -> tuple[str, str]:
@@ -39,11 +89,14 @@ def device() -> tuple[str, str]:
     if not torch.cuda.is_available():
         rate = measured_matmul_rate(torch.device("cpu"), torch.float32)
         return "note", f"no CUDA device: training and encoding run on the CPU ({rate / 1e9:.0f} GFLOP/s measured)"
+    from latentcache import check_bf16_convolutions
+
     rows = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         rate = measured_matmul_rate(torch.device("cuda", index), torch.bfloat16)
         name = torch.cuda.get_device_name(index)
+        check_bf16_convolutions(torch.device("cuda", index))
         rows.append(f"{name} {free / 2**30:.0f}/{total / 2**30:.0f} GiB free, {rate / 1e12:.0f} TFLOP/s in bf16")
     return "ok", "; ".join(rows)
 
@@ -91,7 +144,7 @@ def memory(config: TrainConfig, latents: list[LatentStore]) -> tuple[str, str]:
 
     world = World(device=default_device())
     shape, _ = sample_shape(config, latents)
-    need = estimate_step(config, shape, world)
+    need = estimate_step(config, shape, world, decoder_of(latents, config, world.device.type == "cuda"))
     present = memory_present(world.device)
     text = (
         f"{config.preset}: {need.parameters / 1e6:.0f}M parameters, batch {config.data.batch_size} of {shape} needs "
@@ -118,3 +171,30 @@ def epoch_time(config: TrainConfig, latents: list[LatentStore]) -> tuple[str, st
     whose = f"{samples} samples of this store" if samples else "250 volumes"
     length = f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
     return "ok", f"about {length} for {whose}, {flops / 1e12:.2f} TFLOP forward each"
+
+
+def decoder_of(latents: list[LatentStore], config: TrainConfig, bf16: bool) -> Callable[[Any], Any]:
+    """The decoder that the image losses would run, on shapes alone: the store's, else MAISI's."""
+    from diffusion.data import choose_encode_key
+    from latentcache import InputError
+    from pipeline.vae import decoder_on_shapes
+
+    architecture = None
+    if latents:
+        try:
+            found = choose_encode_key(latents[0], config.data.encode_key)
+            architecture = latents[0].encoding(found).vae_architecture
+            return decoder_on_shapes(architecture, bf16=bf16)
+        except InputError:  # nothing encoded yet, or a made-up VAE: the published one is the larger need
+            architecture = None
+    return decoder_on_shapes(architecture, bf16=bf16)
+
+
+def compilation() -> tuple[str, str]:
+    """Whether Triton can compile here: for ``optimiser.compile`` and for the fused kernels."""
+    from diffusion.training import what_compilation_lacks
+
+    missing = what_compilation_lacks()
+    if not missing:
+        return "ok", "a C compiler and Python's headers are here: compiled models and fused kernels can run"
+    return "note", f"no {' and no '.join(missing)}: leave optimiser.compile off; fused kernels fall back to PyTorch's"

@@ -129,7 +129,8 @@ def describe(settings: dict[str, Any], on_note: Callable[[str], None] | None = N
     workers = max(1, settings["gpus"] or 1)
     world = World(0, workers, default_device())
     stream, held_out = open_streams(latents, config, world)
-    need = estimate_step(config, stream.shapes[0], world)
+    decoder, _ = image_side(settings, config, latents, str(world.device), first=False)
+    need = estimate_step(config, stream.shapes[0], world, decoder)
     total = config.optimiser.steps or config.optimiser.epochs * len(stream)
     return {
         "preset": config.preset,

@@ -17,7 +17,7 @@ from pipeline.encode import EncodeSettings, encode_store, store as stage_of_enco
 from pipeline.encode.store import EncodeSummary
 from pipeline.engines import EngineOptions
 from pipeline.reading import read_series
-from tests.pipeline.ingest.test_ingest import EncodeWorker
+from tests.pipeline.ingest.test_ingest import Bench
 from tests.support.average_codec import AverageCodec
 from tests.support.hospital import Scan, study, thick, thin, write_zip
 
@@ -25,10 +25,10 @@ TISSUE, NEWCOMER = 40, 190
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EncodeWorker:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.delenv("CTPIPE_SECRET", raising=False)
     monkeypatch.setattr(stage_of_encoding, "load_encoder", lambda device, settings: AverageCodec())
-    return EncodeWorker(tmp_path)
+    return Bench(tmp_path)
 
 
 def phase(uid: str, hu: int, n: int = 60) -> Scan:
@@ -43,21 +43,21 @@ def loose(folder: Path, scan: Scan) -> None:
         (folder / f"I{i:04d}.dcm").write_bytes(data)
 
 
-def encode(bench: EncodeWorker, **options: Any) -> EncodeSummary:
+def encode(bench: Bench, **options: Any) -> EncodeSummary:
     return encode_store(bench.url, EncodeSettings(), EngineOptions("inline"), **options)
 
 
-def latents(bench: EncodeWorker) -> dict[str, LatentRecord]:
+def latents(bench: Bench) -> dict[str, LatentRecord]:
     store = LatentStore.open(bench.url)
     return {row.key: row for row in store.records()}
 
 
-def hu_of(bench: EncodeWorker, row: LatentRecord) -> float:
+def hu_of(bench: Bench, row: LatentRecord) -> float:
     """What the average codec kept, in HU of the window 40 +- 200."""
     return float(LatentStore.open(bench.url).read(row)[0].mean()) * 200 + 40
 
 
-def test_a_newcomer_in_a_patients_folder_is_not_taken_for_the_series_that_was_ingested(bench: EncodeWorker) -> None:
+def test_a_newcomer_in_a_patients_folder_is_not_taken_for_the_series_that_was_ingested(bench: Bench) -> None:
     """A second phase whose folder sorts first shifts every member's number to the newcomer's slices."""
     patient = bench.data / "APE" / "P1"
     loose(patient / "p75", phase("1.2.3.75", TISSUE))
@@ -79,7 +79,7 @@ def test_a_newcomer_in_a_patients_folder_is_not_taken_for_the_series_that_was_in
     assert verify(LatentStore.open(bench.url)).ok
 
 
-def test_two_series_that_change_places_in_a_zip_do_not_change_keys(bench: EncodeWorker) -> None:
+def test_two_series_that_change_places_in_a_zip_do_not_change_keys(bench: Bench) -> None:
     path = bench.data / "APE" / "a.zip"
     one, other = phase("1.2.3.75", TISSUE), phase("1.2.3.30", NEWCOMER)
     write_zip(path, [one, other])
@@ -95,7 +95,7 @@ def test_two_series_that_change_places_in_a_zip_do_not_change_keys(bench: Encode
     assert found[bench.private.keys.series("1.2.3.30")] == pytest.approx(NEWCOMER, abs=2)
 
 
-def test_a_pair_is_not_refused_for_ever_because_its_archive_changed_once(bench: EncodeWorker) -> None:
+def test_a_pair_is_not_refused_for_ever_because_its_archive_changed_once(bench: Bench) -> None:
     """The pixel proof compares what the headers paired, or nothing."""
     path = write_zip(bench.data / "APE" / "a.zip", study("PAT1", 3))
     bench.run()
@@ -109,7 +109,7 @@ def test_a_pair_is_not_refused_for_ever_because_its_archive_changed_once(bench: 
     assert "pixel_proof" not in pair.evidence
 
 
-def test_the_same_uids_with_other_pixels_are_refused_in_a_zip(bench: EncodeWorker) -> None:
+def test_the_same_uids_with_other_pixels_are_refused_in_a_zip(bench: Bench) -> None:
     """A corrected export keeps every UID and every size; the directory's CRC-32 tells."""
     path = write_zip(bench.data / "APE" / "a.zip", [thin()])
     bench.run()
@@ -120,7 +120,7 @@ def test_the_same_uids_with_other_pixels_are_refused_in_a_zip(bench: EncodeWorke
     assert "its slices are not the files that were ingested" in why
 
 
-def test_the_same_uids_with_other_times_are_refused_in_a_folder(bench: EncodeWorker) -> None:
+def test_the_same_uids_with_other_times_are_refused_in_a_folder(bench: Bench) -> None:
     patient = bench.data / "APE" / "P1"
     loose(patient / "s", phase("1.2.3.75", TISSUE))
     bench.run()
@@ -130,7 +130,7 @@ def test_the_same_uids_with_other_times_are_refused_in_a_folder(bench: EncodeWor
     assert "its slices are not the files that were ingested" in why
 
 
-def test_a_file_that_changes_while_it_is_read_is_noticed(bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_is_noticed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     patient = bench.data / "APE" / "P1"
     loose(patient / "s", phase("1.2.3.75", TISSUE, n=4))
     bench.run()
@@ -151,7 +151,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(bench: EncodeWorker, mo
 
 
 def test_an_ingest_that_died_between_private_and_catalog_gives_no_row(
-    bench: EncodeWorker, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PRIVATE knows the new archive and the catalog the old one: neither may vouch for the other."""
     path = write_zip(bench.data / "APE" / "a.zip", [thin()])
@@ -175,7 +175,7 @@ def test_an_ingest_that_died_between_private_and_catalog_gives_no_row(
     assert stale_rows(LatentStore.open(bench.url), summary.encode_key).num_rows == 0
 
 
-def test_rows_of_private_that_an_earlier_version_wrote_still_read(bench: EncodeWorker) -> None:
+def test_rows_of_private_that_an_earlier_version_wrote_still_read(bench: Bench) -> None:
     """They have no seal: the UID and the catalog's digest are what is left to hold an archive to."""
     import pyarrow.parquet as pq
 

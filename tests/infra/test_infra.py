@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,8 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from cli.main import app
+from diffusion.config import load_config
+from pipeline.vae.weights import TINY
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 BASE = INFRA / "k8s" / "base"
@@ -251,11 +254,74 @@ def test_commands_and_their_options_exist(words: list[str]) -> None:
 def test_training_has_time_to_leave_a_checkpoint() -> None:
     (job,) = [d for d in VARIANTS["base"] if d["kind"] == "Job"]
     pod = job["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] >= 120
+    patience = load_config("medium")[0].parallel.shutdown_timeout_s
+    assert pod["terminationGracePeriodSeconds"] >= patience + 60, "torchrun kills its workers before the pod is killed"
     assert "kill -TERM 1" in pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-    assert "--resume" in pod["containers"][0]["args"]
     (term,) = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert all("A100" in value and "80GB" in value for value in term["matchExpressions"][0]["values"])
+
+
+def test_the_image_can_compile() -> None:
+    """Triton builds a C module when a compiled model or a fused kernel first runs."""
+    final = (INFRA / "Dockerfile").read_text().split("\nFROM ")[-1]
+    (installed,) = re.findall(r"apt-get install -y --no-install-recommends (.+?) \\\n", final)
+    assert {"gcc", "libc6-dev", "python3-dev"} <= set(installed.split())
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small archive, ingested and encoded as the other jobs would have left it: store, private part and weights."""
+    root = tmp_path_factory.mktemp("cluster")
+    store, private = root / "store", root / "private"
+    for words in (
+        ["phantom", root / "archive", "--patients", 6, "--size", 32, "--thin-slices", 44, "--seed", 9],
+        ["ingest", root / "archive", store, "--private", private],
+        ["encode", store, "--private", private, "--pad-in-plane", 64],
+    ):
+        assert app([str(word) for word in words] + ["--json"], standalone_mode=False) in (0, None, 3)
+    (store / "weights").mkdir()
+    shutil.copy(TINY, store / "weights" / "autoencoder_epoch273.pt.safetensors")
+    return root
+
+
+SMALL = ["model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.groups=4", "model.heads=2",
+         "model.time_embedding=16", "losses.crop=8", "data.readers=0", "optimiser.samples_per_step=2",
+         "losses.every=1", "validation.images_every=1"]  # fmt: skip
+
+
+def test_the_train_job_begins_a_run_and_goes_on_when_its_pod_is_started_again(
+    archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job's own command line, on a fresh folder and again, with a small model on the CPU."""
+    (job,) = [d for d in VARIANTS["base"] if d["kind"] == "Job"]
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    mounts = sorted((m["mountPath"] for m in container["volumeMounts"]), key=len, reverse=True)
+    words = list(container["args"])
+    weights = words[words.index("--vae") + 1]
+    words[words.index("--vae") + 1] = weights + ".safetensors"
+    words[words.index("--gpus") + 1] = "0"
+    for at, word in enumerate(words):
+        used = next((m for m in mounts if word == m or word.startswith(m + "/")), None)
+        assert used or not word.startswith("/"), f"{word} is on none of the pod's volumes"
+        words[at] = str(archive) + word if used else word
+    words += [w for setting in SMALL for w in ("--set", setting)]
+    steps = []
+    for most in (2, 4):
+        assert app([*words, "--max-steps", str(most), "--json"], standalone_mode=False) in (0, None)
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        steps.append(summary["steps"])
+        assert summary["validation"]["val_psnr_db"] > 0, "held-out pixels were read"
+    assert steps == [2, 4]
+    lines = (archive / "store" / "runs" / "medium" / "log.jsonl").read_text().splitlines()
+    trained = [json.loads(line)["step"] for line in lines if json.loads(line)["kind"] == "train"]
+    assert trained == [1, 2, 3, 4]
+
+
+def test_the_train_job_mounts_the_archive_and_the_private_part_to_read() -> None:
+    (job,) = [d for d in VARIANTS["base"] if d["kind"] == "Job"]
+    mounts = {m["name"]: m for m in job["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]}
+    assert mounts["archive"]["readOnly"]
+    assert mounts["private"]["readOnly"]
 
 
 def test_dashboard_shows_what_the_engine_is_called() -> None:

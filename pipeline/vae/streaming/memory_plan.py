@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentcache import InputError
+from latentcache import InputError, free_host_bytes
 from pipeline.vae import KlAutoencoder, VaeArchitecture
 from pipeline.vae.streaming.executor import SlabExecutor
 from pipeline.vae.streaming.layers import Stream
@@ -125,29 +125,54 @@ def make_plan(
     *,
     slab_bytes: int,
     budget_bytes: int,
+    host_budget_bytes: int | None = None,
 ) -> Plan:
     """The first plan that fits: the usual slabs, thinner slabs, then (on a GPU) activations in pinned host memory.
 
+    Args:
+        host_budget_bytes: What pinned host memory may take; None: any amount.
+
     Raises:
-        InputError: None fits; names the bytes wanted and the bytes there are.
+        InputError: None fits; names the bytes wanted and the bytes there are, on the device and in host memory.
     """
     slabs = dict.fromkeys((slab_bytes, max(1, slab_bytes // 4), 1))
-    smallest = None
+    smallest, too_much_host = None, 0
     for offload, slab in product([False] if device.type == "cpu" else [False, True], slabs):
         on_device, on_host = rehearse(architecture, part, shape_DHWC, dtype, slab, offload)
         plan = Plan(slab, offload, on_device + _LIBRARY_BYTES.get(device.type, 0), on_host)
         if plan.device_bytes <= budget_bytes:
-            return plan
+            if host_budget_bytes is None or plan.host_bytes <= host_budget_bytes:
+                return plan
+            too_much_host = plan.host_bytes
         if smallest is None or plan.device_bytes < smallest.device_bytes:
             smallest = plan
     assert smallest is not None
     size = "x".join(str(n) for n in shape_DHWC[:3])
+    if too_much_host:
+        raise InputError(
+            f"the VAE's {part} needs {too_much_host / GIB:.2f} GiB of pinned host memory for {size}, with "
+            f"{(host_budget_bytes or 0) / GIB:.2f} GiB free, because the device's {budget_bytes / GIB:.2f} GiB do not "
+            "hold its activations",
+            expected="host memory, within the container's limit, for what the device does not hold",
+            remedy="Raise the container's memory limit, use a GPU with more memory, or crop the field of view.",
+        )
     needed, free = smallest.device_bytes / GIB, budget_bytes / GIB
     raise InputError(
         f"the VAE's {part} needs {needed:.2f} GiB for {size}, with {free:.2f} GiB free",
         expected="a volume within the memory budget",
         remedy="Raise --memory-gib, free memory, use a machine with more, or crop the field of view.",
     )
+
+
+def share_gib(device: torch.device, share: float) -> float | None:
+    """GiB of a GPU for one of several workers on it, nine tenths of its share; None for a whole device.
+
+    Of what is free the first worker would take all but a tenth, and the second would find no room.
+    """
+    if share >= 1 or device.type != "cuda":
+        return None
+    _, total = torch.cuda.mem_get_info(device)
+    return 0.9 * share * total / GIB
 
 
 def free_bytes(device: torch.device, memory_gib: float | None) -> int:
@@ -158,6 +183,4 @@ def free_bytes(device: torch.device, memory_gib: float | None) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(0.9 * (free + cached))
-    import psutil
-
-    return int(0.9 * psutil.virtual_memory().available)
+    return int(0.9 * free_host_bytes())

@@ -127,8 +127,8 @@ def test_status_counts_and_names_pins_and_what_is_stale(store: LatentStore) -> N
 
 
 def test_migrate_leaves_a_current_store_alone(store: LatentStore) -> None:
-    assert run("migrate", store.url) == (0, {"from": 1, "to": 1, "fragments": 0})
-    assert "already at format version 1" in text("migrate", store.url)
+    assert run("migrate", store.url) == (0, {"from": 2, "to": 2, "fragments": 0})
+    assert "already at format version 2" in text("migrate", store.url)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,7 +13,8 @@ from cli.main import app
 from diffusion.config import load_config
 from diffusion.data import make_store
 from latentcache import InputError, LatentStore
-from pipeline.workflows.train import configuration, image_side
+from pipeline.workflows import configuration
+from pipeline.workflows.train import image_side
 
 FAST = [
     "--set", "model.width=8", "--set", "model.multipliers=[1,2]", "--set", "model.attention_levels=[1]",
@@ -101,7 +102,7 @@ def test_doctor_reports_the_store_and_the_memory(store: LatentStore, capsys: pyt
     code, report = call(capsys, "doctor", folder(store), "--preset", "tiny", "--json")
     found = {f["name"]: f for f in report["findings"]}
     assert code == 0
-    assert set(found) == {"machine", "device", "disk", "VAE weights", "store", "memory", "epoch"}
+    assert set(found) == {"machine", "device", "compilation", "disk", "VAE weights", "store", "memory", "epoch"}
     assert "4 pairs" in found["store"]["detail"]
     assert {"out of memory", "NaN or infinity", "disk full"} <= set(report["remedies"])
 

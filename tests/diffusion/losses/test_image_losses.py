@@ -13,9 +13,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from diffusion.losses import ImageLosses, load_vgg19, ms_ssim as msssim, perceptual_distance
-from diffusion.losses.ms_ssim import ms_ssim, scales_for
-from diffusion.losses.vgg import VGG19Features
+from diffusion.losses import ImageLosses, VGG19Features, load_vgg19, ms_ssim, ms_ssim as msssim, perceptual_distance
+from diffusion.losses.ms_ssim import scales_for
 from latentcache import InputError
 
 

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
+from diffusion.config import load_config
 from diffusion.data import make_store
 from diffusion.training import check_gpus, is_worker
 from diffusion.training.launch import own_error, torchrun_command
@@ -53,12 +58,79 @@ def test_torchrun_starts_the_program_once_a_process(tmp_path: Path) -> None:
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"0": "2", "1": "2"}
 
 
+SLOW_SAVE = """
+import sys, time, torch
+from diffusion.runs.checkpoint import CheckpointFolder
+from diffusion.config import load_config
+from diffusion.training.train import train
+from diffusion.training.distributed import leave
+from latentcache.store import LatentStore
+torch.set_num_threads(1)
+store, run, seconds, *overrides = sys.argv[1:]
+save = CheckpointFolder.save
+def slowly(self, contents, *, best=False):
+    time.sleep(float(seconds))
+    return save(self, contents, best=best)
+CheckpointFolder.save = slowly
+train(LatentStore.open(store), run, load_config("tiny", None, overrides)[0])
+leave()
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "save_seconds", "kept"),
+    [
+        pytest.param({"shutdown_timeout_s": 1}, 8, False, id="too-short"),
+        pytest.param({"shutdown_timeout_s": 120}, 8, True, id="long-enough"),
+        pytest.param({}, 35, True, id="default", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_through_torchrun_leaves_time_for_the_checkpoint(
+    tmp_path: Path, options: dict[str, int], save_seconds: int, kept: bool
+) -> None:
+    """torchrun kills its workers 30 s after it has passed SIGTERM on, unless told otherwise."""
+    store, run = make_store(tmp_path / "s", side=8), tmp_path / "run"
+    settings = ["model.width=8", "model.multipliers=[1,2]", "model.groups=4", "model.heads=2", "window=4",
+                "model.attention_levels=[1]", "model.latent_patch=1", "max_seconds=null", "samples_per_step=4",
+                "batch_size=1", "every_epochs=0", "readers=0", "checkpoint_every_steps=100000"]  # fmt: skip
+    arguments = [sys.executable, "-c", SLOW_SAVE, store.url.removeprefix("file://"), str(run), str(save_seconds)]
+    process = subprocess.Popen(
+        torchrun_command(2, [*arguments, *settings], **options),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not (run / "log.jsonl").exists() or (run / "log.jsonl").read_text().count('"train"') < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "the run made no progress"
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    state = run / "checkpoints" / "last" / "state.json"
+    assert state.exists() == kept
+    if kept:
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        assert json.loads(state.read_text())["step"] == max(x["step"] for x in lines if x["kind"] == "train") >= 3
+        assert lines[-1]["stopped_by"] == "signal"
+
+
+def test_torchruns_patience_is_the_configurations(caplog: pytest.LogCaptureFixture) -> None:
+    assert load_config("medium")[0].parallel.shutdown_timeout_s == 300
+    assert "--shutdown-timeout=300" in torchrun_command(2, ["x"])
+    assert "--shutdown-timeout=77" in torchrun_command(2, ["x"], 77)
+    assert caplog.text == ""
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_ray_train_gives_the_losses_of_one_process_and_a_workers_error_as_it_was(tmp_path: Path) -> None:
     import ray
 
-    from diffusion.config import load_config
     from diffusion.runs import read_log
     from diffusion.training import train, train_on_ray
     from pipeline.workflows.train import run_training

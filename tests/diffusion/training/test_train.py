@@ -173,6 +173,42 @@ def test_sigterm_saves_and_ends_in_order(store: LatentStore, undisturbed: Path, 
     assert state["step"] == int(steps) >= 4
 
 
+@pytest.mark.parametrize("stop", [0, 4])
+def test_sigterm_between_accumulated_batches_takes_no_half_step_and_loses_nothing(
+    store: LatentStore, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """A step of eight batches is half a minute for `medium`: the batches that are left are not waited for."""
+    real, calls = train_module.latent_loss, []
+
+    def interrupted(*arguments: Any) -> Any:
+        inner = real(*arguments)
+
+        def loss(model: nn.Module, batch: dict[str, Any], step: int) -> Any:
+            calls.append(step)
+            if step == stop and model.training:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(model, batch, step)
+
+        return loss
+
+    monkeypatch.setattr(train_module, "latent_loss", interrupted)
+    summary = train(store, tmp_path / "run", small())
+    assert (summary.stopped_by, summary.steps) == ("signal", stop)
+    assert calls.count(stop) == 1, "the second batch of the step was not computed"
+    monkeypatch.setattr(train_module, "latent_loss", real)
+    train(store, tmp_path / "run", small(), resume=True)
+    assert_same_bits(weights(tmp_path / "run"), weights(undisturbed))
+
+
+def test_a_job_that_restarts_begins_a_run_and_then_continues_it(
+    store: LatentStore, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert train(store, run, small("max_steps=4"), resume="if-there").steps == 4
+    assert train(store, run, small(), resume="if-there").steps == 14
+    assert_same_bits(weights(run), weights(undisturbed))
+
+
 DISTRIBUTED = """
 import sys, torch
 from diffusion.config import load_config

@@ -1,4 +1,4 @@
-"""A store of format version 0 becomes one of version 1, whole, however often it is interrupted."""
+"""A store of format version 0 becomes one of this version, whole, however often it is interrupted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,12 @@ def _age(root: Path) -> None:
         path.write_text(json.dumps(body))
     header = json.loads((root / "store.json").read_bytes())
     (root / "store.json").write_text(json.dumps({**header, "format_version": 0}))
-    dropped = {"pairs": ["status", "reason"], "timings": ["stage"], "catalog": [], "manifest": []}
+    dropped = {
+        "pairs": ["status", "reason"],
+        "timings": ["stage"],
+        "catalog": [],
+        "manifest": ["compute_dtype", "device_kind"],
+    }
     for kind, columns in dropped.items():
         for path in (root / kind).glob("*.parquet"):
             table = pq.read_table(path).drop_columns(columns)
@@ -61,7 +66,7 @@ def test_an_old_store_opens_after_migration(old: Path) -> None:
         LatentStore.open(old)
     assert migrate(LocalLocation(old)) == (0, 4)
     assert_current(old)
-    assert migrate(LocalLocation(old)) == (1, 0)
+    assert migrate(LocalLocation(old)) == (2, 0)
 
 
 @pytest.mark.parametrize("method", ["put_once", "put", "delete"])

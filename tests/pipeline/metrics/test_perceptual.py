@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.functional.image.lpips import _normalize_tensor, _spatial_average
 
-from diffusion.losses.vgg import VGG19Features
+from diffusion.losses import VGG19Features
 from latentcache import InputError, NonFiniteError
 from pipeline.metrics import perceptual_distance
 from pipeline.metrics.perceptual import image_distance

@@ -1,0 +1,115 @@
+"""The arithmetic behind a latent: its dtype and the kind of device, and the library faults that make it wrong.
+
+PyTorch is imported where it is needed, so that a store can be read without it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from latentcache.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+Precision = Literal["auto", "fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
+
+
+CUDNN_WRONG = (90800, 91500)
+"""cuDNN 9.8 to 9.14, as ``torch.backends.cudnn.version()`` counts: 3-D convolutions in bf16 with large outputs are
+silently wrong (pytorch issues 163539 and 166122), or several times slower and hungrier where PyTorch goes around cuDNN
+(166643)."""
+
+
+SLAB_CDHW = (64, 8, 512, 512)
+"""A slab as the VAE's finest level has them."""
+
+
+def device_kind(device: str) -> str:
+    """``cpu`` or ``cuda`` of a device such as ``cuda:3``."""
+    return device.split(":")[0]
+
+
+def compute_dtype(precision: str, device: str) -> str:
+    """The dtype that a precision means on a device: ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        InputError: An unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"--dtype {precision}", expected=", ".join(PRECISIONS), remedy="Leave it out: auto.")
+    if precision == "auto":
+        return "bfloat16" if device_kind(device) == "cuda" else "float32"
+    return {"fp32": "float32", "bf16": "bfloat16"}[precision]
+
+
+def full_float32() -> None:
+    """Let float32 on a GPU be float32, for this process: by default convolutions there round to TF32's ten bits, which
+    is a thousandth and as much as two device kinds may differ by."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def check_bf16_convolutions(device: torch.device) -> None:
+    """Refuse a GPU whose bf16 3-D convolutions are known, or found, to be wrong. About two seconds, once a process.
+
+    Raises:
+        InputError: The cuDNN version, or the error that was measured, and what to install.
+    """
+    if device.type == "cuda":
+        import torch
+
+        check_cudnn_version(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        check_large_convolution(device)
+
+
+def check_cudnn_version(version: int | None) -> None:
+    """Refuse a cuDNN that computes bf16 3-D convolutions wrongly (``CUDNN_WRONG``)."""
+    low, high = CUDNN_WRONG
+    if version is not None and low <= version < high:
+        raise InputError(
+            f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100}, whose bf16 3-D convolutions of large "
+            "outputs are silently wrong, or several times slower",
+            expected="cuDNN 9.15 or newer (or older than 9.8)",
+            remedy="pip install 'nvidia-cudnn-cu13>=9.15' (nvidia-cudnn-cu12 for a torch of CUDA 12), or compute in "
+            "float32: --dtype fp32, and --set optimiser.precision=fp32 for training.",
+        )
+
+
+@lru_cache(maxsize=16)
+def check_large_convolution(device: torch.device, shape_cdhw: tuple[int, int, int, int] = SLAB_CDHW) -> float:
+    """Convolve one large slab in bf16 and in float32 and compare; returns the error relative to the outputs' spread.
+
+    Raises:
+        InputError: They differ by more than bf16's rounding explains.
+    """
+    import torch
+
+    channels = shape_cdhw[0]
+    random = torch.Generator(device).manual_seed(0)
+    x = torch.randn((1, *shape_cdhw), generator=random, device=device, dtype=torch.bfloat16)
+    weight = torch.randn((channels, channels, 3, 3, 3), generator=random, device=device) / (27 * channels) ** 0.5
+    weight = weight.to(torch.bfloat16)
+    error = 0.0
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        layout = torch.channels_last_3d
+        half: Any = torch.nn.functional.conv3d(x.contiguous(memory_format=layout), weight, padding=1)
+        # In rows of slices: a float32 slab beside the bf16 one would double what the check takes.
+        for z in range(shape_cdhw[1]):
+            part = torch.nn.functional.pad(x[:, :, max(0, z - 1) : z + 2].float(), (1, 1, 1, 1))
+            kernel = weight.float()[:, :, max(0, 1 - z) : 3 - max(0, z + 2 - shape_cdhw[1])]
+            exact = torch.nn.functional.conv3d(part, kernel)[:, :, 0]
+            error = max(error, float((half[:, :, z].float() - exact).abs().max()))
+    if not error < 0.1:
+        raise InputError(
+            f"a bf16 3-D convolution on {device} that is off by {error:.3g} where its outputs have a spread of 1",
+            expected="less than 0.1: bf16's rounding",
+            remedy="Update cuDNN and the driver, or compute in float32: --dtype fp32, and --set "
+            "optimiser.precision=fp32 for training.",
+        )
+    return error
