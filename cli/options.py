@@ -1,4 +1,4 @@
-"""Options that several commands take alike, declared once; those of the engines are in ``cli.spread``."""
+"""Options that several commands take alike, declared once."""
 
 from __future__ import annotations
 

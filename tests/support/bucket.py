@@ -18,7 +18,7 @@ from latentcache.storage import Entry
 
 
 class Bucket:
-    """A latentcache.location.Location. With ``conditional`` a taken name is refused however late it was taken."""
+    """A latentcache.storage.Location. With ``conditional`` a taken name is refused however late it was taken."""
 
     def __init__(self, conditional: bool = True) -> None:
         self.conditional = conditional

@@ -3,9 +3,10 @@
 A process is a driver that adds rows, one that merges fragments, gc, or a training run that pins a snapshot. Between any
 two requests another process may go on, a process may crash, an answer may be lost (the store did it, the caller is told
 that it failed), the lease may look dead to another although its holder only sleeps (a stopped process, a jump of a
-clock), and a renewal that was under way may arrive late. Steps are those of latentcache.commit, .gc and .pins, by name.
+clock), and a renewal that was under way may arrive late. Steps are those of
+latentcache.writer and latentcache.maintenance, by name.
 
-    python tests/commit_model.py            every set of three processes: some millions of states
+    python tests/support/commit_model.py            every set of three processes: some millions of states
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def test_a_reader_at_rest_holds_no_result() -> None:
 
 def test_a_forgotten_iterator_lets_the_program_end() -> None:
     script = (
-        "import itertools; from functools import partial; from diffusion.prefetch import prefetch\n"
+        "import itertools; from functools import partial; from diffusion.data import prefetch\n"
         "reader = prefetch(map(lambda i: partial(int, i), itertools.count()), 2, 2); print(next(reader), next(reader))"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)

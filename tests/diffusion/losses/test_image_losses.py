@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from diffusion.losses import ImageLosses, VGG19Features, load_vgg19, ms_ssim, ms_ssim as msssim, perceptual_distance
+from diffusion.losses import ImageLosses, VGG19Features, load_vgg19, ms_ssim, perceptual_distance
 from diffusion.losses.ms_ssim import scales_for
 from latentcache import InputError
+
+msssim = importlib.import_module("diffusion.losses.ms_ssim")
 
 
 def images(n: int, height: int, width: int, seed: int = 0) -> Tensor:

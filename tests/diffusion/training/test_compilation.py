@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.workflows.doctor import compilation
 from diffusion.config import load_config
 from diffusion.training import what_compilation_lacks
 from diffusion.training.train import check_arithmetic
 from latentcache import InputError
+from pipeline.workflows.doctor import compilation
 
 
 @pytest.fixture

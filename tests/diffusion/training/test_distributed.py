@@ -46,7 +46,7 @@ def inputs():
 
 CHANNELS_LAST = """
 # Every stage is sharded on its own here, as the stages of `medium` are.
-import diffusion.world as module
+import diffusion.training.distributed as module
 module._large_children.__defaults__ = (1,)
 results = {}
 for strategy in ("ddp", "fsdp"):
@@ -81,7 +81,7 @@ def test_fsdp_starts_with_channels_last_weights_and_keeps_the_layout_of_activati
 
 
 HALF = """
-import diffusion.world as module
+import diffusion.training.distributed as module
 module._large_children.__defaults__ = (1,)
 results = {}
 for strategy in ("ddp", "fsdp"):
@@ -119,7 +119,7 @@ def test_fsdp_gathers_in_bf16_where_it_computes_in_bf16_and_sums_gradients_in_fl
 MAX_MODE = """
 import sys, json, torch
 from diffusion.config import load_config
-import diffusion.train as train_module
+import importlib; train_module = importlib.import_module("diffusion.training.train")
 from diffusion.runs.training_log import read_log
 from diffusion.training.distributed import leave
 from latentcache.store import LatentStore
