@@ -7,6 +7,7 @@ import logging
 import os
 import pkgutil
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +20,6 @@ from pipeline.engines import job_log
 app = typer.Typer(
     name="ctpipe",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -37,8 +37,26 @@ for _name in command_modules():
     importlib.import_module(f"cli.commands.{_name}").register(app)
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version and stop, where it was asked for."""
+    if wanted:
+        typer.echo(f"ctpipe {package_version()}")
+        raise typer.Exit
+
+
+def package_version() -> str:
+    """Return the version of the installed package, ``unknown`` when run from a bare tree."""
+    try:
+        return version("ctpipe")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 @app.callback()
 def logs(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and stop.", callback=show_version, is_eager=True)
+    ] = False,
     log_json: Annotated[
         bool, typer.Option("--log-json", help="Log one JSON object a line on stderr; CTPIPE_LOG=json does the same.")
     ] = False,

@@ -21,16 +21,25 @@ def status(
 ) -> int:
     """Count series, pairs and latents, say what is still to encode and how far a running job is.
 
+    Of a service's state folder, or its configuration: its studies, results and deliveries, and what is quarantined.
+
     Examples:
 
         ctpipe status STORE
+
+        ctpipe status serve.yaml
 
         ctpipe status STORE --snapshot 12 --json
     """
     from latentcache import LatentStore
     from latentcache.maintenance import status as count
     from pipeline.engines import read_progress
+    from pipeline.serve import read_status, state_folder, status_text
 
+    if (state := state_folder(store)) is not None:
+        served = read_status(state)
+        emit(served, status_text(served), as_json)
+        return Exit.OK
     opened = LatentStore.open(store, snapshot)
     found = {**count(opened), "running": read_progress(opened.location)}
     emit(found, _text(found), as_json)

@@ -11,4 +11,4 @@ from .source import (
     Source as Source,
     open_archive as open_archive,
 )
-from .zip_directory import StorageError as StorageError
+from .zip_directory import Limits as Limits, StorageError as StorageError

@@ -6,9 +6,15 @@ from .interpolate import (
     Interpolated as Interpolated,
     InterpolateJob as InterpolateJob,
     InterpolateSettings as InterpolateSettings,
+    LoadedModel as LoadedModel,
     Sampling as Sampling,
+    ThickStudy as ThickStudy,
+    choose_thick as choose_thick,
     condition_latent as condition_latent,
     interpolate_study as interpolate_study,
+    interpolate_with as interpolate_with,
+    load_model as load_model,
+    read_thick as read_thick,
     run_interpolation as run_interpolation,
 )
 from .job_progress import JobProgress as JobProgress, OnProgress as OnProgress

@@ -61,6 +61,7 @@ class InterpolateJob:
         refiner: A run of ``ctpipe train-refiner``, ``none``, or None for the model's own.
         restore_identity: Keep the patient's identity, for use inside the hospital.
         memory_gib: Memory budget of the VAE.
+        private: Where the secret of the pseudonyms is kept; by default ``out``.
     """
 
     source: str
@@ -81,6 +82,16 @@ class InterpolateJob:
     restore_identity: bool = False
     device: str = "cpu"
     memory_gib: float | None = None
+    private: Path | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A run's :class:`diffusion.Interpolator`, its VAE, and how its latents were encoded."""
+
+    model: Any
+    codec: Any
+    encoding: Encoding
 
 
 @dataclass(frozen=True)
@@ -139,18 +150,40 @@ def run_interpolation(
     Args:
         on_estimate: Called before the work with the seconds that it will take and the thick volume's (z, y, x).
     """
-    from diffusion.sampling import Interpolator
     from pipeline.writing import check_enhanced, transfer_syntax_uid
 
     transfer_syntax_uid(job.transfer_syntax)
-    model = Interpolator.load(job.model, device=job.device)
-    encoding = encoding_of(model)
-    settings = _settings(job, model, encoding)
     scanned, thick = read_thick(job.source, job.spacing_mm)
     if job.enhanced:
         check_enhanced(thick.header)
-    codec = load_codec(job.vae, job.device, job.memory_gib, encoding)
-    study = ThickStudy(scanned, thick, PrivateStore.open(str(job.out), create=True).keys)
+    keys = PrivateStore.open(str(job.private or job.out), create=True).keys
+    loaded = load_model(job.model, vae=job.vae, device=job.device, memory_gib=job.memory_gib)
+    return interpolate_with(loaded, ThickStudy(scanned, thick, keys), job, on_progress, on_estimate)
+
+
+def load_model(run: Path, *, vae: str = "tiny", device: str = "cpu", memory_gib: float | None = None) -> LoadedModel:
+    """Return a run's model with the VAE that it was trained with, ready for any number of studies.
+
+    Raises:
+        InputError: No run, a run without encoding, or another VAE than the run's.
+    """
+    from diffusion.sampling import Interpolator
+
+    model = Interpolator.load(run, device=device)
+    encoding = encoding_of(model)
+    return LoadedModel(model, load_codec(vae, device, memory_gib, encoding), encoding)
+
+
+def interpolate_with(
+    loaded: LoadedModel,
+    study: ThickStudy,
+    job: InterpolateJob,
+    on_progress: OnProgress = silent,
+    on_estimate: Callable[[float, tuple[int, ...]], None] = lambda seconds, shape: None,
+) -> Interpolated:
+    """Do an :class:`InterpolateJob` whose study has been read and whose model has been loaded."""
+    model, codec, thick = loaded.model, loaded.codec, study.volume
+    settings = _settings(job, model, loaded.encoding)
     shape = thick.geometry.thin_grid(settings.trained_spacing_mm).shape_zyx
     expected = estimate_seconds(
         model, codec, shape, job.sampling.samples, job.sampling.options, settings.write.uncertainty

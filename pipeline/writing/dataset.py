@@ -14,7 +14,14 @@ from pydicom.valuerep import format_number_as_ds
 
 from pipeline.volume import Geometry, SourceHeader
 from pipeline.writing.pixel_data import PixelFormat
-from pipeline.writing.provenance import ALGORITHM, Provenance, add_provenance, mark_compression, package_version
+from pipeline.writing.provenance import (
+    ALGORITHM,
+    Provenance,
+    add_provenance,
+    coded,
+    mark_compression,
+    package_version,
+)
 from pipeline.writing.series_identity import SeriesIdentity, derived_uid
 
 CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
@@ -62,6 +69,11 @@ _UNPAIRED = (
 UNPAIRED_BODY_PARTS = frozenset(_UNPAIRED.split())
 
 
+def implementation_version() -> str:
+    """Return our ImplementationVersionName, at most 16 characters (DICOM PS3.7 D.3.3.2)."""
+    return f"{ALGORITHM} {package_version()}"[:16]
+
+
 def spell_number(value: float) -> str:
     """A decimal string of at most 16 characters (VR DS, DICOM PS3.5 6.2)."""
     return format_number_as_ds(float(value))
@@ -93,8 +105,9 @@ def series_dataset(
     ds.PositionReferenceIndicator = ""
     if ds.get("BodyPartExamined", "") not in UNPAIRED_BODY_PARTS:
         ds.Laterality = ""  # type 2C (C.7.3.1): empty means unknown; forbidden where the body part is unpaired
-    ds.BurnedInAnnotation = "NO"
     mark_compression(ds, source.public, provenance)
+    # Text in the source's pixels is still there to be read in what was made from them.
+    ds.BurnedInAnnotation = str(source.public.get("BurnedInAnnotation") or "NO")
     _add_image(ds, geometry, pixels, provenance.window)
     add_provenance(ds, provenance, identity.source_sop_uids, identity.source_sop_class)
     return ds
@@ -120,10 +133,21 @@ def add_patient_and_study(ds: Dataset, identity: SeriesIdentity) -> None:
     for keyword, value in identity.patient.items():
         setattr(ds, keyword, value)
     if not identity.restored:
-        ds.PatientIdentityRemoved = "YES"
-        ds.DeidentificationMethod = f"{ALGORITHM}: keyed pseudonyms, allow-listed attributes only"
+        add_deidentification(ds)
     ds.StudyInstanceUID = identity.study_uid
     ds.FrameOfReferenceUID = identity.frame_uid
+
+
+def add_deidentification(ds: Dataset) -> None:
+    """Say in DICOM's own terms how identity was removed (PS3.15 E.1, E.2; codes of PS3.16 CID 7050).
+
+    The Basic Profile alone: names and ids become keys, UIDs are replaced, dates and all free text are dropped. No
+    option is claimed: none of the Retain options is used, and neither pixels nor recognizable features are cleaned.
+    """
+    ds.PatientIdentityRemoved = "YES"
+    ds.DeidentificationMethod = f"{ALGORITHM}: keyed pseudonyms, allow-listed attributes only"
+    ds.DeidentificationMethodCodeSequence = coded("113100", "DCM", "Basic Application Confidentiality Profile")
+    ds.LongitudinalTemporalInformationModified = "REMOVED"
 
 
 def _add_acquisition(ds: Dataset, source: SourceHeader) -> None:
@@ -173,7 +197,7 @@ def file_prefix(transfer_syntax: UID, sop_instance_uid: str, sop_class: str = CT
     meta.MediaStorageSOPInstanceUID = UID(sop_instance_uid)
     meta.TransferSyntaxUID = transfer_syntax
     meta.ImplementationClassUID = UID(IMPLEMENTATION_UID)
-    meta.ImplementationVersionName = f"{ALGORITHM} {package_version()}"[:16]
+    meta.ImplementationVersionName = implementation_version()
     buffer = DicomBytesIO()
     buffer.write(bytes(128) + b"DICM")
     write_file_meta_info(buffer, meta)

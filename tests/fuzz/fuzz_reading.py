@@ -31,11 +31,10 @@ import atheris
 from PIL import Image
 
 with atheris.instrument_imports(include=["pipeline"]):
+    from pipeline.archive import Limits
     from pipeline.archive.source import ZipSource
-    from pipeline.archive.zip_directory import Limits
     from pipeline.reading import read_scanned, scan
-    from pipeline.reading.codecs import PixelError, SampleFormat, encapsulated_frame
-    from pipeline.reading.codecs.decode import READABLE
+    from pipeline.reading.codecs import READABLE, PixelError, SampleFormat, encapsulated_frame
     from pipeline.reading.pixels import read_slice
 
 from latentcache import InputError

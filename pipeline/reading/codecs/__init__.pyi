@@ -1,6 +1,7 @@
 from .decode import (
     LOSSY_SYNTAXES as LOSSY_SYNTAXES,
     NATIVE as NATIVE,
+    READABLE as READABLE,
     PixelError as PixelError,
     SampleFormat as SampleFormat,
     encapsulated_frame as encapsulated_frame,

@@ -1,3 +1,8 @@
 from .cstore import CStore as CStore
-from .send import send_folder as send_folder, series_files as series_files
+from .send import (
+    Destination as Destination,
+    SendSummary as SendSummary,
+    send_folder as send_folder,
+    series_files as series_files,
+)
 from .stow_rs import StowRs as StowRs

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentcache import InputError
+from pipeline.writing import IMPLEMENTATION_UID, implementation_version
 from pipeline.writing.pacs.send import PacsUnavailable
+
+REJECTED_TRANSIENT = 2
+"""A-ASSOCIATE-RJ result (DICOM PS3.8 9.3.4): worth another try."""
 
 
 class CStore:
     """A storage SCP at ``host:port`` under an application entity title."""
 
     def __init__(
-        self, host: str, port: int, called_aet: str, calling_aet: str = "CTPIPE", *, timeout_s: float = 30.0
+        self,
+        host: str,
+        port: int,
+        called_aet: str,
+        calling_aet: str = "CTPIPE",
+        *,
+        timeout_s: float = 30.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        """``tls``: the context that connections are secured with; none are without it."""
         for title in (called_aet, calling_aet):
             if not 1 <= len(title) <= 16 or not title.isascii() or "\\" in title:
                 raise InputError(
@@ -26,7 +39,7 @@ class CStore:
                 )
         self.host, self.port = host, port
         self.called_aet, self.calling_aet = called_aet, calling_aet
-        self.timeout_s = timeout_s
+        self.timeout_s, self.tls = timeout_s, tls
 
     @property
     def name(self) -> str:
@@ -41,6 +54,8 @@ class CStore:
         association = self._associate(paths[0])
         # Kept, since pynetdicom shuts a socket down before it closes it: where the PACS died, the first fails.
         connection = association.dul.socket.socket if association.dul.socket is not None else None
+        if connection is not None:  # else every image waits 40 ms for the acknowledgement of its command (Nagle)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             for path in paths:
                 try:
@@ -85,10 +100,15 @@ class CStore:
         entity = AE(ae_title=self.calling_aet)
         entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = self.timeout_s
         entity.connection_timeout = self.timeout_s
+        entity.implementation_class_uid = IMPLEMENTATION_UID
+        entity.implementation_version_name = implementation_version()
         entity.add_requested_context(meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID)
-        association = entity.associate(self.host, self.port, ae_title=self.called_aet)
+        secured: dict[str, Any] = {"tls_args": (self.tls, self.host)} if self.tls is not None else {}
+        association = entity.associate(self.host, self.port, ae_title=self.called_aet, **secured)
         if association.is_established:
             return association
+        if association.is_rejected and association.acceptor.primitive.result == REJECTED_TRANSIENT:
+            raise PacsUnavailable("the PACS has no association free")
         if association.is_rejected:
             raise InputError(
                 f"{self.name} rejected the association",

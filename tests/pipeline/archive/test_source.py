@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from latentcache import InputError
-from pipeline.archive import Scratch, open_archive
+from pipeline.archive import Limits, Scratch, open_archive
 from pipeline.archive.object_store import ObjectFile
 from pipeline.archive.source import FolderSource, ZipSource
-from pipeline.archive.zip_directory import LOCAL_HEADER, ArchiveError, Limits, Member, head_of, head_range
+from pipeline.archive.zip_directory import LOCAL_HEADER, ArchiveError, Member, head_of, head_range
 from pipeline.reading import pointer_of, read_scanned, read_series, scan
 from tests.support.dicom_files import series_files, zip_of
 

@@ -11,9 +11,8 @@ from hypothesis import given, settings, strategies as st
 from pydicom import Dataset
 
 from pipeline.archive import open_archive
-from pipeline.reading import ScannedSeries, scan
+from pipeline.reading import ScannedSeries, parse_header, scan
 from pipeline.reading.assembly import assemble
-from pipeline.reading.header import parse_header
 from pipeline.reading.instance import Instance, instance_of
 from pipeline.reading.public_attributes import known_kernel, known_manufacturer, known_model
 from tests.support.dicom_files import EXPLICIT, IMPLICIT, anatomy, dataset, file_bytes, series_files, zip_of

@@ -371,3 +371,45 @@ def test_a_round_trip_through_the_autoencoder_is_lossy_and_lossy_it_stays(
         ds = pydicom.dcmread(path, stop_before_pixels=True)
         keywords = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
         assert tuple(ds.get(keyword) for keyword in keywords) == expected
+
+
+def test_deidentification_is_said_in_codes_and_only_where_it_was_done(tmp_path: Path) -> None:
+    """PS3.15 Annex E; CID 7050 as pydicom's dictionary of PS3.16 has it."""
+    from pydicom.sr.codedict import codes
+
+    ds = pydicom.dcmread(write(tmp_path / "s", pixels(), geometry()).paths[0])
+    (item,) = ds.DeidentificationMethodCodeSequence
+    basic = codes.cid7050.BasicApplicationConfidentialityProfile
+    assert (item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning) == (basic.value, "DCM", basic.meaning)
+    assert (ds.PatientIdentityRemoved, ds.LongitudinalTemporalInformationModified) == ("YES", "REMOVED")
+    original = SeriesIdentity.original(HEADER)
+    restored = pydicom.dcmread(write(tmp_path / "r", pixels(), geometry(), uids=original).paths[0])
+    for keyword in (
+        "PatientIdentityRemoved",
+        "DeidentificationMethodCodeSequence",
+        "LongitudinalTemporalInformationModified",
+    ):
+        assert keyword not in restored
+    assert restored.StudyDate == "20200102"
+
+
+def test_the_basic_profile_holds_for_what_is_written(tmp_path: Path) -> None:
+    """No attribute that the Basic Profile removes (X) or empties (Z) may hold a value of the source."""
+    ds = pydicom.dcmread(write(tmp_path / "s", pixels(), geometry()).paths[0])
+    removed = (
+        "PatientBirthDate PatientSex PatientAge PatientSize PatientWeight StudyDate StudyTime SeriesDate SeriesTime "
+        "AcquisitionDate AcquisitionTime ContentDate ContentTime AccessionNumber ReferringPhysicianName StudyID "
+        "StudyDescription InstitutionName StationName DeviceSerialNumber OperatorsName ProtocolName "
+        "PerformingPhysicianName RequestAttributesSequence IssuerOfPatientID OtherPatientIDs"
+    )
+    assert {keyword: ds.get(keyword) for keyword in removed.split() if ds.get(keyword)} == {}
+    assert ds.StudyInstanceUID != HEADER.identity["StudyInstanceUID"]
+    assert ds.FrameOfReferenceUID != HEADER.identity["FrameOfReferenceUID"]
+
+
+def test_text_in_the_pixels_of_the_source_is_not_denied(tmp_path: Path) -> None:
+    burned = replace(HEADER, public={**HEADER.public, "BurnedInAnnotation": "YES"})
+    out = tmp_path / "s"
+    written = write_ct_series(pixels(), geometry(), burned, out, uids=IDENTITY, provenance=PROVENANCE)
+    assert pydicom.dcmread(written.paths[0]).BurnedInAnnotation == "YES"
+    assert validator_errors(written.paths[0]) == []

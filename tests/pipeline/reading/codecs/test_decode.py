@@ -12,6 +12,7 @@ from PIL import Image
 from pydicom.uid import UID
 
 from pipeline.reading.codecs import (
+    READABLE,
     PixelError,
     SampleFormat,
     encapsulated_frame,
@@ -19,7 +20,7 @@ from pipeline.reading.codecs import (
     native_frame,
     refused_syntax,
 )
-from pipeline.reading.codecs.decode import READABLE, clean_bits
+from pipeline.reading.codecs.decode import clean_bits
 from pipeline.reading.codecs.jpeg2000 import mend_codestream
 from tests.support.dicom_files import EXPLICIT, J2K, JPEG12, JPEGLS, LOSSLESS, RLE, SV1, anatomy, compress
 

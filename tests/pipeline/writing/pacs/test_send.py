@@ -170,6 +170,59 @@ def test_no_connection_stays_open_where_the_pacs_died(series: Path, monkeypatch:
     assert [one.fileno() for one in used] == [-1, -1]
 
 
+def test_a_pacs_without_a_free_association_is_tried_again(series: Path) -> None:
+    """A transient rejection (PS3.8 9.3.4) is no question of titles."""
+    from pynetdicom import AE, evt
+    from pynetdicom.sop_class import CTImageStorage
+
+    port, rejected = free_port(), []
+    entity = AE(ae_title="PROVIDER")
+    entity._maximum_associations = 0
+    entity.add_supported_context(CTImageStorage, ["1.2.840.10008.1.2.1"])
+
+    def make_room(event: evt.Event) -> None:
+        rejected.append(1)
+        entity.maximum_associations = 10
+
+    handlers = [(evt.EVT_C_STORE, lambda event: 0), (evt.EVT_REJECTED, make_room)]
+    server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)
+    try:
+        summary = send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=20), backoff_s=0.5)
+    finally:
+        server.shutdown()
+    assert rejected
+    assert (summary.sent, summary.left) == (7, [])
+
+
+def test_no_image_waits_for_the_acknowledgement_of_its_command(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Command and dataset go out as two packets: under Nagle's algorithm each image would wait 40 ms."""
+    from pynetdicom import AE, evt
+    from pynetdicom.sop_class import CTImageStorage
+
+    used: list[socket.socket] = []
+
+    def watched(self: CStore, first: Path) -> Any:
+        association = associate(self, first)
+        used.append(association.dul.socket.socket)
+        return association
+
+    associate = CStore._associate
+    monkeypatch.setattr(CStore, "_associate", watched)
+    port, undelayed = free_port(), []
+    entity = AE(ae_title="PROVIDER")
+    entity.add_supported_context(CTImageStorage, ["1.2.840.10008.1.2.1"])
+    server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, lambda event: 0)])
+
+    def look(count: int) -> None:
+        undelayed.append(used[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    try:
+        send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=20), backoff_s=0, progress=look)
+    finally:
+        server.shutdown()
+    assert undelayed == [1] * 7
+
+
 @pytest.mark.parametrize(("title", "address"), [("", "h"), ("A" * 17, "h"), ("A\\B", "h")])
 def test_impossible_titles_are_refused(title: str, address: str) -> None:
     with pytest.raises(InputError, match="application entity title"):
@@ -195,7 +248,7 @@ WEB_PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 class Orthanc:
     """A real PACS; one made again in the same folder on the same ports is the same one, restarted."""
 
-    def __init__(self, folder: Path, ports: tuple[int, int] | None = None) -> None:
+    def __init__(self, folder: Path, ports: tuple[int, int] | None = None, extra: dict[str, Any] | None = None) -> None:
         self.http, self.dicom = ports or (free_port(), free_port())
         settings = {
             "Name": "test",
@@ -208,6 +261,7 @@ class Orthanc:
             "AuthenticationEnabled": False,
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
             "Plugins": [str(WEB_PLUGIN)],
+            **(extra or {}),
         }
         (folder / "orthanc.json").write_text(json.dumps(settings))
         assert ORTHANC is not None

@@ -1,0 +1,49 @@
+"""The service's interpolation: every model that a rule names, loaded once, and one call per study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from latentcache import InputError
+from pipeline.identity import PrivateStore
+from pipeline.serve.config import ServeConfig
+from pipeline.serve.contract import InterpolateRequest, InterpolateResult
+from pipeline.workflows import InterpolateJob, LoadedModel, ThickStudy, interpolate_with, load_model, read_thick
+
+
+def interpolation(settings: ServeConfig) -> Callable[[InterpolateRequest], InterpolateResult]:
+    """Return what makes a thin series, with every model and its VAE loaded: a wrong one fails the start, no study.
+
+    Raises:
+        InputError: A rule without a model, or a model that cannot be loaded.
+    """
+    loaded: dict[str, LoadedModel] = {}
+    for rule in settings.rules:
+        model = rule.model or settings.model
+        if not model:
+            raise InputError(
+                f"rule {rule.name} has no model",
+                expected="a training run's folder",
+                remedy="Set model for all rules, or in the rule.",
+            )
+        if model not in loaded:
+            loaded[model] = load_model(Path(model), vae=settings.vae, device=settings.device)
+
+    def interpolate(request: InterpolateRequest) -> InterpolateResult:
+        job = InterpolateJob(
+            str(request.source),
+            request.out,
+            Path(request.model),
+            request.spacing_mm,
+            transfer_syntax=request.transfer_syntax,
+            restore_identity=request.restore_identity,
+            device=settings.device,
+        )
+        scanned, thick = read_thick(job.source, job.spacing_mm)
+        request.out.mkdir(parents=True, exist_ok=True)
+        study = ThickStudy(scanned, thick, PrivateStore.open(str(request.private)).keys)
+        done = interpolate_with(loaded[request.model], study, job)
+        return InterpolateResult(done.folders, done.series_uid, done.slices, done.figures)
+
+    return interpolate
