@@ -1,4 +1,6 @@
+from .blocks import DepthAttention as DepthAttention, ResidualBlock as ResidualBlock
 from .config import MODEL_PRESETS as MODEL_PRESETS, UNetConfig as UNetConfig, model_preset as model_preset
+from .fused_norm import assume_fused as assume_fused
 from .memory_format import (
     channels_last as channels_last,
     contiguous_weights as contiguous_weights,

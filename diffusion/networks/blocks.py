@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.networks.column_attention import column_attention
+from diffusion.networks.fused_norm import is_fused, norm_act
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -51,6 +52,8 @@ class ModulatedNormSiLU(nn.Module):
         self.modulation = nn.Linear(embedding, 2 * channels) if embedding else None
 
     def forward(self, x_BCDHW: Tensor, embedding_BE: Tensor | None = None) -> Tensor:
+        if is_fused(x_BCDHW):
+            return norm_act(self.norm, x_BCDHW, None if self.modulation is None else self.modulation(embedding_BE))
         h = group_norm(self.norm, x_BCDHW)
         if self.modulation is not None:
             assert embedding_BE is not None
@@ -137,6 +140,8 @@ def group_norm(norm: nn.GroupNorm, x_BCDHW: Tensor) -> Tensor:
     Autocast would keep a float32 output for the backward pass; the statistics are accumulated in float32 anyway, so
     bf16 in and out halves the activation memory at no loss.
     """
+    if is_fused(x_BCDHW):
+        return norm_act(norm, x_BCDHW, silu=False)
     dtype, device = x_BCDHW.dtype, x_BCDHW.device.type
     plain = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
     with plain:

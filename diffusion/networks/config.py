@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from latentcache import InputError
 
@@ -31,8 +31,9 @@ class UNetConfig:
     latent_channels: int = 4
     condition_channels: int = 4
     latent_patch: int = 1
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: about a third more arithmetic for a fraction of the memory."""
+    activation_checkpointing: Literal[False, True, "auto"] = False
+    """Recompute each block in the backward pass: about a third more arithmetic for a fraction of the memory. ``auto``:
+    only the blocks that would not fit otherwise, chosen at the start of training; results are the same."""
 
     def __post_init__(self) -> None:
         for name in ("multipliers", "attention_levels"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -51,6 +51,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self._recomputed: set[int] | None = None
         channels = config.channels
         fold = config.latent_patch**2
         self.time = TimeEmbedding(config.width, config.time_embedding)
@@ -98,8 +99,18 @@ class UNet(nn.Module):
         out = self.conv_out(self.act_out(h))
         return unfold_patches(out, self.config.latent_patch)
 
+    def blocks(self) -> list[nn.Module]:
+        """The units of recomputation, in the order in which they run."""
+        layers = [*self.down, *self.middle, *self.up]
+        return [layer for layer in layers if not isinstance(layer, (Downsample, Upsample))]
+
+    def recompute(self, indices: Collection[int]) -> None:
+        """Recompute these of `blocks` in the backward pass and keep the others, whatever the configuration says."""
+        self._recomputed = {id(block) for i, block in enumerate(self.blocks()) if i in indices}
+
     def _block(self, layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-        if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
+        wanted = self.config.activation_checkpointing if self._recomputed is None else id(layer) in self._recomputed
+        if wanted and self.training and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(layer, h, embedding, use_reentrant=False))
         return cast(Tensor, layer(h, embedding))
 

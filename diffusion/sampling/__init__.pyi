@@ -1,4 +1,3 @@
-from .depth_windows import DepthWindows as DepthWindows
 from .interpolator import Interpolator as Interpolator
 from .plan import (
     SampleSettings as SampleSettings,

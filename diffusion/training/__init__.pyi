@@ -8,6 +8,8 @@ from .launch import (
     train_on_ray as train_on_ray,
 )
 from .loop import LoopConfig as LoopConfig, Terms as Terms, Trainer as Trainer
+from .optimiser import build_adamw as build_adamw
+from .regional import compile_blocks as compile_blocks
 from .resources import (
     count_forward as count_forward,
     estimate_step as estimate_step,

@@ -110,7 +110,7 @@ class Meter:
         """Peak device memory on a GPU, the process's resident memory on a CPU."""
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
-        import psutil  # here, so that measuring a device needs torch alone (infra/bench/unet_gpu.py)
+        import psutil  # here, so that measuring a device needs torch alone (infra/bench/gpu.py)
 
         return int(psutil.Process().memory_info().rss)
 

@@ -23,6 +23,7 @@ from diffusion.runs import RUN_CARD, CheckpointFolder, RunCard, pin_snapshot, re
 from diffusion.training.compilation import check_compilation
 from diffusion.training.distributed import World, join
 from diffusion.training.loop import LoopConfig, Terms, Trainer, TrainSummary
+from diffusion.training.recompute import fit_recomputation
 from diffusion.training.resources import check_resources, estimate_step, remedies
 from diffusion.training.throughput import Meter, Progress, measured_matmul_rate
 from diffusion.training.validation import ValidateImages, generators, validation
@@ -90,6 +91,9 @@ def train(
     unet = build_unet(card.unet_config).to(world.device)
     if world.device.type == "cuda":
         channels_last(unet)
+    if config.model.activation_checkpointing == "auto":
+        batch, bf16 = config.data.batch_size, world.device.type == "cuda"
+        fit_recomputation(unet, batch, stream.shapes[0], need, world.device, bf16=bf16)
     images = image_losses(config.losses, decoder, card, world.device)
     rate = measured_matmul_rate(world.device, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     trainer = Trainer(

@@ -1,4 +1,4 @@
-"""Pairs of latents in .npy files, for a machine that has torch and numpy alone; used by unet_gpu.py."""
+"""Pairs of latents in .npy files, for a machine that has torch and numpy alone; used by gpu_speed.py."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Latents:
-    """Pairs in .npy files, whitened as they are read; the moments are those of the training pairs' thin latents."""
+    """Pairs in .npy files, whitened as they are read; the moments are those of the thin latents."""
 
-    def __init__(self, folder: Path, held_out: int = 0) -> None:
+    def __init__(self, folder: Path) -> None:
         names = sorted(folder.glob("thin-*.npy"))
         self.pairs = [(name, name.with_name(name.name.replace("thin", "condition"))) for name in names]
-        self.training, self.held_out = self.pairs[: len(names) - held_out], self.pairs[len(names) - held_out :]
-        if not self.training:
-            raise SystemExit(f"{len(names)} pairs in the folder of latents; expected more than --held-out {held_out}")
-        flat = [np.load(thin).astype(np.float32).reshape(4, -1) for thin, _ in self.training]
+        flat = [np.load(thin).astype(np.float32).reshape(4, -1) for thin, _ in self.pairs]
         shape = (4, 1, 1, 1)
         self.mean = np.mean([f.mean(1) for f in flat], axis=0).reshape(shape)
         self.std = np.sqrt(np.mean([f.var(1) for f in flat], axis=0)).reshape(shape)
@@ -57,25 +54,9 @@ class Latents:
         rng = np.random.default_rng([1, number])
         samples = []
         for _ in range(batch):
-            pair = self.training[int(rng.integers(len(self.training)))]
+            pair = self.pairs[int(rng.integers(len(self.pairs)))]
             whole = np.load(pair[0], mmap_mode="r").shape[1]
             start = int(rng.integers(max(1, whole - depth + 1)))
             samples.append(self.read(pair, slice(start, start + depth)))
         thin, condition = (torch.stack(part) for part in zip(*samples, strict=True))
         return (thin.pin_memory(), condition.pin_memory()) if pinned else (thin, condition)
-
-
-def export(url: str, folder: Path) -> None:
-    """Every pair of a store, whichever split, in order of pair key: raw latents in float16."""
-    from diffusion.data import choose_encode_key
-    from latentcache import LatentStore
-
-    store = LatentStore.open(url)
-    key = choose_encode_key(store, None)
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, pair in enumerate(sorted(store.pairs(), key=lambda p: p.pair_key)):
-        for name, found in (("thin", store.find(pair.thin_key, "thin", key)),
-                            ("condition", store.find(pair.pair_key, "thick_on_thin", key))):  # fmt: skip
-            if found is None:
-                raise SystemExit(f"pair {pair.pair_key} has no {name} latent; run `ctpipe encode STORE` first")
-            np.save(folder / f"{name}-{number:04d}.npy", store.read(found)[:4])

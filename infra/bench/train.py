@@ -9,9 +9,8 @@
 `wait`   A consumer that takes a batch every 100 ms: the share of its time spent waiting, from a local store and from S3
          (`rclone serve s3` on loopback), latents of 4x75x128x128.
 
-See train_in_loop.py for `width` and `count`. On a GPU `medium` is measured as well (unet_gpu.py has all variants). A
-part that is not asked for keeps its place in the results. Prints a table, then one JSON object, which is also kept in
-infra/bench/results/.
+See train_in_loop.py for `width` and `count`; gpu.py measures `medium` on a GPU. A part that is not asked for keeps its
+place in the results. Prints a table, then one JSON object, which is also kept in infra/bench/results/.
 """
 
 from __future__ import annotations
@@ -80,8 +79,6 @@ def main() -> None:
             result |= train_in_loop.full_width(device)
         if "count" in parts:
             result |= train_in_loop.full_size_by_counting()
-        if device.type == "cuda":
-            result |= measured_on_gpu(device, options.steps)
         if "wait" in parts:
             result |= waiting(Path(scratch) / "wait", options)
     for name, value in result.items():
@@ -150,14 +147,6 @@ def cached_against_in_loop(folder: Path, device: torch.device, options: Any) -> 
         "epoch_cached_vs_inloop": round(seconds["in_loop"] / seconds["cached"], 2),
         "epoch_of": "tiny U-Net and tiny VAE",
     }
-
-
-def measured_on_gpu(device: torch.device, steps: int) -> dict[str, Any]:
-    """`medium` on whole volumes at 75x64x64, as unet_gpu.py measures it, compiled."""
-    import unet_gpu
-
-    row = unet_gpu.measure(model_preset("medium"), (75, 64, 64), 1, "compiled", device, steps)
-    return {key: row[key] for key in ("step_s", "mfu", "peak_gib", "epoch_s", "data_wait")}
 
 
 def waiting(folder: Path, options: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Rates:
     storage_write_mb_s: float = 1000.0
     network_mb_s: float = 1250.0
     decode_core_s: float = 0.5
-    encode_gpu_s: float = 3.0
+    encode_gpu_s: float = 0.89
     encode_core_s: float = 720.0
     commit_s: float = 0.0002
     cores_per_gpu: float = 6.0
@@ -68,7 +68,7 @@ SOURCES: Mapping[str, str] = {
     "storage_write_mb_s": "assumed: a parallel file system or object store",
     "network_mb_s": "assumed: 10 Gbit/s a node",
     "decode_core_s": "measured: infra/bench/ingest.py, lossless JPEG in a deflated zip, one thread of a 2-core x86-64",
-    "encode_gpu_s": "assumed: MAISI weights in bfloat16 on one data-centre GPU",
+    "encode_gpu_s": "measured: infra/bench/gpu.py, MAISI architecture in bfloat16 on one H100 80GB",
     "encode_core_s": "measured: infra/bench/vae.py, MAISI architecture, one thread of a 2-core x86-64",
     "commit_s": "measured: infra/bench/engine.py, a million rows on a local disk, one driver",
     "cores_per_gpu": "assumed: as infra/k8s/base gives",

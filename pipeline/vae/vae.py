@@ -214,11 +214,11 @@ class Vae:
             slices_DHWC = quantised.permute(1, 2, 3, 0).to(self.dtype).contiguous()
             executor = self._executor(self.plan_decode((d, h, w)))
             stream = executor.run(self.streamed.decoder, Stored(Field(slices_DHWC, self.device)))
-            volume = torch.empty(valid_zyx, dtype=torch.float32)
+            volume = VolumeSink(valid_zyx, self.device)
             for start, stop in executor.slabs(stream, stop=depth):
                 slab = stream.take(stop - start)[:, :height, :width, 0]
-                volume[start:stop] = slab.float().mul_(2).sub_(1).clamp_(-1, 1)
-            return volume
+                volume.put(start, stop, slab.float().mul_(2).sub_(1).clamp_(-1, 1))
+            return volume.finished()
 
     def decode_slab(self, latents: Tensor) -> Tensor:
         """Decode latents (B, 4, d, h, w) to (B, 1, 4d, 4h, 4w), nominally in [-1, 1] and not clamped, with gradients.
@@ -330,11 +330,44 @@ class VolumeSlices(Stream):
         depth, height, width = self.volume.shape
         out = out_DHWC[..., 0]
         rows = torch.arange(self.position, self.position + len(out)).clamp_max(depth - 1)
-        slices = self.volume[rows[0] : rows[-1] + 1].to(self.device) * 0.5 + 0.5
+        slices = self.volume[rows[0] : rows[-1] + 1]
+        if self.device.type == "cuda":
+            slices = slices.pin_memory()  # from a cache of such memory; an unpinned copy would wait for the device
+        slices = slices.to(self.device, non_blocking=True) * 0.5 + 0.5
         out[: len(slices), :height, :width] = slices
         out[len(slices) :, :height, :width] = slices[-1]
         out[:, height:, :width] = out[:, height - 1 : height, :width]
         out[:, :, width:] = out[:, :, width - 1 : width]
+
+
+class VolumeSink:
+    """A volume on the CPU that fills slab by slab from the device, one slab behind: the device is never waited for
+    while it has nothing else to do."""
+
+    def __init__(self, shape_zyx: tuple[int, int, int], device: torch.device) -> None:
+        self.volume = torch.empty(shape_zyx, dtype=torch.float32)
+        self.pinned = device.type == "cuda"
+        self.behind: tuple[int, int, Tensor, torch.cuda.Event] | None = None
+
+    def put(self, start: int, stop: int, slab: Tensor) -> None:
+        """Slices [start, stop)."""
+        if not self.pinned:
+            self.volume[start:stop] = slab
+            return
+        host = torch.empty(slab.shape, dtype=slab.dtype, pin_memory=True)
+        host.copy_(slab, non_blocking=True)
+        copied = torch.cuda.current_stream(slab.device).record_event()
+        self.finished()
+        self.behind = (start, stop, host, copied)
+
+    def finished(self) -> Tensor:
+        """All that was put."""
+        if self.behind is not None:
+            start, stop, host, copied = self.behind
+            copied.synchronize()
+            self.volume[start:stop] = host
+            self.behind = None
+        return self.volume
 
 
 def padded_shape(shape_zyx: tuple[int, ...], multiple_zyx: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.vae import Blocks, Downsample, ResBlock, Upsample
 from pipeline.vae.streaming.layers import Conv, Doubled, Down, Field, Normalised, Pointwise, Stored, Stream
+from pipeline.vae.streaming.transfers import Lanes
 
 
 @dataclass
@@ -44,6 +45,7 @@ class SlabExecutor:
         self.offload = offload
         self.rehearsal = rehearsal
         self.free: list[Tensor] = []
+        self.lanes: Lanes | None = None
 
     def run(self, layers: Blocks, source: Stream) -> Stream:
         """All layers on a source; the result is ready to be drained by `slabs`."""
@@ -100,7 +102,9 @@ class SlabExecutor:
         return torch.empty(stream.shape, dtype=stream.dtype, device="cpu", pin_memory=pinned)
 
     def _field(self, values: Tensor, stream: Stream) -> Field:
-        return Field(values, stream.device, offloaded=self.offload)
+        if self.offload and self.lanes is None:
+            self.lanes = Lanes.of(stream.device)
+        return Field(values, stream.device, self.lanes)
 
     def _res_block(self, x: Field, block: ResBlock) -> Pending:
         into_h = Conv(Normalised(x, block.norm1), block.conv1)
@@ -129,7 +133,7 @@ class SlabExecutor:
             # The convolution has already taken the slices of x that h overwrites; the shortcut must do so first.
             narrow = shortcut.take(stop - start)
             h.write(start, stop, into_h)
-            kept.values[start:stop].copy_(narrow)
+            kept.keep(start, stop, narrow)
         return h, kept
 
 

@@ -15,7 +15,10 @@ _COLUMNS = 4096
 
 
 class ChannelMoments:
-    """Count, mean and sum of squared deviations of every channel of the slabs seen so far (float64, on the CPU)."""
+    """Count, mean and sum of squared deviations of every channel of the slabs seen so far (float64, on the CPU).
+
+    For slabs on a GPU there is `fused.DeviceMoments`, which does not wait for the device.
+    """
 
     def __init__(self, channels: int) -> None:
         self.count = 0
@@ -27,13 +30,11 @@ class ChannelMoments:
         if slab_DHWC.is_meta:  # a rehearsal of shapes, see `vae_plan`
             return
         channels = slab_DHWC.shape[-1]
-        columns = _row_width(slab_DHWC)
-        # Slice by slice on a CPU, so that the slab plan, which depends on free memory, does not show in the result. On
-        # a GPU, where every part costs a transfer, in slabs.
-        whole = slab_DHWC.is_cuda and slab_DHWC.is_contiguous()
-        for part_DHWC in [slab_DHWC] if whole else list(slab_DHWC.unsqueeze(1)):
+        columns = row_width(slab_DHWC)
+        # Slice by slice, so that the slab plan, which depends on free memory, does not show in the result.
+        for part_DHWC in slab_DHWC.unsqueeze(1):
             rows = part_DHWC.view(-1, columns)
-            mean, variance = _column_moments(rows)
+            mean, variance = column_moments(rows)
             mean, variance = (t.double().cpu().view(-1, channels) for t in (mean, variance))
             part = len(rows) * (columns // channels)
             total = mean.mean(dim=0)
@@ -61,7 +62,7 @@ class ChannelMoments:
         return scale.float().to(norm.weight.device), shift.float().to(norm.weight.device)
 
 
-def _row_width(slab_DHWC: Tensor) -> int:
+def row_width(slab_DHWC: Tensor) -> int:
     """The widest row of whole voxels up to about ``_COLUMNS`` values that divides a slice."""
     _, height, width, channels = slab_DHWC.shape
     voxels = height * width
@@ -69,7 +70,7 @@ def _row_width(slab_DHWC: Tensor) -> int:
     return best * channels
 
 
-def _column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+def column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every column, float32, by PyTorch's batch-norm kernels: on a CPU these run at
     memory speed, ten times faster than ``torch.var_mean``, and on a GPU they are Welford in float32 for any input."""
     image = rows.view(1, len(rows), 1, rows.shape[1]).permute(0, 3, 1, 2)

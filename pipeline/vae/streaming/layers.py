@@ -13,15 +13,18 @@ Slabs are (n, H, W, C), channels last: DHWC. No slice is computed twice.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.vae.streaming.fused import DeviceMoments, FusedAffine, FusedConvolution, is_fused
 from pipeline.vae.streaming.group_norm import Affine, ChannelMoments
+from pipeline.vae.streaming.transfers import Download, Lanes, Upload
 
 
-def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int]) -> Tensor:
+def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int], *, bias: bool = True) -> Tensor:
     """Convolve a slab; returns (n, H, W, C) dense. ``layer.weight`` is kept in channels-last order."""
     if (
         x_DHWC.is_meta
@@ -32,9 +35,9 @@ def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int]) -> T
     if x.device.type == "cpu" and torch._C._has_mkldnn:
         # What conv3d calls for large inputs; for small ones (one channel, a thin slab) it would choose a path that is
         # many times slower.
-        y = torch.mkldnn_convolution(x, layer.weight, layer.bias, padding, layer.stride, (1, 1, 1), 1)
+        y = torch.mkldnn_convolution(x, layer.weight, layer.bias if bias else None, padding, layer.stride, (1, 1, 1), 1)
     else:
-        y = F.conv3d(x, layer.weight, layer.bias, layer.stride, padding)
+        y = F.conv3d(x, layer.weight, layer.bias if bias else None, layer.stride, padding)
     return as_slab(y).contiguous()
 
 
@@ -62,9 +65,12 @@ class Stream(ABC):
     def depth(self) -> int:
         return self.shape[0]
 
-    def read(self, out_DHWC: Tensor) -> None:
-        """Write the next ``len(out_DHWC)`` slices."""
-        self._produce(out_DHWC)
+    def read(self, out_DHWC: Tensor, moments: ChannelMoments | DeviceMoments | None = None) -> None:
+        """Write the next ``len(out_DHWC)`` slices and count them in ``moments``."""
+        if moments is None:
+            self._produce(out_DHWC)
+        else:
+            self._produce_counted(out_DHWC, moments)
         self.position += len(out_DHWC)
         assert self.position <= self.depth, "read past the end of a stream"
 
@@ -82,30 +88,37 @@ class Stream(ABC):
     @abstractmethod
     def _produce(self, out_DHWC: Tensor) -> None: ...
 
+    def _produce_counted(self, out_DHWC: Tensor, moments: ChannelMoments | DeviceMoments) -> None:
+        self._produce(out_DHWC)
+        moments.add(out_DHWC)
+
 
 class Field:
-    """A whole activation in memory, (D, H, W, C) with dense slices, and the moments of its channels. If
-    ``offloaded``, its memory is the host's while the streams compute on ``device``."""
+    """A whole activation in memory, (D, H, W, C) with dense slices, and the moments of its channels. Its memory may be
+    the host's while the streams compute on ``device``."""
 
-    def __init__(self, values_DHWC: Tensor, device: torch.device, *, offloaded: bool = False) -> None:
+    def __init__(self, values_DHWC: Tensor, device: torch.device, lanes: Lanes | None = None) -> None:
+        """``lanes`` carry the slabs of an activation that lies in host memory."""
         self.values = values_DHWC
         self.device = device
-        self.offloaded = offloaded
-        self.moments = ChannelMoments(values_DHWC.shape[-1])
-
-    def slices(self, start: int, stop: int) -> Tensor:
-        """On the device; a view where the values are there already."""
-        return self.values[start:stop].to(self.device, non_blocking=True, copy=self.offloaded)
+        self.lanes = lanes
+        self.download = None if lanes is None else Download(values_DHWC, device, lanes)
+        on_device = device.type == "cuda" or is_fused(device)
+        self.moments = (DeviceMoments if on_device else ChannelMoments)(values_DHWC.shape[-1])
 
     def write(self, start: int, stop: int, source: Stream) -> None:
         """Fill slices from a stream and count them in the statistics."""
-        slab = self.values[start:stop]
-        if self.offloaded:
-            slab = source.take(stop - start)
-            self.values[start:stop].copy_(slab, non_blocking=True)
+        self._fill(start, stop, lambda slab: source.read(slab, self.moments))
+
+    def keep(self, start: int, stop: int, slab_DHWC: Tensor) -> None:
+        """Fill slices from a slab on the device; the statistics do not count them."""
+        self._fill(start, stop, lambda slab: slab.copy_(slab_DHWC))
+
+    def _fill(self, start: int, stop: int, fill: Callable[[Tensor], object]) -> None:
+        if self.download is None:
+            fill(self.values[start:stop])
         else:
-            source.read(slab)
-        self.moments.add(slab)
+            self.download.put(start, stop, fill)
 
 
 class Stored(Stream):
@@ -115,14 +128,20 @@ class Stored(Stream):
         d, h, w, c = field.values.shape
         super().__init__((d, h, w, c), field.values.dtype, field.device)
         self.field = field
+        self.upload = None if field.lanes is None else Upload(field.values, field.device, field.lanes)
 
     def take(self, n: int) -> Tensor:
-        view = self.field.slices(self.position, self.position + n)
+        """A view where the values are on the device already."""
+        found = self._slices(n)
         self.position += n
-        return view
+        return found
+
+    def _slices(self, n: int) -> Tensor:
+        start, stop = self.position, self.position + n
+        return self.field.values[start:stop] if self.upload is None else self.upload.take(start, stop)
 
     def _produce(self, out_DHWC: Tensor) -> None:
-        out_DHWC.copy_(self.field.values[self.position : self.position + len(out_DHWC)])
+        out_DHWC.copy_(self._slices(len(out_DHWC)))
 
 
 class Normalised(Stored):
@@ -132,14 +151,17 @@ class Normalised(Stored):
     def __init__(self, field: Field, norm: nn.GroupNorm, *, silu: bool = True) -> None:
         super().__init__(field)
         scale, shift = field.moments.affine(norm)
-        self.kernel = Affine(scale, shift, self.shape[2], silu=silu)
+        self.kernel = (
+            FusedAffine(scale, shift, silu=silu)
+            if is_fused(self.device)
+            else Affine(scale, shift, self.shape[2], silu=silu)
+        )
 
     def take(self, n: int) -> Tensor:
         return Stream.take(self, n)
 
     def _produce(self, out_DHWC: Tensor) -> None:
-        source = self.field.slices(self.position, self.position + len(out_DHWC))
-        self.kernel.apply(source, out_DHWC)
+        self.kernel.apply(self._slices(len(out_DHWC)), out_DHWC)
 
 
 class Window:
@@ -168,9 +190,11 @@ class Window:
             self.buffer = grown
             start = self.overlap if self.filled else lead
         else:
-            # The slabs are at least as deep as the overlap but for the last, so copy slice by slice, front to back.
-            for i in range(self.overlap):
-                self.buffer[i].copy_(self.buffer[self.filled - self.overlap + i])
+            # One by one where both ends may meet, front to back.
+            step = self.overlap if self.filled >= 2 * self.overlap else 1
+            for i in range(0, self.overlap, step):
+                behind = self.filled - self.overlap + i
+                self.buffer[i : i + step].copy_(self.buffer[behind : behind + step])
             start = self.overlap
         stop = start + min(n - start, self.source.depth - self.source.position)
         if stop > start:
@@ -189,14 +213,32 @@ class Conv(Stream):
         self.window = Window(source, overlap=2, margin=0)
         self.layer = layer
         self.shortcut = shortcut
+        self.fused = FusedConvolution(layer, self._plain) if is_fused(self.device) else None
+
+    def _plain(self, window_DHWC: Tensor) -> Tensor:
+        return conv3d(window_DHWC, self.layer, (0, 1, 1), bias=False)
 
     def _produce(self, out_DHWC: Tensor) -> None:
+        if self.fused is not None:
+            self._write_fused(self.fused, out_DHWC, None)
+            return
         n = len(out_DHWC)
         y = conv3d(self.window.advance(n + 2, lead=1), self.layer, (0, 1, 1))
         if self.shortcut is None:
             out_DHWC.copy_(y)
         else:
             torch.add(y, self.shortcut.take(n), out=out_DHWC)
+
+    def _produce_counted(self, out_DHWC: Tensor, moments: ChannelMoments | DeviceMoments) -> None:
+        if self.fused is None or not isinstance(moments, DeviceMoments):
+            super()._produce_counted(out_DHWC, moments)
+            return
+        self._write_fused(self.fused, out_DHWC, moments)
+
+    def _write_fused(self, fused: FusedConvolution, out_DHWC: Tensor, moments: DeviceMoments | None) -> None:
+        n = len(out_DHWC)
+        window = self.window.advance(n + 2, lead=1)
+        fused.write(window, None if self.shortcut is None else self.shortcut.take(n), out_DHWC, moments)
 
 
 class Pointwise(Stream):
@@ -224,9 +266,19 @@ class Down(Stream):
         super().__init__((d // 2, h // 2, w // 2, layer.out_channels), source.dtype, source.device)
         self.window = Window(source, overlap=1, margin=1)
         self.layer = layer
+        self.fused = FusedConvolution(layer, self._plain) if is_fused(self.device) else None
+
+    def _plain(self, window_DHWC: Tensor) -> Tensor:
+        return conv3d(window_DHWC, self.layer, (0, 0, 0), bias=False)
 
     def _produce(self, out_DHWC: Tensor) -> None:
         out_DHWC.copy_(conv3d(self.window.advance(2 * len(out_DHWC) + 1, lead=0), self.layer, (0, 0, 0)))
+
+    def _produce_counted(self, out_DHWC: Tensor, moments: ChannelMoments | DeviceMoments) -> None:
+        if self.fused is None or not isinstance(moments, DeviceMoments):
+            super()._produce_counted(out_DHWC, moments)
+            return
+        self.fused.write(self.window.advance(2 * len(out_DHWC) + 1, lead=0), None, out_DHWC, moments)
 
 
 class Doubled(Stream):

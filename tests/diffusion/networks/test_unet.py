@@ -9,8 +9,17 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from diffusion.networks import MODEL_PRESETS, UNet, UNetConfig, build_unet, model_preset, parameter_count
-from diffusion.networks.blocks import DepthAttention, ResidualBlock, TimeEmbedding, fold_patches, unfold_patches
+from diffusion.networks import (
+    MODEL_PRESETS,
+    DepthAttention,
+    ResidualBlock,
+    UNet,
+    UNetConfig,
+    build_unet,
+    model_preset,
+    parameter_count,
+)
+from diffusion.networks.blocks import TimeEmbedding, fold_patches, unfold_patches
 from latentcache import InputError
 
 SMALL = UNetConfig(

@@ -9,8 +9,7 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor
 
-from diffusion.sampling import DepthWindows
-from diffusion.sampling.depth_windows import blend_weights, window_starts
+from diffusion.sampling.depth_windows import DepthWindows, blend_weights, window_starts
 from latentcache import InputError
 
 T = torch.zeros(1)

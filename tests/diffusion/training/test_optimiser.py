@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from diffusion.config import OptimiserConfig
-from diffusion.training.optimiser import build_adamw, learning_rate
+from diffusion.training import build_adamw
+from diffusion.training.optimiser import learning_rate
 
 
 def test_a_cosine_begins_with_a_warm_up_and_ends_at_its_final_fraction() -> None:

@@ -111,6 +111,10 @@ def test_shipped_rates_say_where_they_come_from_and_are_what_was_measured(repo_r
     depth, rows, columns = map(int, largest["shape"].split("x"))
     encode = largest["seconds"] / (depth * rows * columns) * VOXELS
     assert Rates().encode_core_s == pytest.approx(encode, rel=0.25)
+    gpu = json.loads((results / "gpu-h100-first.json").read_text())
+    assert "H100" in gpu["device"]
+    assert Rates().encode_gpu_s == pytest.approx(gpu["encode_s"], rel=0.01)
+    assert SOURCES["encode_gpu_s"].startswith("measured: infra/bench/gpu.py")
 
 
 @pytest.mark.parametrize("given_rates", [{"warp": "9"}, {"commit_s": "fast"}, {"commit_s": "0"}, {"commit_s": "nan"}])
