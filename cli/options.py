@@ -72,6 +72,10 @@ MemoryGib = Annotated[float | None, typer.Option(help="Memory budget of the VAE 
 Sampler = Annotated[str | None, typer.Option(help="Sampler; by default the objective's own.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default the objective's own.")]
 Samples = Annotated[int, typer.Option(min=1, help="Samples whose mean is the output.")]
+Answer = Annotated[
+    str,
+    typer.Option(help="Of several samples: their mean, for viewing; one sample, for measuring density; or both."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling noise.")]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.options import (
+    Answer,
     DaskScheduler,
     Detail,
     Engine,
@@ -53,6 +54,7 @@ def decode(
     sampler: Sampler = None,
     steps: Steps = None,
     samples: Samples = 1,
+    answer: Answer = "mean",
     seed: Seed = 0,
     uncertainty: Uncertainty = False,
     uncertainty_map: UncertaintyMap = False,
@@ -101,6 +103,7 @@ def decode(
         WriteSettings,
         decode_store,
         only_encoding,
+        parse_answer,
         parse_detail,
         window_of,
     )
@@ -119,6 +122,7 @@ def decode(
         series_timeout=series_timeout,
     )
     uncertainty = uncertainty or uncertainty_map
+    wanted = parse_answer(answer, samples)
     if enhanced and checkpoint is None:
         raise InputError(
             "--enhanced for stored latents",
@@ -141,9 +145,10 @@ def decode(
         else:
             from pipeline.workflows import Spread, sample_pairs
 
+            apart = uncertainty or wanted != "mean"
             options = {"sampler": sampler, "num_inference_steps": steps, "seed": seed}
             sampled = sample_pairs(
-                latents, checkpoint, split, series, options, samples, uncertainty, Spread(spread, threads), show
+                latents, checkpoint, split, series, options, samples, apart, Spread(spread, threads), show
             )
             encode_key, generated, facts, lost = sampled.encode_key, sampled.stores, sampled.facts, sampled.failed
             if refiner is None:
@@ -155,6 +160,7 @@ def decode(
             uncertainty=uncertainty,
             uncertainty_map=uncertainty_map,
             enhanced=enhanced,
+            answer=wanted,
             store_snapshot=latents.snapshot,
             **facts,
         )

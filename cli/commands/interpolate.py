@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.options import (
+    Answer,
     Consistency,
     Detail,
     Device,
@@ -42,6 +43,7 @@ def interpolate(
     sampler: Sampler = None,
     steps: Steps = None,
     samples: Samples = 1,
+    answer: Answer = "mean",
     seed: Seed = 0,
     uncertainty: Uncertainty = False,
     uncertainty_map: UncertaintyMap = False,
@@ -75,7 +77,7 @@ def interpolate(
     job = InterpolateJob(
         source, out, checkpoint, spacing_mm, trained_spacing_mm, vae, Sampling(sampler, steps, samples, seed),
         uncertainty, uncertainty_map, detail, consistency, fwhm_mm, refiner, transfer_syntax, enhanced,
-        restore_identity, device, memory_gib,
+        restore_identity, device, memory_gib, answer=answer,
     )  # fmt: skip
 
     def estimate(seconds: float, shape: tuple[int, ...]) -> None:

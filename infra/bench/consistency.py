@@ -7,7 +7,11 @@ slice that is judged took part in the fit. Per half: RMS(A x - y) of the true th
 after, their ratio, and PSNR over 2000 HU and over the soft-tissue window with and without consistency. The output is
 cubic interpolation; with --checkpoint also a run's own, decoded with residual detail.
 
-Below that, operators that are wrong on purpose: what the figures say of each, blindly (from the thick slices and the
+Below that, answers of every quality on phantoms (no data needed): the truth plus a share of cubic's error, or smooth or
+white noise, inside the window; profile and noise fitted on another phantom, as `ctpipe evaluate` does. PSNR inside the
+window before and after, and the CPU seconds of consistency alone. No answer may lose.
+
+Then operators that are wrong on purpose: what the figures say of each, blindly (from the thick slices and the
 output alone), and against the fit. A profile that is assumed too narrow cannot be told from smooth slices without a
 pair: the second column is what `ctpipe decode` has and `ctpipe interpolate` has not. Prints tables, then one JSON
 object, which is also kept in infra/bench/results/ (not with --quick).
@@ -19,6 +23,8 @@ import argparse
 import json
 import os
 import platform
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,13 +33,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
 from pipeline.archive import open_archive
 from pipeline.decode import ComposeSettings, compose
-from pipeline.forward_model import ProtocolFit, SliceProfile, fit_pair, residual_rms, slice_operator
+from pipeline.forward_model import ProtocolFit, SliceProfile, fit_pair, project, residual_rms, slice_operator
 from pipeline.metrics import psnr
+from pipeline.phantom import make_patient
 from pipeline.reading import read_scanned, scan
-from pipeline.volume import Volume, Window, interpolated
+from pipeline.volume import Volume, Window, common_slices, interpolated
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDE, SOFT = Window.parse("maisi"), Window()
@@ -63,7 +71,48 @@ def main() -> None:
         if options.checkpoint is not None:
             middle = part(halves[used], 0, 14, slice(160, 352) if not options.quick else slice(48, 80))
             rows.append(from_model(options.checkpoint, f"model, {used} half", middle, fit))
-    report(rows, doubts, options)
+    report(rows, answers(options.quick), doubts, options)
+
+
+def answers(quick: bool) -> list[dict[str, Any]]:
+    """Consistency given answers from cubic interpolation to the truth itself, on two phantoms."""
+    size, slices = (96, 60) if quick else (160, 100)
+    patients = [make_patient(seed, size, slices) for seed in (1, 2)]
+    found = []
+    for number, (one, other) in enumerate(zip(patients, reversed(patients), strict=True), start=1):
+        fit = fit_pair(other.thin, other.thick)
+        inside = common_slices(one.thick.geometry, one.thin.geometry)
+        target = one.thin.geometry.with_z(np.asarray(one.thin.geometry.z_mm)[inside])
+        truth = one.thin.hu[inside]
+        how = ComposeSettings("absolute", True, fit.profile, fit.noise_hu)
+        measured = how.measured(one.thick, target)
+        for name, decoded in of_every_quality(truth, interpolated(one.thick, target, "cubic")):
+            given, _ = compose(decoded, SOFT, measured, replace(how, consistency=False))
+            x = given.astype(np.float32)
+            start = time.process_time()
+            project(x, measured, window=None if name == "cubic" else SOFT, floor_hu=-1024)
+            row = {"phantom": number, "answer": name, "cpu_s": round(time.process_time() - start, 3)}
+            row |= {
+                "before_db": round(in_window(given, truth, SOFT), 2),
+                "after_db": round(in_window(x, truth, SOFT), 2),
+            }
+            found.append(row)
+    return found
+
+
+def of_every_quality(truth: NDArray[Any], cubic: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Names and decoded HU, (z, y, x) float32, as a decoder gives them: within the window."""
+    yield "cubic", cubic
+    seen = np.clip(truth, SOFT.lower, SOFT.upper).astype(np.float32)
+    error = np.clip(cubic, SOFT.lower, SOFT.upper) - seen
+    for share in (0.8, 0.65, 0.5, 0.35, 0.2, 0.1):
+        yield f"truth + {share:g} of cubic's error", seen + np.float32(share) * error
+    white = np.random.default_rng(7).standard_normal(truth.shape).astype(np.float32)
+    smooth = gaussian_filter(white, 1.5)
+    for name, noise in (("smooth", smooth / smooth.std()), ("white", white)):
+        for hu in (12, 6):
+            yield f"truth + {name} {hu} HU", np.clip(seen + np.float32(hu) * noise, SOFT.lower, SOFT.upper)
+    yield "truth", seen
 
 
 def read_pair(folder: Path) -> Pair:
@@ -110,7 +159,7 @@ def agree(name: str, guess: NDArray[np.float32], pair: Pair, fit: ProtocolFit) -
     figures: Any = {}
     for on in (False, True):
         how = ComposeSettings("absolute", on, fit.profile, fit.noise_hu)
-        hu[on], figures = compose(guess, WIDE, thick, thin.geometry, how)
+        hu[on], figures = compose(guess, WIDE, how.measured(thick, thin.geometry), how)
     truth = true_rms(pair, fit.profile)
     return {
         "output": name,
@@ -131,7 +180,8 @@ def doubt(half: str, pair: Pair, fit: ProtocolFit, name: str, assumed: SliceProf
     """What is said of an assumed profile, and what it does."""
     thin, thick = pair
     guess = interpolated(thick, thin.geometry, "cubic")
-    hu, figures = compose(guess, WIDE, thick, thin.geometry, ComposeSettings("absolute", True, assumed, fit.noise_hu))
+    how = ComposeSettings("absolute", True, assumed, fit.noise_hu)
+    hu, figures = compose(guess, WIDE, how.measured(thick, thin.geometry), how)
     truth = true_rms(pair, assumed)
     return {
         "half": half,
@@ -160,7 +210,8 @@ def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, 
         window.from_unit(np.asarray(vae.decode(torch.from_numpy(z), thin.geometry.shape_zyx)))
         for z in (condition, model.generate(condition))
     )
-    guess, _ = compose(decoded, window, thick, thin.geometry, ComposeSettings(consistency=False), condition_hu=given)
+    plain = ComposeSettings(consistency=False)
+    guess, _ = compose(decoded, window, plain.measured(thick, thin.geometry), plain, condition_hu=given)
     return agree(name, guess.astype(np.float32), pair, fit)
 
 
@@ -169,7 +220,9 @@ def in_window(hu: NDArray[Any], truth: NDArray[Any], window: Window) -> float:
     return psnr(a, b, data_range=window.width)
 
 
-def report(rows: list[dict[str, Any]], doubts: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def report(
+    rows: list[dict[str, Any]], given: list[dict[str, Any]], doubts: list[dict[str, Any]], options: argparse.Namespace
+) -> None:
     print("RMS(A x - y) in HU: true thin series, output before and after; PSNR in dB without -> with consistency")
     for row in rows:
         print(
@@ -177,6 +230,12 @@ def report(rows: list[dict[str, Any]], doubts: list[dict[str, Any]], options: ar
             f"{row['after_rms_hu']:5.2f}  ratio {row['ratio']:.2f}   2000 HU {row['psnr_2000_without_db']:.2f} -> "
             f"{row['psnr_2000_with_db']:.2f}   400 HU {row['psnr_400_without_db']:.2f} -> {row['psnr_400_with_db']:.2f}"
             f"   A: {row['profile']}"
+        )
+    print("answers of every quality on phantoms, PSNR over 400 HU")
+    for row in given:
+        print(
+            f"  {row['phantom']} {row['answer']:30s} {row['before_db']:6.2f} -> {row['after_db']:6.2f}"
+            f"   {row['cpu_s']:.2f} CPU s"
         )
     print("assumed operators, what they do to cubic interpolation, and what is said")
     for row in doubts:
@@ -188,6 +247,7 @@ def report(rows: list[dict[str, Any]], doubts: list[dict[str, Any]], options: ar
     found = {
         "bench": "consistency",
         "agreement": rows,
+        "answers": given,
         "wrong_operators": doubts,
         "device": f"cpu-{platform.machine()}",
         "versions": {name: version(name) for name in ("numpy", "scipy", "torch")},

@@ -200,7 +200,7 @@ def scores(case: Case, vae: Vae, model: Interpolator, file: RefinerFile) -> dict
 
     def composed(detail: Any, *, refiner: bool, consistency: bool) -> NDArray[Any]:
         how = ComposeSettings(detail, consistency, profile, noise, refiner=file if refiner else None)
-        hu, figures = compose(generated, WINDOW, case.thick, target, how, condition_hu=given)
+        hu, figures = compose(generated, WINDOW, how.measured(case.thick, target), how, condition_hu=given)
         if consistency and refiner:
             agreement.update({k: figures[k] for k in ("rms_before_hu", "rms_after_hu", "noise_hu")})
         return hu
@@ -213,7 +213,7 @@ def scores(case: Case, vae: Vae, model: Interpolator, file: RefinerFile) -> dict
         "linear": interpolated(case.thick, target, "linear"),
         "cubic": cubic,
         "cubic + back-projection": apply(weights("cubic_back_projection", *z, profile), case.thick.hu),
-        "cubic + consistency": compose(cubic, WINDOW, case.thick, target, only)[0],
+        "cubic + consistency": compose(cubic, WINDOW, only.measured(case.thick, target), only)[0],
         "decode only": composed("absolute", refiner=False, consistency=False),
         "decode, residual": composed("residual", refiner=False, consistency=False),
         "decode + consistency": composed("residual", refiner=False, consistency=True),

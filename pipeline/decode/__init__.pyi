@@ -8,6 +8,7 @@ from .samples import (
     DerivedSeries as DerivedSeries,
     WriteSettings as WriteSettings,
     average_samples as average_samples,
+    parse_answer as parse_answer,
     write_derived as write_derived,
 )
 from .store import decode_store as decode_store, only_encoding as only_encoding, window_of as window_of

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,24 +17,32 @@ from pipeline.forward_model import (
     OperatorCheck,
     ProjectionFigures,
     SliceProfile,
+    ThickMeasurement,
+    certificate,
     check_operator,
-    default_profile,
-    measurement_noise,
     project,
     residual_rms,
-    slice_operator,
 )
-from pipeline.volume import Geometry, Volume, Window, ZMethod, hand_over, interpolated, row_blocks
+from pipeline.volume import (
+    Geometry,
+    Volume,
+    Window,
+    ZMethod,
+    hand_over,
+    interpolated,
+    interpolated_onto,
+    row_blocks,
+)
 
 if TYPE_CHECKING:
+    from pipeline.forward_model import ProtocolFit
     from pipeline.refiner import RefinerFile
 
 
 UNMET = 1.5
 """Residual over the noise from which on a projection has failed, and the operator is in doubt."""
-THIN_NOISE_SHARE = 1.2
-"""The residual of a true thin series over the thick slices' noise: re-averaged thin slices bring noise of their own
-(0.7 of the thick slices' on a real pair of one acquisition: hypot(1, 0.7) = 1.2)."""
+SPOKEN_HU = 0.5
+"""A decoded value closer than this to interpolation says nothing of its own."""
 
 
 Detail = Literal["absolute", "residual"]
@@ -73,24 +81,29 @@ class ComposeSettings:
     base_method: ZMethod = "cubic"
     refiner: RefinerFile | None = None
 
+    def measured(self, thick: Volume, target: Geometry, fit: ProtocolFit | None = None) -> ThickMeasurement:
+        """The thick series as seen from ``target``: under the profile and noise asked for, else a pair's fit."""
+        profile, noise = (None, None) if fit is None else (fit.profile, fit.noise_hu)
+        return ThickMeasurement.of(
+            thick, target.z_mm, self.profile or profile, noise if self.noise_hu is None else self.noise_hu
+        )
+
 
 def compose(
     decoded_hu: NDArray[np.float32],
     window: Window,
-    thick: Volume,
-    target: Geometry,
+    measured: ThickMeasurement,
     settings: ComposeSettings | None = None,
     *,
     condition_hu: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
-    """Final HU on ``target``'s lattice and the figures that go with them.
+    """Final HU at the measurement's thin positions and the figures that go with them.
 
     Args:
         decoded_hu: (z, y, x) HU from the decoder, meaningful inside ``window`` only.
         window: What the latents hold.
-        thick: The measured series, in-plane grid equal to the target's.
-        target: Lattice of the result.
-        settings: Defaults to restoring and projecting with the box of the slice thickness.
+        measured: The thick series with its operator and noise (``ComposeSettings.measured``).
+        settings: Defaults to restoring and projecting.
         condition_hu: (z, y, x) HU of the decoded condition, for residual detail.
 
     Returns:
@@ -98,8 +111,8 @@ def compose(
         the profile; a warning where another profile explains the thick slices better.
     """
     settings = settings or ComposeSettings()
-    if decoded_hu.shape != target.shape_zyx or thick.hu.shape[1:] != target.shape_zyx[1:]:
-        raise AssertionError(f"decoded {decoded_hu.shape}, thick {thick.hu.shape}, target {target.shape_zyx}")
+    if decoded_hu.shape != measured.shape_zyx:
+        raise AssertionError(f"decoded {decoded_hu.shape}, measured {measured.shape_zyx}")
     # One pass: a sum is finite only if every term is. A cast to int16 would turn NaN into ordinary HU.
     if not np.isfinite(decoded_hu.sum(dtype=np.float64)):
         raise NonFiniteError(
@@ -109,15 +122,17 @@ def compose(
         )
     if settings.detail == "absolute":
         condition_hu = None
-    x, restored = restore(decoded_hu, window, thick, target, settings, condition_hu)
+    x, shares = restore(decoded_hu, window, measured.volume, measured.thin_z_mm, settings, condition_hu)
     detail: Detail = "absolute" if condition_hu is None else "residual"
-    figures: dict[str, Any] = {"detail": detail, "restored_fraction": round(restored, 6)}
+    figures: dict[str, Any] = {"detail": detail, "restored_fraction": round(shares.restored, 6)}
     if settings.refiner is not None:
-        figures |= _refined(x, settings.refiner, thick, target, _profile(thick, settings), window, detail)
+        figures |= _refined(x, settings.refiner, measured, window, detail)
     if settings.consistency:
-        figures |= _made_consistent(x, thick, target, settings)
-    floor = _floor(thick)
+        spoken = shares.spoken > 0 or "refiner_sha256" in figures
+        figures |= _made_consistent(x, measured, window if spoken else None)
+    floor = _floor(measured.volume)
     np.clip(np.rint(x, out=x), floor, 32767, out=x)
+    figures["certificate"] = certificate(x, measured).figures()
     return x.astype(np.int16), figures
 
 
@@ -150,28 +165,35 @@ def plain_round_trip(
     return x.astype(np.int16), {"detail": "round trip", "restored_fraction": round(float(restored.mean()), 6)}
 
 
-def agreement(hu: NDArray[np.int16], thick: Volume, target: Geometry, settings: ComposeSettings) -> dict[str, Any]:
-    """RMS(A x - y) of finished HU (z, y, x), overall and a thick slice, under the names that ``compose`` uses."""
-    operator = slice_operator(_profile(thick, settings), np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm))
-    overall, per_slice = residual_rms(hu, thick.hu, operator)
-    return {"rms_after_hu": _rounded(overall), "per_slice_after_hu": [_rounded(v) for v in per_slice]}
+def agreement(hu: NDArray[np.int16], measured: ThickMeasurement, *, residual: bool = True) -> dict[str, Any]:
+    """What finished HU (z, y, x) agree to, under the names that ``compose`` uses: RMS(A x - y), overall and a thick
+    slice (left out without ``residual``), and the certificate."""
+    judged = {"certificate": certificate(hu, measured).figures()}
+    if not residual:
+        return judged
+    overall, per_slice = residual_rms(hu, measured.hu, measured.operator)
+    return judged | {"rms_after_hu": _rounded(overall), "per_slice_after_hu": [_rounded(v) for v in per_slice]}
 
 
-def _profile(thick: Volume, settings: ComposeSettings) -> SliceProfile:
-    return settings.profile or default_profile(thick.geometry.thickness_mm, thick.geometry.spacing_mm_zyx[0])
+class Shares(NamedTuple):
+    """Shares of all voxels: those restored from thick HU, and those in the window where a network did not just
+    interpolate."""
+
+    restored: float
+    spoken: float
 
 
 def restore(
     decoded_hu: NDArray[np.float32],
     window: Window,
     thick: Volume,
-    target: Geometry,
+    thin_z_mm: NDArray[np.float64],
     settings: ComposeSettings,
     condition_hu: NDArray[np.float32] | None,
-) -> tuple[NDArray[np.float32], float]:
-    """Decoded HU with the clipped range handed over to B, (z, y, x) float32, and the share of voxels that changed."""
-    x = interpolated(thick, target, settings.base_method)
-    changed = 0
+) -> tuple[NDArray[np.float32], Shares]:
+    """Decoded HU with the clipped range handed over to B, (z, y, x) float32."""
+    x = interpolated_onto(thick, thin_z_mm, settings.base_method)
+    changed = spoken = 0
     for rows in row_blocks(x.shape[1]):
         base = x[:, rows]
         decoded = np.asarray(decoded_hu[:, rows], dtype=np.float32)
@@ -182,48 +204,38 @@ def restore(
             decoded -= np.clip(condition_hu[:, rows], window.lower, window.upper)
         blended = hand_over(decoded, base, window)
         changed += int(np.count_nonzero(np.abs(blended - decoded) > 0.5))
+        inside = (decoded > window.lower) & (decoded < window.upper)
+        spoken += int(np.count_nonzero(inside & (np.abs(decoded - base) > SPOKEN_HU)))
         x[:, rows] = blended
-    return x, changed / x.size
+    return x, Shares(changed / x.size, spoken / x.size)
 
 
 def _refined(
-    x: NDArray[np.float32],
-    file: RefinerFile,
-    thick: Volume,
-    target: Geometry,
-    profile: SliceProfile,
-    window: Window,
-    detail: Detail,
+    x: NDArray[np.float32], file: RefinerFile, measured: ThickMeasurement, window: Window, detail: Detail
 ) -> dict[str, Any]:
     """Refine ``x`` in place, or say why an optional refiner is left out."""
     from pipeline.refiner import misfit, refine
 
-    wrong = misfit(file.load()[1], window, target.spacing_mm_zyx[0], detail)
+    wrong = misfit(file.load()[1], window, measured.spacing_mm, detail)
     if file.optional and wrong is not None:
         return {"refiner_left_out": f"{wrong[0]}; it was trained for {wrong[1]}"}
-    change = refine(file, x, thick, target, profile, window, detail)
+    change = refine(file, x, measured, window, detail)
     return {"refiner_sha256": file.sha256, "refiner_change_hu": round(change, 3)}
 
 
-def _made_consistent(
-    x: NDArray[np.float32], thick: Volume, target: Geometry, settings: ComposeSettings
-) -> dict[str, Any]:
-    """Project ``x`` in place; figures in HU."""
-    thick_z, thin_z = np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm)
-    profile = _profile(thick, settings)
-    noise = settings.noise_hu if settings.noise_hu is not None else THIN_NOISE_SHARE * measurement_noise(thick.hu)
-    check = check_operator(x, thick.hu, thick_z, thin_z, profile, noise)
-    operator = slice_operator(profile, thick_z, thin_z)
-    done = project(x, thick.hu, operator, thin_z, noise_hu=noise, floor_hu=_floor(thick))
+def _made_consistent(x: NDArray[np.float32], measured: ThickMeasurement, window: Window | None) -> dict[str, Any]:
+    """Project ``x`` in place; figures in HU. ``window``: where a network has answered, None where none has."""
+    check = check_operator(x, measured.hu, measured.thick_z_mm, measured.thin_z_mm, measured.profile, measured.noise_hu)
+    done = project(x, measured, window=window, floor_hu=_floor(measured.volume))
     return {
-        "profile": str(profile),
-        "noise_hu": round(noise, 3),
+        "profile": str(measured.profile),
+        "noise_hu": round(measured.noise_hu, 3),
         "rms_before_hu": _rounded(done.rms_before),
         "rms_after_hu": _rounded(done.rms_after),
         "change_hu": round(done.change_hu, 3),
         "per_slice_before_hu": [_rounded(v) for v in done.per_slice_before],
         "per_slice_after_hu": [_rounded(v) for v in done.per_slice_after],
-        "covered_slices": int(operator.covered.sum()),
+        "covered_slices": int(measured.operator.covered.sum()),
         "operator_verdict": check.verdict,
         "operator_best": str(check.best),
         "warning": _doubt(check, done),

@@ -6,36 +6,53 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentcache import InputError
 from pipeline.decode.compose import ComposeSettings, agreement, compose, plain_round_trip
-from pipeline.volume import Geometry, SourceHeader, Volume, Window
+from pipeline.forward_model import ThickMeasurement
+from pipeline.volume import Geometry, SourceHeader, Window
 from pipeline.writing import (
     Provenance,
     SeriesIdentity,
     check_enhanced,
-    kind_of_file,
+    kinds_of_file,
     write_ct_series,
     write_enhanced_ct,
     write_parametric_map,
 )
 
+Answer = Literal["mean", "sample", "both"]
+ANSWERS: tuple[Answer, ...] = get_args(Answer)
 UNCERTAINTY_SLOPE = 0.1
 """HU per stored unit of an uncertainty series."""
+
+
+def parse_answer(text: str, samples: int) -> Answer:
+    """``mean``, ``sample`` or ``both``, from the command line, of so many samples."""
+    for known in ANSWERS:
+        if text == known and known != "mean" and samples < 2:
+            raise InputError(f"answer {text} of one sample", expected="several", remedy="Give --samples 4, or more.")
+        if text == known:
+            return known
+    raise InputError(f"answer {text!r}", expected="mean, sample or both", remedy="Give --answer mean.")
 
 
 @dataclass(frozen=True)
 class DerivedVolume:
     """A finished volume: (z, y, x) int16 HU; ``spread`` is the standard deviation over samples in HU, if there were
-    several; ``figures`` is JSON-ready."""
+    several; ``figures`` is JSON-ready. ``sample`` is the first of several, with figures of its own; ``hu`` is
+    then their mean."""
 
     hu: NDArray[np.int16]
     spread: NDArray[np.float32] | None
     n_samples: int
     figures: Mapping[str, Any]
+    sample: NDArray[np.int16] | None = None
+    sample_figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,8 @@ class WriteSettings:
     Attributes:
         uncertainty_map: The uncertainty as a Parametric Map instead of a second CT series.
         enhanced: One Enhanced CT instance instead of a CT instance a slice.
+        answer: Of several samples the ``mean``, for viewing; one ``sample``, for measuring density and texture, which
+            a mean smooths away; or ``both``, the sample in a folder of its own.
     """
 
     out_dir: Path
@@ -56,6 +75,12 @@ class WriteSettings:
     checkpoint_sha256: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     store_snapshot: int | None = None
+    answer: Answer = "mean"
+
+    @property
+    def samples_apart(self) -> bool:
+        """Whether every sample is wanted as a volume, not only their mean."""
+        return self.uncertainty or self.answer != "mean"
 
 
 @dataclass(frozen=True)
@@ -72,7 +97,7 @@ class DerivedSeries:
 def average_samples(
     decoded: Iterable[NDArray[np.float32]],
     window: Window,
-    thick: Volume | None,
+    measured: ThickMeasurement | None,
     target: Geometry,
     settings: ComposeSettings,
     condition_hu: NDArray[np.float32] | None = None,
@@ -84,12 +109,13 @@ def average_samples(
     """
     first = mean = squares = None
     figures: Mapping[str, Any] = {}
+    first_figures: Mapping[str, Any] = {}
     number = 0
     for number, one in enumerate(decoded, start=1):
-        hu, figures = _composed(one, window, thick, target, settings, condition_hu)
+        hu, figures = _composed(one, window, measured, target, settings, condition_hu)
         del one  # not kept while the next sample is decoded
         if first is None:
-            first = hu
+            first, first_figures = hu, figures
             continue
         if mean is None or squares is None:
             mean, squares = first.astype(np.float32), np.zeros(hu.shape, np.float32)
@@ -101,22 +127,23 @@ def average_samples(
     if mean is None or squares is None:
         return DerivedVolume(first, None, 1, figures)
     out = np.rint(mean).astype(np.int16)
-    if thick is not None and settings.consistency:
-        figures = {**figures, **agreement(out, thick, target, settings)}
+    if measured is not None:
+        figures = {**figures, **agreement(out, measured, residual=settings.consistency)}
     spread = np.sqrt(squares / (number - 1))
-    return DerivedVolume(out, spread, number, {**figures, "uncertainty_mean_hu": round(float(spread.mean()), 3)})
+    figures = {**figures, "uncertainty_mean_hu": round(float(spread.mean()), 3)}
+    return DerivedVolume(out, spread, number, figures, first, first_figures)
 
 
 def _composed(
     decoded: NDArray[np.float32],
     window: Window,
-    thick: Volume | None,
+    measured: ThickMeasurement | None,
     target: Geometry,
     settings: ComposeSettings,
     condition_hu: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
-    if thick is not None:
-        return compose(decoded, window, thick, target, settings, condition_hu=condition_hu)
+    if measured is not None:
+        return compose(decoded, window, measured, settings, condition_hu=condition_hu)
     return plain_round_trip(decoded, window, None, target)
 
 
@@ -131,8 +158,9 @@ def write_derived(
 ) -> DerivedSeries:
     """Write ``out_dir/key`` and, where asked for and there are several samples, before it ``out_dir/key-uncertainty``.
 
-    So a series that is there is there with its uncertainty; one whose series never came, because its writer was killed
-    between the two, is written anew. The figures, the sampling settings and every warning go into the provenance.
+    ``out_dir/key-sample`` likewise. So a series that is there is there with what belongs to it; one whose series never
+    came, because its writer was killed between the two, is written anew. The figures, the sampling settings, the
+    certificate and every warning go into the provenance.
 
     Raises:
         InputError: A folder exists, or the source lacks what Enhanced CT requires.
@@ -140,38 +168,53 @@ def write_derived(
     sampling = dict(settings.sampling)
     if volume.n_samples > 1:
         sampling["samples"] = volume.n_samples
-    warnings = (str(volume.figures["warning"]),) if volume.figures.get("warning") else ()
     provenance = replace(
         provenance,
         checkpoint_sha256=settings.checkpoint_sha256,
         refiner_sha256=str(volume.figures.get("refiner_sha256", "")),
         store_snapshot=settings.store_snapshot,
         sampling=sampling,
-        consistency=volume.figures,
-        notes=(*provenance.notes, *warnings),
     )
+    mean = _with_figures(provenance, volume.figures, "mean" if volume.n_samples > 1 else "")
+    sample = _with_figures(provenance, volume.sample_figures, "sample")
     common: dict[str, Any] = {"uids": identity, "transfer_syntax": settings.transfer_syntax}
     folders = [key]
     if settings.enhanced:
         check_enhanced(header)
     if settings.uncertainty and volume.spread is not None:
         name = f"{key}-uncertainty"
-        _clear_orphan(settings.out_dir / name)
-        described = replace(provenance, kind="uncertainty")
+        _clear_orphan(settings.out_dir / name, "uncertainty")
+        described = replace(mean, kind="uncertainty", answer="")
         _write_uncertainty(volume.spread, target, header, settings.out_dir / name, identity, described, settings)
         folders.append(name)
     write = write_enhanced_ct if settings.enhanced else write_ct_series
-    written = write(volume.hu, target, header, settings.out_dir / key, provenance=provenance, **common)
-    return DerivedSeries(key, written.series_uid, tuple(folders), len(volume.hu), volume.figures)
+    if volume.sample is not None and settings.answer == "both":
+        name = f"{key}-sample"
+        _clear_orphan(settings.out_dir / name, "sample")
+        write(volume.sample, target, header, settings.out_dir / name, provenance=sample, **common)
+        folders.append(name)
+    hu, figures, own = volume.hu, volume.figures, mean
+    if volume.sample is not None and settings.answer == "sample":
+        hu, figures, own = volume.sample, volume.sample_figures, sample
+    written = write(hu, target, header, settings.out_dir / key, provenance=own, **common)
+    return DerivedSeries(key, written.series_uid, tuple(folders), len(hu), figures)
 
 
-def _clear_orphan(folder: Path) -> None:
-    """Remove an uncertainty series of ours; the series that it belongs to is known to be absent."""
+def _with_figures(
+    provenance: Provenance, figures: Mapping[str, Any], answer: Literal["", "mean", "sample"]
+) -> Provenance:
+    """The provenance of one of the answers, with its own figures and warnings."""
+    warnings = (str(figures["warning"]),) if figures.get("warning") else ()
+    return replace(provenance, consistency=figures, answer=answer, notes=(*provenance.notes, *warnings))
+
+
+def _clear_orphan(folder: Path, what: Literal["uncertainty", "sample"]) -> None:
+    """Remove such a series of ours; the series that it belongs to is known to be absent."""
     names = sorted(folder.glob("*.dcm")) if folder.is_dir() else []
     if not names or len(names) != len(list(folder.iterdir())):
         return
     # What is not ours stays: whoever writes next refuses to overwrite it.
-    if kind_of_file(names[0]) == "uncertainty":
+    if what in kinds_of_file(names[0]):
         shutil.rmtree(folder)
 
 

@@ -189,6 +189,9 @@ def _enter(outcome: Outcome[DecodeTask, DerivedSeries], summary: DecodeSummary) 
             **done.figures,
         }
         took = round(sum(outcome.seconds.values()), 6)
+        judged = done.figures.get("certificate", {})
+        if judged.get("failing") or judged.get("missing"):
+            note(log, "certificate", logging.WARNING, f"series {key}: {judged['said']}", series_key=key, stage="decode")
         note(log, "decoded", series_key=key, stage="decode", seconds=took, outcome="ok", slices=done.n_slices)
     for name, value in outcome.seconds.items():
         summary.seconds[name] = summary.seconds.get(name, 0.0) + value

@@ -205,15 +205,12 @@ def _composed(
         (one,) = samples
         hu, figures = plain_round_trip(one, window, thick, target)
         return DerivedVolume(hu, None, 1, figures)
-    composing = replace(
-        settings.compose,
-        profile=settings.compose.profile or (task.fit.profile if task.fit else None),
-        noise_hu=settings.compose.noise_hu or (task.fit.noise_hu if task.fit else None),
-    )
+    composing = settings.compose
+    measured = composing.measured(thick, target, task.fit) if thick is not None else None
     condition = None
     if composing.detail == "residual" and task.condition is not None and thick is not None:
         condition = decoded_hu(vae, window, *task.condition)[kept]
-    volume = average_samples(samples, window, thick, target, composing, condition)
+    volume = average_samples(samples, window, measured, target, composing, condition)
     if task.fit is None or not task.fit.stated_is_wrong:
         return volume
     return replace(volume, figures={**volume.figures, "stated_profile": task.fit.stated_is_wrong})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from latentcache import COMPRESSION, CtpipeError, InputError, LatentRecord, LatentStore, PairRecord
 from pipeline.decode import ComposeSettings, compose
-from pipeline.forward_model import BASELINES, ProtocolFit, SliceProfile, apply, default_profile, weights
+from pipeline.forward_model import BASELINES, ThickMeasurement, apply, weights
 from pipeline.metrics import FeaturesOf, intensity as metrics
 from pipeline.refiner import RefinerFile
 from pipeline.vae import Encoder
@@ -145,20 +145,15 @@ class MethodOutput:
 
 
 def case_methods(
-    work: CaseWork, pair: PairRecord, thick: Volume, thin: Geometry, fit: ProtocolFit | None = None
+    work: CaseWork, pair: PairRecord, measured: ThickMeasurement, thin: Geometry
 ) -> Iterator[MethodOutput]:
     """Every method's volume on the measured part of the thin grid, one at a time.
 
     A latent of another shape or spacing than the thin series' is that method's error.
     """
-    settings, store = work.settings, work.store
+    settings, store, thick = work.settings, work.store, measured.volume
     inside = common_slices(thick.geometry, thin)
     target = thin.with_z(np.array(thin.z_mm)[inside])
-    composing = settings.compose
-    if fit is not None:
-        composing = replace(
-            composing, profile=composing.profile or fit.profile, noise_hu=composing.noise_hu or fit.noise_hu
-        )
 
     def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
         check_latent(latent, thin)
@@ -173,13 +168,12 @@ def case_methods(
         return decoded(store.read(record))
 
     source, wanted = np.array(thick.geometry.z_mm), np.array(target.z_mm)
-    profile = composing.profile or stated_profile(thick)
     for method in BASELINES:
-        yield MethodOutput(method, apply(weights(method, source, wanted, profile), thick.hu))
-    yield _tried("cubic_consistent", lambda: _composed("cubic_consistent", settings, thick, target, composing, None))
+        yield MethodOutput(method, apply(weights(method, source, wanted, measured.profile), thick.hu))
+    yield _tried("cubic_consistent", lambda: _composed("cubic_consistent", settings, measured, target, None))
     network = settings.regression
     if network is not None:
-        yield _tried("regression", lambda: _composed("regression", settings, thick, target, composing, network))
+        yield _tried("regression", lambda: _composed("regression", settings, measured, target, network))
     condition_hu: NDArray[np.float32] | None = None
     try:
         condition_hu = stored(pair.pair_key, "thick_on_thin")
@@ -187,7 +181,7 @@ def case_methods(
         yield MethodOutput("condition_round_trip", None, error=str(error))
     if condition_hu is not None:
         yield MethodOutput("condition_round_trip", condition_hu, whole_range=False)
-    yield _tried("model", lambda: _model(work, pair, thick, target, composing, condition_hu, decoded))
+    yield _tried("model", lambda: _model(work, pair, measured, condition_hu, decoded))
     condition_hu = None
     ceiling = _tried("vae_ceiling", lambda: MethodOutput("vae_ceiling", stored(pair.thin_key, "thin"), False))
     if ceiling.hu is not None or ceiling.error:
@@ -205,29 +199,27 @@ def _tried(name: str, make: Callable[[], MethodOutput]) -> MethodOutput:
 def _composed(
     name: str,
     settings: EvaluationSettings,
-    thick: Volume,
+    measured: ThickMeasurement,
     target: Geometry,
-    composing: ComposeSettings,
     network: RefinerFile | None,
 ) -> MethodOutput:
     """Interpolated thick HU, perhaps through a network, made consistent as the model's output is.
 
     Without a network it is what the consistency step alone is worth: a model's own gain begins there.
     """
-    how = replace(composing, detail="absolute", refiner=network)
-    hu, figures = compose(interpolated(thick, target, "cubic"), settings.window, thick, target, how)
+    how = replace(settings.compose, detail="absolute", refiner=network)
+    hu, figures = compose(interpolated(measured.volume, target, "cubic"), settings.window, measured, how)
     return MethodOutput(name, hu, figures=figures)
 
 
 def _model(
     work: CaseWork,
     pair: PairRecord,
-    thick: Volume,
-    target: Geometry,
-    composing: ComposeSettings,
+    measured: ThickMeasurement,
     condition_hu: NDArray[np.float32] | None,
     decoded: Callable[[NDArray[Any]], NDArray[np.float32]],
 ) -> MethodOutput:
+    composing = work.settings.compose
     if composing.detail == "residual" and condition_hu is None:
         raise InputError(
             f"pair {pair.pair_key} without a usable thick_on_thin latent",
@@ -236,13 +228,8 @@ def _model(
         )
     generated = metrics.require_finite(decoded(work.generated(pair)), "the decoded model output")
     seen = condition_hu if composing.detail == "residual" else None
-    hu, figures = compose(generated, work.settings.window, thick, target, composing, condition_hu=seen)
+    hu, figures = compose(generated, work.settings.window, measured, composing, condition_hu=seen)
     return MethodOutput("model", hu, figures=figures)
-
-
-def stated_profile(thick: Volume) -> SliceProfile:
-    """The box of the slice thickness that the scanner states."""
-    return default_profile(thick.geometry.thickness_mm, thick.geometry.spacing_mm_zyx[0])
 
 
 def sample_spread(work: CaseWork, latents: Iterator[NDArray[Any]], shape: tuple[int, int, int]) -> NDArray[np.float32]:

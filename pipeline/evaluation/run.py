@@ -30,12 +30,11 @@ from pipeline.evaluation.methods import (
     case_methods,
     on_one_grid,
     sample_spread,
-    stated_profile,
 )
 from pipeline.evaluation.phantom_truth import known_structures
 from pipeline.evaluation.results import finished_case, keep_case
 from pipeline.evaluation.views import CaseView, towards, view_stride
-from pipeline.forward_model import ProtocolFit, Protocols, slice_operator
+from pipeline.forward_model import ProtocolFit, Protocols
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.vae import Encoder
@@ -211,10 +210,9 @@ def _evaluate(work: CaseWork, pair: PairRecord, fit: ProtocolFit | None, view_fo
     thick, remarks = on_one_grid(thick, thin.geometry)
     inside = common_slices(thick.geometry, thin.geometry)
     geometry = thin.geometry.with_z(np.array(thin.geometry.z_mm)[inside])
-    profile = fit.profile if fit else stated_profile(thick)
-    operator = slice_operator(profile, np.array(thick.geometry.z_mm), np.array(geometry.z_mm))
+    measured = work.settings.compose.measured(thick, geometry, fit)
     case = Case(
-        thin.hu[inside], geometry, thick.geometry.z_mm, operator, thick.hu,
+        thin.hu[inside], geometry, thick.geometry.z_mm, measured.operator, thick.hu,
         known_structures(pointers[1], geometry), work.settings.features,
     )  # fmt: skip
     scores: dict[str, dict[str, Any]] = {}
@@ -222,7 +220,7 @@ def _evaluate(work: CaseWork, pair: PairRecord, fit: ProtocolFit | None, view_fo
     misfit: Mapping[str, Any] = {}
     stride = view_stride(case.truth.shape)
     view = {"truth": _for_viewer(case.truth, stride)}
-    for output in case_methods(work, pair, thick, thin.geometry, fit):
+    for output in case_methods(work, pair, measured, thin.geometry):
         if output.hu is None:
             failures[output.name] = output.error
             continue

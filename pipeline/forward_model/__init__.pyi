@@ -1,9 +1,5 @@
-from .data_consistency import (
-    ProjectionFigures as ProjectionFigures,
-    measurement_noise as measurement_noise,
-    project as project,
-    residual_rms as residual_rms,
-)
+from .certificate import certificate as certificate
+from .data_consistency import ProjectionFigures as ProjectionFigures, project as project, residual_rms as residual_rms
 from .fit import (
     OperatorCheck as OperatorCheck,
     ProtocolFit as ProtocolFit,
@@ -18,4 +14,5 @@ from .slice_profile import (
     default_profile as default_profile,
     slice_operator as slice_operator,
 )
+from .thick_measurement import ThickMeasurement as ThickMeasurement, measurement_noise as measurement_noise
 from .upsampling import BASELINES as BASELINES, apply as apply, weights as weights

@@ -122,11 +122,14 @@ class SliceOperator:
     Attributes:
         matrix: (n_thick, n_thin) float64, rows summing to 1.
         coverage: (n_thick,) share of each profile that lies on the thin grid.
+        thick_z_mm, thin_z_mm: (n_thick,) and (n_thin,) positions along the normal, ascending.
     """
 
     matrix: NDArray[np.float64]
     coverage: NDArray[np.float64]
     profile: SliceProfile
+    thick_z_mm: NDArray[np.float64]
+    thin_z_mm: NDArray[np.float64]
 
     @property
     def covered(self) -> NDArray[np.bool_]:
@@ -163,13 +166,13 @@ def slice_operator(profile: SliceProfile, thick_z_mm: NDArray[Any], thin_z_mm: N
         thick_z_mm: (n_thick,) positions along the normal, ascending.
         thin_z_mm: (n_thin,) positions along the normal, ascending.
     """
-    thick = np.asarray(thick_z_mm, dtype=np.float64)
-    weights = np.diff(profile.cumulative(cell_edges(thin_z_mm)[None, :] - thick[:, None]), axis=1)
+    thick, thin = np.asarray(thick_z_mm, dtype=np.float64), np.asarray(thin_z_mm, dtype=np.float64)
+    weights = np.diff(profile.cumulative(cell_edges(thin)[None, :] - thick[:, None]), axis=1)
     total = weights.sum(axis=1)
-    nearest = np.abs(np.asarray(thin_z_mm, dtype=np.float64)[None, :] - thick[:, None]).argmin(axis=1)
+    nearest = np.abs(thin[None, :] - thick[:, None]).argmin(axis=1)
     weights[total < 1e-6] = 0.0
     weights[total < 1e-6, nearest[total < 1e-6]] = 1.0
-    return SliceOperator(weights / weights.sum(axis=1, keepdims=True), total, profile)
+    return SliceOperator(weights / weights.sum(axis=1, keepdims=True), total, profile, thick, thin)
 
 
 def default_profile(thickness_mm: float, spacing_mm: float) -> SliceProfile:

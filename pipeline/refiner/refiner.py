@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from latentcache import InputError
 from latentcache.storage import fresh_draft
-from pipeline.forward_model import SliceProfile
+from pipeline.forward_model import ThickMeasurement
 from pipeline.refiner.inputs import RefinerInput, ThickView
 from pipeline.refiner.network import HEAD_REACH, Refiner, RefinerConfig
-from pipeline.volume import HANDOVER_SLOPE, Geometry, Volume, Window
+from pipeline.volume import HANDOVER_SLOPE, Window
 
 FILE_NAME = "refiner.safetensors"
 TILE = 192
@@ -140,14 +140,12 @@ def misfit(card: RefinerCard, window: Window, spacing_mm: float, detail: str) ->
 def refine(
     file: RefinerFile,
     composed: NDArray[np.float32],
-    thick: Volume,
-    target: Geometry,
-    profile: SliceProfile,
+    measured: ThickMeasurement,
     window: Window,
     detail: str,
     tile: int = TILE,
 ) -> float:
-    """Refine ``composed`` (z, y, x) float32 HU on ``target`` in place; returns the RMS change in HU.
+    """Refine ``composed`` (z, y, x) float32 HU in place; returns the RMS change in HU.
 
     Only what the window can show takes part: a voxel beyond the window keeps its value unless the network brings it
     well inside (see ``settle``). Tiles start at whole folds, so that they give the numbers of one pass.
@@ -156,9 +154,9 @@ def refine(
         InputError: The refiner was trained for another window or slice spacing.
     """
     network, card = file.load()
-    if (wrong := misfit(card, window, target.spacing_mm_zyx[0], detail)) is not None:
+    if (wrong := misfit(card, window, measured.spacing_mm, detail)) is not None:
         raise InputError(wrong[0], expected=wrong[1], remedy="Leave --refiner away, or train one on such series.")
-    view = ThickView.of(np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm), profile)
+    view = ThickView.of(measured.thick_z_mm, measured.thin_z_mm, measured.profile)
     fold, reach = card.config.fold, card.config.reach
     side = max(fold, tile // fold * fold)
     # Tiles read their neighbours' halo as it was before.
@@ -166,7 +164,7 @@ def refine(
     total = 0.0
     for plane in tiles(composed.shape[1:], (side, side)):
         wide, inner = with_halo(plane, composed.shape[1:], (reach, reach))
-        given = view.inputs(thick.hu[:, *wide], before[:, *wide], window)
+        given = view.inputs(measured.hu[:, *wide], before[:, *wide], window)
         for depth, unit in _refined_slices(network, given, file.device):
             place = (depth, *plane)
             settled = settle(window.from_unit(unit[:, *inner]), composed[place], window)

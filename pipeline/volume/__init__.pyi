@@ -12,6 +12,7 @@ from .resample import (
     ZMethod as ZMethod,
     even_geometry as even_geometry,
     interpolated as interpolated,
+    interpolated_onto as interpolated_onto,
     on_even_positions as on_even_positions,
     resample_z as resample_z,
     row_blocks as row_blocks,

@@ -14,9 +14,8 @@ from pipeline.volume.geometry import Geometry
 from pipeline.volume.volume import Volume
 
 
-def interpolated(thick: Volume, target: Geometry, method: ZMethod) -> NDArray[np.float32]:
-    """Thick HU on the target's slice positions, (z, y, x) float32, kept within each column's measured range."""
-    weights = z_weights(np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm), method).astype(np.float32)
+def interpolated_onto(thick: Volume, thin_z_mm: NDArray[np.float64], method: ZMethod) -> NDArray[np.float32]:
+    weights = z_weights(np.asarray(thick.geometry.z_mm), thin_z_mm, method).astype(np.float32)
     out = np.empty((len(weights), *thick.hu.shape[1:]), dtype=np.float32)
     for rows in row_blocks(thick.hu.shape[1]):
         y = np.ascontiguousarray(thick.hu[:, rows], dtype=np.float32)
@@ -24,6 +23,11 @@ def interpolated(thick: Volume, target: Geometry, method: ZMethod) -> NDArray[np
         # A cubic overshoots at bone and air; what no slice measured is not restored.
         out[:, rows] = np.clip(block, y.min(axis=0), y.max(axis=0))
     return out
+
+
+def interpolated(thick: Volume, target: Geometry, method: ZMethod) -> NDArray[np.float32]:
+    """Thick HU on the target's slice positions, (z, y, x) float32, kept within each column's measured range."""
+    return interpolated_onto(thick, np.asarray(target.z_mm), method)
 
 
 ROW_BLOCK = 32

@@ -102,7 +102,7 @@ def _volume_model(
             return window.from_unit(np.asarray(codec.decode(np.asarray(z, dtype=np.float32), thin.shape_zyx)))
 
         generated = require_finite(decoded(latent), "the decoded model output")
-        hu, _ = compose(generated, window, thick, thin, composing, condition_hu=decoded(seen))
+        hu, _ = compose(generated, window, composing.measured(thick, thin), composing, condition_hu=decoded(seen))
         return hu
 
     return generate, model.checkpoint_sha256, corrects.sha256 if corrects else ""
@@ -120,6 +120,6 @@ def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, 
     how = ComposeSettings("absolute", consistency, refiner=file)
 
     def generate(thick: Any, thin: Any) -> Any:
-        return compose(interpolated(thick, thin, how.base_method), window, thick, thin, how)[0]
+        return compose(interpolated(thick, thin, how.base_method), window, how.measured(thick, thin), how)[0]
 
     return generate, facts

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from latentcache import COMPRESSION, Encoding, InputError
 from latentcache.storage import refuse_existing
-from pipeline.decode import ComposeSettings, DerivedSeries, WriteSettings, average_samples, parse_detail, write_derived
+from pipeline.decode import (
+    ComposeSettings,
+    DerivedSeries,
+    WriteSettings,
+    average_samples,
+    parse_answer,
+    parse_detail,
+    write_derived,
+)
 from pipeline.encode import PAD_MULTIPLE_ZYX
 from pipeline.forward_model import SliceProfile, slice_operator
 from pipeline.identity import Keys, PrivateStore, is_placeholder_id
@@ -62,6 +70,7 @@ class InterpolateJob:
         restore_identity: Keep the patient's identity, for use inside the hospital.
         memory_gib: Memory budget of the VAE.
         private: Where the secret of the pseudonyms is kept; by default ``out``.
+        answer: ``mean`` of the samples for viewing, one ``sample`` for measuring, or ``both``.
     """
 
     source: str
@@ -83,6 +92,7 @@ class InterpolateJob:
     device: str = "cpu"
     memory_gib: float | None = None
     private: Path | None = None
+    answer: str = "mean"
 
 
 @dataclass(frozen=True)
@@ -186,7 +196,7 @@ def interpolate_with(
     settings = _settings(job, model, loaded.encoding)
     shape = thick.geometry.thin_grid(settings.trained_spacing_mm).shape_zyx
     expected = estimate_seconds(
-        model, codec, shape, job.sampling.samples, job.sampling.options, settings.write.uncertainty
+        model, codec, shape, job.sampling.samples, job.sampling.options, settings.write.samples_apart
     )
     on_estimate(expected, thick.hu.shape)
     start = time.perf_counter()
@@ -215,6 +225,7 @@ def _settings(job: InterpolateJob, model: Any, encoding: Encoding) -> Interpolat
             uncertainty=job.uncertainty or job.uncertainty_map,
             uncertainty_map=job.uncertainty_map,
             enhanced=job.enhanced,
+            answer=parse_answer(job.answer, job.sampling.samples),
             checkpoint_sha256=model.checkpoint_sha256,
             sampling=sampling_facts(model, job.sampling.options, job.sampling.samples),
         ),
@@ -305,7 +316,7 @@ def generate_series(
         on_progress(JobProgress("interpolate", done, 2 + samples, step))
 
     def generate(condition: Latent) -> Iterator[Latent]:
-        if not settings.write.uncertainty:
+        if not settings.write.samples_apart:
             yield model.generate(condition, samples=samples, **options)
             return
         for number in range(samples):
@@ -453,7 +464,8 @@ def interpolate(
         return onto_spacing(hu, trained, target) if notes else hu
 
     condition_hu = decoded(condition) if settings.compose.detail == "residual" else None
-    volume = average_samples((decoded(x) for x in latents), window, thick, target, settings.compose, condition_hu)
+    measured = settings.compose.measured(thick, target)
+    volume = average_samples((decoded(x) for x in latents), window, measured, target, settings.compose, condition_hu)
     provenance = Provenance(
         kind="generated",
         source_key=series_key,

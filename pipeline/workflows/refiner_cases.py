@@ -82,7 +82,7 @@ class RefinerSource:
         thin_hu = decoded_hu(model.decoder, self.window, model.generated.url, sample)[inside]
         given = decoded_hu(model.decoder, self.window, self.latents.url, condition)[inside]
         settings = ComposeSettings()
-        restored, _ = restore(thin_hu, self.window, thick, target, settings, given)
+        restored, _ = restore(thin_hu, self.window, thick, np.asarray(target.z_mm), settings, given)
         detail = (restored - interpolated(thick, target, settings.base_method)).astype(np.float16)
         np.save(path, detail)
         return detail

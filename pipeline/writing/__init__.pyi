@@ -7,7 +7,7 @@ from .provenance import (
     ALGORITHM as ALGORITHM,
     PRIVATE_CREATOR as PRIVATE_CREATOR,
     Provenance as Provenance,
-    kind_of_file as kind_of_file,
+    kinds_of_file as kinds_of_file,
     read_provenance as read_provenance,
 )
 from .series_identity import SeriesIdentity as SeriesIdentity

@@ -240,4 +240,5 @@ def described(provenance: Provenance) -> tuple[str, tuple[str, ...]]:
     if provenance.kind == "uncertainty":
         return f"{ALGORITHM} uncertainty (SD in HU) {spacing}"[:64], (*axial, "UNCERTAINTY")
     word = "synthetic" if provenance.kind == "generated" else "latent round trip"
-    return f"{ALGORITHM} {word} {spacing}"[:64], axial
+    answer = f" ({provenance.answer})" if provenance.answer else ""
+    return f"{ALGORITHM} {word}{answer} {spacing}"[:64], axial

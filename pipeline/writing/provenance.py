@@ -44,6 +44,7 @@ class Provenance:
         checkpoint_sha256: Of the diffusion model, empty when none was used.
         refiner_sha256: Of the pixel-space refiner's weights and settings, empty when none was used.
         sampling: Sampler, steps, seeds, samples.
+        answer: ``mean`` over several samples, or one ``sample`` of several; empty where there was but one.
         consistency: Figures of agreement with the measured thick series.
         notes: Anything a reader must know, e.g. that spacing was resampled.
     """
@@ -61,6 +62,7 @@ class Provenance:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     consistency: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    answer: Literal["", "mean", "sample"] = ""
     algorithm_version: str = field(default_factory=package_version)
 
     def to_json(self) -> str:
@@ -74,6 +76,11 @@ class Provenance:
             "generated": "SYNTHETIC thin slices predicted from the thick source series by a latent diffusion model",
             "uncertainty": "Standard deviation in HU over samples of a latent diffusion model",
         }[self.kind]
+        if self.answer:
+            what += {
+                "mean": ", mean over samples: for viewing, smoother than life",
+                "sample": ", ONE sample of several: for measuring density and texture",
+            }[self.answer]
         parts = [f"{what} ({ALGORITHM} {self.algorithm_version}), {self.spacing_mm:g} mm"]
         parts.append(f"window {self.window[0]:g}/{self.window[1]:g} HU")
         for label, value in (
@@ -87,6 +94,8 @@ class Provenance:
         parts += [f"{k} {self.sampling[k]}" for k in ("sampler", "steps", "samples", "seed") if k in self.sampling]
         if "rms_after_hu" in self.consistency:
             parts.append(f"agreement with the measured slices {self.consistency['rms_after_hu']:.1f} HU RMS")
+        if said := str(self.consistency.get("certificate", {}).get("said", "")):
+            parts.append(said)
         parts += self.notes
         return "; ".join(parts)[:_ST_MAX]
 
@@ -162,10 +171,10 @@ def read_provenance(ds: Dataset) -> dict[str, Any]:
     return loaded
 
 
-def kind_of_file(path: Path) -> str | None:
-    """Return the ``kind`` that a file's provenance states; None for a file that ctpipe did not write."""
+def kinds_of_file(path: Path) -> tuple[str, ...]:
+    """Return the ``kind`` and the ``answer`` that a file's provenance states; none for a file that is not ctpipe's."""
     try:
-        kind: str | None = read_provenance(dcmread(path, stop_before_pixels=True)).get("kind")
+        found = read_provenance(dcmread(path, stop_before_pixels=True))
     except (KeyError, InvalidDicomError):
-        return None
-    return kind
+        return ()
+    return tuple(str(found[name]) for name in ("kind", "answer") if found.get(name))

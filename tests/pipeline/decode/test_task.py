@@ -14,7 +14,7 @@ import pydicom
 import pytest
 
 from latentcache import InputError, LatentStore
-from pipeline.decode import ComposeSettings, DecodeSettings, WriteSettings, task as decode
+from pipeline.decode import ComposeSettings, DecodeSettings, WriteSettings, parse_answer, task as decode
 from pipeline.decode.task import DecodeTask
 from pipeline.encode import task as encode
 from pipeline.encode.plan import EncodePlan
@@ -258,3 +258,50 @@ def test_an_extent_with_nothing_measured_is_refused(world: World) -> None:
     settings = DecodeSettings(WriteSettings(Path("nowhere"), WINDOW))
     with pytest.raises(InputError, match="overlapping extents"):
         decode.decode_one(world.codec, moved, settings=settings)
+
+
+def test_two_answers_from_one_run_each_said_in_dicom(world: World, tmp_path: Path) -> None:
+    stores = [world.generated(name, bias) for name, bias in (("c", -0.02), ("d", 0.02))]
+    (task,) = world.plan(generated=stores, split="test")
+    off = ComposeSettings(consistency=False)
+    both = run(world, task, tmp_path / "both", answer="both", compose=off)
+    assert both.folders == (task.key, f"{task.key}-sample")
+    mean, sample = (pydicom.dcmread(tmp_path / "both" / name / "00010.dcm") for name in both.folders)
+    assert read_provenance(mean)["answer"] == "mean"
+    assert read_provenance(sample)["answer"] == "sample"
+    assert "(mean)" in mean.SeriesDescription
+    assert "(sample)" in sample.SeriesDescription
+    assert "mean over samples: for viewing" in mean.DerivationDescription
+    assert "ONE sample of several: for measuring" in sample.DerivationDescription
+    assert mean.SeriesInstanceUID != sample.SeriesInstanceUID
+    soft = np.abs(mean.pixel_array * float(mean.RescaleSlope) + float(mean.RescaleIntercept) - 40) < 60
+    # The first of two samples 0.04 units apart lies 4 HU below their mean.
+    apart = (mean.pixel_array.astype(int) - sample.pixel_array) * float(mean.RescaleSlope)
+    assert np.median(apart[soft]) == pytest.approx(4, abs=1)
+    alone = run(world, task, tmp_path / "sample", answer="sample", compose=off)
+    assert alone.folders == (task.key,)
+    only = pydicom.dcmread(tmp_path / "sample" / task.key / "00010.dcm")
+    np.testing.assert_array_equal(only.pixel_array, sample.pixel_array)
+    assert read_provenance(only)["answer"] == "sample"
+
+
+def test_an_answer_of_several_needs_several() -> None:
+    assert parse_answer("mean", 1) == "mean"
+    assert parse_answer("both", 2) == "both"
+    with pytest.raises(InputError, match="sample of one sample"):
+        parse_answer("sample", 1)
+    with pytest.raises(InputError, match="mean, sample or both"):
+        parse_answer("median", 8)
+
+
+def test_every_generated_series_carries_a_certificate(world: World, tmp_path: Path) -> None:
+    """In its figures, its provenance and its DerivationDescription; a tissue that is too small to be judged is said."""
+    (task,) = world.plan(generated=[world.generated("certified", 0.0)], split="test")
+    done = run(world, task, tmp_path)
+    judged = done.figures["certificate"]
+    assert set(judged["shift_hu"]) | set(judged["missing"]) == {"lung", "fat", "soft_tissue"}
+    ds = pydicom.dcmread(tmp_path / task.key / "00005.dcm")
+    assert read_provenance(ds)["consistency"]["certificate"] == judged
+    assert judged["said"] in ds.DerivationDescription
+    if judged["missing"]:
+        assert "certificate not computed: too little" in ds.DerivationDescription

@@ -53,9 +53,9 @@ def test_agreement_is_that_of_the_true_thin_series_and_the_image_gains(
     operator = slice_operator(fit.profile, np.asarray(thick.geometry.z_mm), np.asarray(thin.geometry.z_mm))
     true_rms, _ = residual_rms(thin.hu, thick.hu, operator)
     guess = interpolated(thick, thin.geometry, "cubic")
-    without, _ = compose(guess, WINDOW, thick, thin.geometry, ComposeSettings(consistency=False))
     settings = ComposeSettings(profile=fit.profile, noise_hu=fit.noise_hu)
-    with_it, figures = compose(guess, WINDOW, thick, thin.geometry, settings)
+    without, _ = compose(guess, WINDOW, settings.measured(thick, thin.geometry), ComposeSettings(consistency=False))
+    with_it, figures = compose(guess, WINDOW, settings.measured(thick, thin.geometry), settings)
     assert 0.8 < figures["rms_after_hu"] / true_rms < 1.1
     assert figures["rms_before_hu"] > 5 * true_rms
     assert figures["warning"] == ""
@@ -86,7 +86,8 @@ def test_a_wrong_operator_is_said_without_a_pair(pair: tuple[Volume, Volume], ch
     fit = fit_pair(*(half(v, False) for v in pair))
     assumed = fit.profile.shifted(2.0) if change == "shift" else SliceProfile("box", 10.0)
     guess = interpolated(thick, thin.geometry, "cubic")
-    _, figures = compose(guess, WINDOW, thick, thin.geometry, ComposeSettings(profile=assumed, noise_hu=fit.noise_hu))
+    how = ComposeSettings(profile=assumed, noise_hu=fit.noise_hu)
+    _, figures = compose(guess, WINDOW, how.measured(thick, thin.geometry), how)
     assert said in figures["warning"]
 
 

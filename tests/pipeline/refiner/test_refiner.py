@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from latentcache import InputError
 from pipeline.decode import ComposeSettings, compose
-from pipeline.forward_model import SliceProfile, slice_operator
+from pipeline.forward_model import SliceProfile, ThickMeasurement, slice_operator
 from pipeline.refiner import Refiner, RefinerCard, RefinerConfig, RefinerFile, refine, save_refiner
 from pipeline.refiner.inputs import RefinerInput, ThickView, neighbours
 from pipeline.refiner.network import folded, unfolded
@@ -51,7 +51,11 @@ def scene(shape: tuple[int, int, int] = (20, 13, 17)) -> tuple[Volume, Geometry,
 
 def refined(file: RefinerFile, composed: NDArray[np.float32], **options: int) -> float:
     thick, target, _ = scene()
-    return refine(file, composed, thick, target, PROFILE, WINDOW, "residual", **options)
+    return refine(file, composed, seen(thick, target), WINDOW, "residual", **options)
+
+
+def seen(thick: Volume, target: Geometry, profile: SliceProfile | None = PROFILE) -> ThickMeasurement:
+    return ThickMeasurement.of(thick, target.z_mm, profile, 4.0)
 
 
 def view_of(thick: Volume, target: Geometry) -> ThickView:
@@ -72,7 +76,7 @@ def test_untrained_it_back_projects(tmp_path: Path) -> None:
     )
     before = smooth + 20
     expected = view_of(thick, target).back_projected(measured.hu, before)
-    change = refine(saved(Refiner(CONFIG), tmp_path), before, measured, target, PROFILE, WINDOW, "residual")
+    change = refine(saved(Refiner(CONFIG), tmp_path), before, seen(measured, target), WINDOW, "residual")
     assert change == pytest.approx(20, abs=2)
     inside = (before > WINDOW.lower) & (before < WINDOW.upper)
     np.testing.assert_allclose(before[inside], expected[inside], atol=1e-2)
@@ -206,13 +210,14 @@ def test_compose_refines_before_it_projects(tmp_path: Path) -> None:
     thick = Volume(rng.integers(-100, 150, (4, 16, 16)).astype(np.int16), thick_at)
     decoded = rng.uniform(-100, 150, (20, 16, 16)).astype(np.float32)
     file = saved(network(), tmp_path)
-    plain, without = compose(decoded, WINDOW, thick, target, ComposeSettings(consistency=False))
-    refined, figures = compose(decoded, WINDOW, thick, target, ComposeSettings(consistency=False, refiner=file))
+    plain, without = compose(decoded, WINDOW, seen(thick, target, None), ComposeSettings(consistency=False))
+    how = ComposeSettings(consistency=False, refiner=file)
+    refined, figures = compose(decoded, WINDOW, seen(thick, target, None), how)
     assert "refiner_sha256" not in without
     assert figures["refiner_sha256"] == file.sha256
     rms = float(np.sqrt(np.mean((refined.astype(float) - plain) ** 2)))
     assert figures["refiner_change_hu"] == pytest.approx(rms, rel=0.02)
-    _, projected = compose(decoded, WINDOW, thick, target, ComposeSettings(noise_hu=4.0, refiner=file))
+    _, projected = compose(decoded, WINDOW, seen(thick, target, None), ComposeSettings(refiner=file))
     assert projected["rms_after_hu"] < projected["rms_before_hu"]
 
 
@@ -220,12 +225,12 @@ def test_one_that_nobody_named_is_left_out_where_it_does_not_belong(tmp_path: Pa
     file = replace(saved(network(), tmp_path), optional=True)
     thick, target, composed = scene()
     how = ComposeSettings(consistency=False, refiner=file)
-    _, fits = compose(composed, WINDOW, thick, target, how)
+    _, fits = compose(composed, WINDOW, seen(thick, target, None), how)
     assert fits["refiner_sha256"] == file.sha256
-    _, figures = compose(composed, Window(0, 2000), thick, target, how)
+    _, figures = compose(composed, Window(0, 2000), seen(thick, target), how)
     assert "for the window 40:400" in figures["refiner_left_out"]
     with pytest.raises(InputError, match="for the window"):
-        compose(composed, Window(0, 2000), thick, target, replace(how, refiner=replace(file, optional=False)))
+        compose(composed, Window(0, 2000), seen(thick, target), replace(how, refiner=replace(file, optional=False)))
 
 
 def test_a_refiner_of_earlier_weights_is_not_the_checkpoints_own(tmp_path: Path) -> None:
@@ -248,7 +253,7 @@ def test_where_it_does_not_belong_it_is_refused(tmp_path: Path) -> None:
         (WINDOW, target, "absolute", "detail absolute"),
     ):
         with pytest.raises(InputError, match=said):
-            refine(file, composed, thick, at, PROFILE, window, detail)
+            refine(file, composed, seen(thick, at), window, detail)
     (tmp_path / "other.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match="holds no refiner"):
         RefinerFile.of(tmp_path / "other.safetensors").load()

@@ -104,7 +104,7 @@ def test_a_short_training_already_beats_interpolation(
     assert said["steps"] == 60
     base = interpolated(case.thick, lattice, "cubic")
     how = ComposeSettings("absolute", False, refiner=RefinerFile.of(tmp_path / "run"))
-    better, _ = compose(base, Window(), case.thick, lattice, how)
+    better, _ = compose(base, Window(), how.measured(case.thick, lattice), how)
 
     def mse(volume: np.ndarray) -> float:
         return float(np.mean((np.clip(volume, -160, 240) - np.clip(case.thin.hu, -160, 240)) ** 2))
