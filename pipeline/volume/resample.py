@@ -15,6 +15,7 @@ from pipeline.volume.volume import Volume
 
 
 def interpolated_onto(thick: Volume, thin_z_mm: NDArray[np.float64], method: ZMethod) -> NDArray[np.float32]:
+    """Return thick HU at positions along z in mm, (z, y, x), kept within each column's measured range."""
     weights = z_weights(np.asarray(thick.geometry.z_mm), thin_z_mm, method).astype(np.float32)
     out = np.empty((len(weights), *thick.hu.shape[1:]), dtype=np.float32)
     for rows in row_blocks(thick.hu.shape[1]):
