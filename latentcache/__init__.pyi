@@ -22,6 +22,8 @@ from .records import (
     COMPRESSION as COMPRESSION,
     FORMAT_VERSION as FORMAT_VERSION,
     LATENT_CHANNELS as LATENT_CHANNELS,
+    LATENT_ROLES as LATENT_ROLES,
+    PAIR_ROLES as PAIR_ROLES,
     Encoding as Encoding,
     LatentRecord as LatentRecord,
     LatentRole as LatentRole,

@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache.errors import InputError, NonFiniteError, StoreError
-from latentcache.records import LATENT_CHANNELS, Encoding, valid_latents
+from latentcache.records import LATENT_CHANNELS, LATENT_ROLES, Encoding, valid_latents
 from latentcache.storage import Location
 
 _KEY = re.compile(r"[0-9a-f]{16}")
-_ROLES = ("thin", "thick", "thick_on_thin")
 
 
 @functools.lru_cache(maxsize=256)
@@ -52,8 +51,8 @@ def check_latent(
         NonFiniteError: NaN or infinity.
     """
     check_key("latent key", key)
-    if role not in _ROLES:
-        raise InputError(f"latent role {role!r}", expected=", ".join(_ROLES), remedy="Use one of these.")
+    if role not in LATENT_ROLES:
+        raise InputError(f"latent role {role!r}", expected=", ".join(LATENT_ROLES), remedy="Use one of these.")
     channels = LATENT_CHANNELS * (2 if encoding.posterior == "mean+logvar" else 1)
     if array.dtype != np.float16 or array.ndim != 4 or array.shape[0] != channels:
         raise InputError(

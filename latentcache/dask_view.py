@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentcache.errors import InputError
-from latentcache.records import LatentRecord, LatentRole, Split
+from latentcache.records import PAIR_ROLES, LatentRecord, LatentRole, Split
 from latentcache.store import LatentStore
 
 if TYPE_CHECKING:
@@ -67,6 +67,6 @@ def _read(store: LatentStore, row: LatentRecord) -> Any:
 
 
 def _keys_of_split(store: LatentStore, role: LatentRole, split: Split) -> set[str]:
-    if role == "thick_on_thin":
+    if role in PAIR_ROLES:
         return {p.pair_key for p in store.pairs() if p.split == split}
     return {s.series_key for s in store.series() if s.split == split}

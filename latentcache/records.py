@@ -15,7 +15,10 @@ def valid_latents(valid_zyx: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 SeriesRole = Literal["thick", "thin", "other"]
-LatentRole = Literal["thin", "thick", "thick_on_thin"]
+LatentRole = Literal["thin", "thick", "thick_on_thin", "refined_on_thin"]
+LATENT_ROLES: tuple[LatentRole, ...] = ("thin", "thick", "thick_on_thin", "refined_on_thin")
+PAIR_ROLES: tuple[LatentRole, ...] = ("thick_on_thin", "refined_on_thin")
+"""Roles whose latents belong to a pair, on the thin series' grid, and are keyed by it."""
 Split = Literal["train", "val", "test", ""]
 
 
@@ -90,7 +93,8 @@ class PairRecord:
 class LatentRecord:
     """A manifest row: one committed latent of shape (4, d, h, w), float16, raw posterior mean.
 
-    ``key`` is the series key for roles ``thin`` and ``thick`` and the pair key for ``thick_on_thin``.
+    ``key`` is the series key for roles ``thin`` and ``thick`` and the pair key for ``thick_on_thin`` and
+    ``refined_on_thin``. The source digest of the latter also names its refiner (``refined_digest``).
     ``valid_zyx`` is the shape of the volume before padding; ``z0_mm`` the position of latent slice 0's centre and
     ``dz_mm`` the distance between latent slices. ``mean`` and ``std`` are per channel over the valid latents.
     """

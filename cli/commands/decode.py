@@ -108,7 +108,7 @@ def decode(
         window_of,
     )
     from pipeline.identity import PrivateStore
-    from pipeline.workflows import JobProgress, own_refiner, refiner_of
+    from pipeline.workflows import JobProgress, own_refiner, refiner_of, start_of
     from pipeline.writing import transfer_syntax_uid
 
     transfer_syntax_uid(transfer_syntax)
@@ -151,6 +151,7 @@ def decode(
                 latents, checkpoint, split, series, options, samples, apart, Spread(spread, threads), show
             )
             encode_key, generated, facts, lost = sampled.encode_key, sampled.stores, sampled.facts, sampled.failed
+            composing = replace(composing, start=start_of(checkpoint, device))
             if refiner is None:
                 composing = replace(composing, refiner=own_refiner(checkpoint, facts["checkpoint_sha256"], device))
         writing = WriteSettings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,9 @@ def encode(
     dask_scheduler: DaskScheduler = None,
     ray_address: RayAddress = None,
     roles: Annotated[str, typer.Option(help="Latents wanted, by comma.")] = "thin,thick,thick_on_thin",
+    refiner: Annotated[
+        Path | None, typer.Option(help="A refiner's run: encode its slices too, as role refined_on_thin.")
+    ] = None,
     pad_in_plane: Annotated[int, typer.Option(help="Pad rows and columns to a multiple; 64 for latent patch 2.")] = 32,
     tiling: Annotated[
         str, typer.Option(help="exact, or sliding: the blended windows that others use, to compare with.")
@@ -80,6 +84,8 @@ def encode(
 
         ctpipe encode STORE --gpus 2 --vae weights/autoencoder_epoch273.pt --window soft-tissue
 
+        ctpipe encode STORE --refiner REFINER_RUN
+
         ctpipe encode STORE --tiling sliding && ctpipe diff STORE EXACT_KEY SLIDING_KEY
 
         ctpipe encode s3://archive/store --private /secure/private --engine ray --ray-address auto --gpus 8
@@ -87,13 +93,19 @@ def encode(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pipeline.encode import EncodeSettings, encode_store, parse_roles
+    from pipeline.refiner import RefinerFile
     from pipeline.vae import parse_tiling
     from pipeline.volume import Window
 
+    wanted = parse_roles(roles)
+    file = None if refiner is None else RefinerFile.of(refiner.absolute())
+    if file is not None and "refined_on_thin" not in wanted:
+        wanted = (*wanted, "refined_on_thin")
     settings = EncodeSettings(
         vae=vae,
         window=Window.parse(window),
-        roles=parse_roles(roles),
+        roles=wanted,
+        refiner=file,
         round_trip_fraction=round_trip,
         memory_gib=memory_gib,
         pad_in_plane=pad_in_plane,
@@ -138,7 +150,7 @@ def encode(
         lines.append(f"{summary.retired} latents of archives that had changed were retired")
     if summary.stale:
         verb = "would be retired and made anew" if refresh else "give --refresh to make them anew"
-        lines.append(f"{summary.stale} latents are of archives that have changed since: {verb}")
+        lines.append(f"{summary.stale} latents are of archives that have changed since, or of another refiner: {verb}")
     if repair:
         verb = "to be made anew" if dry_run else "retired to be made anew"
         again = f"{summary.restored} came back byte for byte, in older snapshots too"

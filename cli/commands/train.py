@@ -35,6 +35,9 @@ def train(
     vae: Annotated[
         str | None, typer.Option(help="The VAE of the store (`tiny` or a path), for image losses and validation.")
     ] = None,
+    refiner: Annotated[
+        Path | None, typer.Option(help="Start from this refiner's slices; `ctpipe encode --refiner` has encoded them.")
+    ] = None,
     private: Private = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it needs.")] = False,
     as_json: AsJson = False,
@@ -47,6 +50,8 @@ def train(
 
         ctpipe train STORE RUN --gpus 4 --vae weights/autoencoder_epoch273.pt --set optimiser.epochs=200
 
+        ctpipe train STORE RUN --refiner REFINER_RUN
+
         ctpipe train STORE RUN --config classic.yaml --resume
     """
     from diffusion.training import become_torchrun, check_gpus, is_first, is_worker, train_on_ray
@@ -57,7 +62,10 @@ def train(
         overrides.append(f"model.latent_patch={latent_patch}")
     if max_steps is not None:
         overrides.append(f"budget.max_steps={max_steps}")
+    if refiner is not None:
+        overrides.append("data.start=refined")
     settings: dict[str, Any] = {
+        "refiner": str(refiner.resolve()) if refiner else None,
         "store": store,
         "run": str(run.resolve()),
         "preset": preset,

@@ -20,6 +20,9 @@ def train_regression(
     run: Annotated[Path, typer.Argument(help="Folder for the network; give it to `ctpipe evaluate --regression`.")],
     like: Annotated[Path | None, typer.Option(help="A diffusion run: its snapshot, window and training time.")] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="Training time, where no run is given.")] = None,
+    cpu_seconds: Annotated[
+        float | None, typer.Option(min=1, help="The same in processor time of this process, for a loaded machine.")
+    ] = None,
     width: Annotated[int, typer.Option(min=1, help="Channels of the network, on 2x2 pixels folded into one.")] = 48,
     blocks: Annotated[int, typer.Option(min=0, help="Residual blocks; each widens its view by 2 thick slices.")] = 6,
     patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "20,64,64",
@@ -45,9 +48,9 @@ def train_regression(
     from pipeline.refiner import FILE_NAME
     from pipeline.workflows import prepare_run, seconds_of, train_regression_network
 
-    if (like is None) == (seconds is None):
+    if sum(given is not None for given in (like, seconds, cpu_seconds)) != 1:
         raise InputError(
-            "both or neither of --like and --seconds",
+            "none or several of --like, --seconds and --cpu-seconds",
             expected="one budget",
             remedy="Give --like RUN, the diffusion run to be compared with.",
         )
@@ -60,7 +63,7 @@ def train_regression(
             store,
             run,
             like,
-            budget or 0.0,
+            budget,
             width,
             blocks,
             parse_patch(patch),
@@ -68,6 +71,7 @@ def train_regression(
             seed,
             device,
             private,
+            cpu_seconds,
             show,
         )
     text = (

@@ -101,7 +101,7 @@ PRESETS: dict[str, TrainConfig] = {
         model=replace(MODEL_PRESETS["classic"], activation_checkpointing=True),
         data=DataConfig(alignment="latent", batch_size=2),
         objective=ObjectiveConfig("epsilon"),
-        losses=LossConfig(perceptual_weight=0.1, ms_ssim_weight=0.1),
+        losses=LossConfig(measure="latent", perceptual_weight=0.1, ms_ssim_weight=0.1),
         optimiser=OptimiserConfig(learning_rate=1e-4, epochs=100, samples_per_step=16),
     ),
 }

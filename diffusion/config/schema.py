@@ -21,6 +21,8 @@ class DataConfig:
     Attributes:
         encode_key: Which latents; none takes the store's only encode key.
         alignment: ``pixel``: the thick HU interpolated, then encoded; ``latent``: the thick latent, interpolated.
+        start: ``interpolated``: the condition is as ``alignment`` says; ``refined``: the latent of the refiner's slices
+            (role ``refined_on_thin``), which lie on the thin grid already.
         window: Depth of random windows; none trains on whole volumes, cropped to a multiple of ``depth_bucket``.
         crop: Side of a random in-plane crop; none takes the whole plane.
         windows_per_volume: Samples that a pair gives in an epoch.
@@ -31,6 +33,7 @@ class DataConfig:
 
     encode_key: str | None = None
     alignment: Literal["pixel", "latent"] = "pixel"
+    start: Literal["interpolated", "refined"] = "interpolated"
     window: int | None = None
     depth_bucket: int = 8
     crop: int | None = None
@@ -51,16 +54,24 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The image losses, on a latent slab decoded through the frozen VAE decoder every ``every`` steps.
+    """How an error is measured, and the image losses: on a latent slab decoded through the frozen VAE decoder.
 
     Attributes:
+        measure: ``image``: the latent loss weighs each channel by what its error does to the image, in HU², measured on
+            the decoder at the start of the run; ``latent``: all alike; ``auto``: ``image`` where a decoder is at hand.
+        probes: Training windows that the decoder is probed at.
+        image_l2_weight: Weight of the decoded slab's mean squared error, of unit scale; 0 switches it off.
         perceptual_weight: Weight of the VGG19 feature distance; 0 switches it off.
         vgg19_weights: torchvision's VGG19 state dict; needed where ``perceptual_weight`` is not 0.
         ms_ssim_weight: Weight of 1 - MS-SSIM; 0 switches it off.
         slice_fraction: Share of the slab's slices that the perceptual term looks at.
+        every: Steps from one look at decoded slabs to the next.
         slab: Latent slices that are decoded; ``crop``: in-plane side of what is decoded, none for the whole plane.
     """
 
+    measure: Literal["auto", "image", "latent"] = "auto"
+    probes: int = 4
+    image_l2_weight: float = 0.0
     perceptual_weight: float = 0.0
     vgg19_weights: str | None = None
     ms_ssim_weight: float = 0.0
@@ -106,15 +117,17 @@ class ValidationConfig:
         every_epochs: 0 switches validation off, and with it early stopping and the best checkpoint.
         images_every: Every so many validations, held-out pairs are sampled and decoded too; 0 never.
         max_batches: Batches of the latent validation loss; none takes the whole split.
-        metric: What ``best`` and early stopping look at: ``val_loss`` or a figure of the image validation, such as
-            ``val_psnr_db``. ``mode``: whether less or more of it is better; ``auto``: less of a loss, more of all else.
+        metric: What ``best`` and early stopping look at: ``val_loss``, ``val_rms_hu`` (the error weighed by channel in
+            HU) or a figure of the image validation, such as ``val_psnr_db``. ``auto`` is ``val_psnr_db`` where held-out
+            pairs can be sampled and decoded, else ``val_rms_hu`` where the decoder's weights are known. ``mode``:
+            whether less or more of it is better; ``auto``: less of a loss or an error, more of all else.
         patience: Validations without improvement before the run stops; 0 never stops early.
     """
 
     every_epochs: int = 1
     images_every: int = 5
     max_batches: int | None = None
-    metric: str = "val_loss"
+    metric: str = "auto"
     mode: Literal["auto", "min", "max"] = "auto"
     patience: int = 0
     pairs: int = 2
@@ -126,13 +139,15 @@ class ValidationConfig:
 class BudgetConfig:
     """Where a session of the run stops early, and how often it saves.
 
-    Neither limit changes a learning rate or an order: the weights after step N are the same whatever stopped the run,
-    and a longer session goes on from there. ``max_seconds`` decides by the clock how many steps are taken, so two runs
-    under it agree step for step but need not end at the same step.
+    No limit changes a learning rate or an order: the weights after step N are the same whatever stopped the run,
+    and a longer session goes on from there. ``max_seconds`` decides by the clock, ``max_cpu_seconds`` by the
+    processor time of this process, which a loaded machine stretches less, how many steps are taken: two runs under one
+    of them agree step for step but need not end at the same step.
     """
 
     max_steps: int | None = None
     max_seconds: float | None = None
+    max_cpu_seconds: float | None = None
     checkpoint_every_steps: int = 500
     log_every_steps: int = 1
 

@@ -63,7 +63,7 @@ class Recycled:
 
 Batch = dict[str, Any]
 """``thin condition`` (B, 4, D, H, W) float32, whitened; ``mask`` (B, 1, D, H, W) float32, 1 where a latent holds
-scanned voxels;
+scanned voxels; ``told`` (B, 6, D) float32, see ``networks.acquisition``, where the stream was asked for it;
 ``thick``: list of (4, d, H, W), the whitened latents that each condition was made of; ``z_mm`` (B, D) float64;
 ``study_key pair_key category``: lists of str; ``num_thin_slices num_thick_slices`` (B,) int64, of the whole series;
 ``weight`` (B,) float32, 0 for a filler; ``noise_seed``: list of int, the sample's own random stream in this epoch."""
@@ -148,6 +148,7 @@ class BatchReader:
         counts = [(s.pair.thin.valid_zyx[0], s.pair.num_thick_slices) for s in samples]
         small = {
             "z_mm": torch.from_numpy(np.stack([s.z_mm for s in samples])),
+            **self._told(samples),
             "weight": torch.tensor(micro.weights, dtype=torch.float32),
             "num_thin_slices": torch.tensor([count for count, _ in counts]),
             "num_thick_slices": torch.tensor([count for _, count in counts]),
@@ -164,6 +165,11 @@ class BatchReader:
             "thick": thick,
         }
 
+    @staticmethod
+    def _told(samples: list[Sample]) -> dict[str, Tensor]:
+        seen = [s.pair.thick.seen_from(s.z_mm) for s in samples if s.pair.thick is not None]
+        return {"told": torch.from_numpy(np.stack(seen))} if seen else {}
+
     def _sample(self, index: int, epoch: int) -> Sample:
         pair = self.pairs[index // self.data.windows_per_volume]
         depth, rows, columns = (int(n) for n in self.shapes[index // self.data.windows_per_volume])
@@ -179,7 +185,7 @@ class BatchReader:
     def _condition(self, sample: Sample, out: Tensor) -> Tensor:
         """Fill in the condition on the thin window's positions; returns the latents that it is made of."""
         record = sample.pair.condition
-        if self.data.alignment == "pixel":
+        if record.role != "thick":
             self._read(record, sample.depth, sample, out)
             return out
         z_mm = sample.z_mm

@@ -16,9 +16,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from diffusion.config import DataConfig
+from diffusion.networks import ThickSlices
 from latentcache import (
     ACROSS_FIELDS,
     LATENT_CHANNELS,
+    PAIR_ROLES,
     ROW,
     InputError,
     LatentRole,
@@ -27,7 +29,7 @@ from latentcache import (
     Split,
     moments_of,
 )
-from latentcache.maintenance import pair_digests, unlike
+from latentcache.maintenance import pair_digests, refiner_of_digest, sources, unlike
 from latentcache.tables import matrix, positions
 
 EDGE_MM = 1e-3
@@ -35,6 +37,8 @@ PAIR = ("pair_key", "study_key", "category", "thick_key", "thin_key", "overlap_m
 LATENT = ("key", "role", "shape", "path", "z0_mm", "dz_mm", "valid_zyx", "crc32c", "source_digest")
 NUMERICS = ("compute_dtype", "device_kind")
 SERIES = ("series_key", "split", "n_slices", "source_digest")
+PLACES = ("z_mm", "spacing_mm_zyx", "thickness_mm")
+"""Of a thick series, for models that are told where its slices lie."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class PlannedPair:
     first: int
     depth: int
     num_thick_slices: int
+    thick: ThickSlices | None = None
 
 
 class Latents:
@@ -100,6 +105,7 @@ class PlannedPairs(Sequence[PlannedPair]):
 
     Attributes:
         thin, condition: The latents of every pair.
+        places: (n, 4) of every thick series: first position, spacing, slices, thickness in mm; None where not read.
         first, depth: (n,) the run of thin latent slices that the overlap contains.
     """
 
@@ -111,8 +117,10 @@ class PlannedPairs(Sequence[PlannedPair]):
         first: NDArray[np.int64],
         depth: NDArray[np.int64],
         num_thick_slices: NDArray[np.int64],
+        places: NDArray[np.float64] | None = None,
     ) -> None:
         self._pairs, self._num_thick_slices = pairs, num_thick_slices
+        self.places = places
         self.thin, self.condition = thin, condition
         self.first, self.depth = first, depth
 
@@ -132,7 +140,12 @@ class PlannedPairs(Sequence[PlannedPair]):
         names = ("pair_key", "study_key", "category")
         pair_key, study_key, category = (self._pairs[name][row].as_py() for name in names)
         first, depth, thick = (int(a[row]) for a in (self.first, self.depth, self._num_thick_slices))
-        return PlannedPair(pair_key, study_key, category, self.thin[row], self.condition[row], first, depth, thick)
+        where = None
+        if self.places is not None:
+            z0_mm, spacing_mm, count, thickness_mm = self.places[row].tolist()
+            where = ThickSlices(z0_mm, spacing_mm, int(count), thickness_mm)
+        latents = self.thin[row], self.condition[row]
+        return PlannedPair(pair_key, study_key, category, *latents, first, depth, thick, where)
 
 
 def whole_latents_inside(
@@ -189,8 +202,8 @@ class Tables:
     catalog: pa.Table
 
     @classmethod
-    def read(cls, store: LatentStore, encode_key: str, data: DataConfig) -> Tables:
-        condition: LatentRole = "thick_on_thin" if data.alignment == "pixel" else "thick"
+    def read(cls, store: LatentStore, encode_key: str, data: DataConfig, told: bool = False) -> Tables:
+        condition = condition_role(data.alignment, data.start == "refined")
 
         def wanted(rows: pa.Table) -> Any:
             role = pc.or_(pc.equal(rows["role"], "thin"), pc.equal(rows["role"], condition))
@@ -204,7 +217,7 @@ class Tables:
             condition,
             store.pairs_table((*PAIR, "evidence") if condition == "thick" else PAIR),
             latents,
-            store.catalog_table(SERIES),
+            store.catalog_table((*SERIES, *PLACES) if told else SERIES),
         )
 
     def moments(self) -> Moments:
@@ -267,16 +280,18 @@ def plan_pairs(
     thick = np.where(thick > 0, thick, condition.column("valid_zyx").reshape(-1, 3)[:, 0])
 
     kept = np.flatnonzero(~stale & (depth > 0))
+    places = places_of(catalog, thick_series[kept], thick[kept]) if PLACES[0] in catalog.column_names else None
     planned = PlannedPairs(
-        usable.take(pa.array(kept)), thin.chosen(kept), condition.chosen(kept), first[kept], depth[kept], thick[kept]
-    )
-    check_shapes(planned, data.alignment)
+        usable.take(pa.array(kept)), thin.chosen(kept), condition.chosen(kept), first[kept], depth[kept], thick[kept],
+        places,
+    )  # fmt: skip
+    check_shapes(planned, on_thin=role != "thick")
     return planned, {reason: count for reason, count in left_out.items() if count}
 
 
 def _latents_of(latents: pa.Table, pairs: pa.Table, role: LatentRole) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """For each pair, which rows are its thin latent and its condition; -1 where it has none."""
-    named = "pair_key" if role == "thick_on_thin" else "thick_key"
+    named = "pair_key" if role in PAIR_ROLES else "thick_key"
     found = []
     for name, each in (("thin_key", "thin"), (named, role)):
         # By position among all rows: copying the rows of either role out would double the memory.
@@ -299,11 +314,58 @@ def _stale(
     Args:
         digests: Of every pair's thin and thick series in the catalog.
     """
-    of_condition = pair_digests(*digests) if role == "thick_on_thin" else digests[1]
-    return unlike(thin.text("source_digest"), digests[0]) | unlike(condition.text("source_digest"), of_condition)
+    of_condition = pair_digests(*digests) if role in PAIR_ROLES else digests[1]
+    made_of = sources(condition.text("source_digest"))
+    return unlike(thin.text("source_digest"), digests[0]) | unlike(made_of, of_condition)
 
 
-def check_shapes(planned: PlannedPairs, alignment: str) -> None:
+def condition_role(alignment: str, refined: bool) -> LatentRole:
+    """Role of the latents that a model starts from."""
+    if refined:
+        return "refined_on_thin"
+    return "thick_on_thin" if alignment == "pixel" else "thick"
+
+
+def places_of(catalog: pa.Table, at: NDArray[np.int64], count: NDArray[np.int64]) -> NDArray[np.float64]:
+    """First position, spacing, number and thickness of the slices of thick series, (n, 4) float64.
+
+    Args:
+        at: The series' rows.
+
+    Raises:
+        InputError: A thick series that the catalog no longer has.
+    """
+    if (at < 0).any():
+        raise InputError(
+            f"{int((at < 0).sum())} pairs whose thick series the catalog does not have",
+            expected="its positions, which the model is told",
+            remedy="Ingest the data set again, or train with model.told=false.",
+        )
+    rows = catalog.select(PLACES).take(pa.array(at))
+    first = [pc.list_element(chunk, 0) for chunk in rows["z_mm"].chunks]
+    spacing = [pc.list_element(chunk, 0) for chunk in rows["spacing_mm_zyx"].chunks]
+    columns = (pa.chunked_array(first, pa.float64()), pa.chunked_array(spacing, pa.float64()), rows["thickness_mm"])
+    z0_mm, spacing_mm, thickness_mm = (np.asarray(column, np.float64) for column in columns)
+    return np.column_stack([z0_mm, spacing_mm, count, thickness_mm])
+
+
+def only_refiner(planned: PlannedPairs) -> str:
+    """SHA-256 of the refiner that made the pairs' conditions; empty where none did.
+
+    Raises:
+        InputError: Several refiners did: one model cannot start from all of them.
+    """
+    found = sorted({refiner_of_digest(text) for text in pc.unique(planned.condition.text("source_digest")).to_pylist()})
+    if len(found) > 1:
+        raise InputError(
+            "refined latents of several refiners: " + ", ".join(sha256[:12] for sha256 in found),
+            expected="latents of one refiner",
+            remedy="Encode the others anew: `ctpipe encode STORE --refiner RUN --refresh`.",
+        )
+    return found[0] if found else ""
+
+
+def check_shapes(planned: PlannedPairs, on_thin: bool) -> None:
     """Refuse latents that cannot be one sample."""
     thin, condition = planned.thin, planned.condition
     channels = (LATENT_CHANNELS, 2 * LATENT_CHANNELS)
@@ -314,7 +376,7 @@ def check_shapes(planned: PlannedPairs, alignment: str) -> None:
                 expected=f"{LATENT_CHANNELS} channels of means, or as many of log-variance after them",
                 remedy="Choose another data.encode_key; see `ctpipe status STORE`.",
             )
-    first = 0 if alignment == "pixel" else 2
+    first = 0 if on_thin else 2
     for row in np.flatnonzero((thin.shape[:, first:] != condition.shape[:, first:]).any(axis=1))[:1]:
         one, other = thin[int(row)], condition[int(row)]
         raise InputError(

@@ -46,6 +46,7 @@ class PairStream:
         samples_per_step: Samples of one optimiser step over all ranks.
         seed: Orders, windows and noise follow from it.
         rank, world: This process among those that share each step.
+        told: Batches say where the thick slices lie (``told``), for models that take it.
         in_plane_multiple: Height and width of every sample are multiples of this (a U-Net's in-plane step).
 
     Raises:
@@ -64,13 +65,14 @@ class PairStream:
         world: int = 1,
         in_plane_multiple: int = 1,
         pin_memory: bool = False,
+        told: bool = False,
     ) -> None:
         self.store, self.data, self.split = store, data, split
         self.samples_per_step, self.seed = samples_per_step, seed
         self.rank, self.world = rank, world
         self.multiple = in_plane_multiple
         self.encode_key = choose_encode_key(store, data.encode_key)
-        tables = Tables.read(store, self.encode_key, data)
+        tables = Tables.read(store, self.encode_key, data, told)
         moments = tables.moments()
         self.mean, self.std = (np.asarray(m, np.float32)[:LATENT_CHANNELS] for m in (moments.mean, moments.std))
         self.pairs, self.left_out = plan_pairs(store, self.encode_key, data, split, tables)

@@ -1,4 +1,4 @@
-"""Image losses on a decoded latent slab: MS-SSIM and VGG19 distance, prediction and target decoded alike.
+"""Image losses on a decoded latent slab: MS-SSIM, VGG19 distance and L2, prediction and target decoded alike.
 
 A slab's GroupNorm statistics in the decoder differ from the whole volume's, so a decoded slab is compared only with
 the target's decoded slab, never with the volume's voxels.
@@ -31,6 +31,7 @@ class ImageTerms:
     per_sample: Tensor
     ms_ssim: Tensor
     perceptual: Tensor
+    l2: Tensor
     used: Tensor
 
 
@@ -40,7 +41,7 @@ class ImageLosses:
     Args:
         decoder: The frozen VAE's decoder, handed in by whoever knows the VAE.
         mean, std: Whitening of the latents, a number a channel.
-        ms_ssim_weight, perceptual_weight: Zero switches a term off.
+        ms_ssim_weight, perceptual_weight, l2_weight: Zero switches a term off.
         vgg: Needed where ``perceptual_weight`` is positive; see :func:`diffusion.losses.vgg.load_vgg19`.
         slice_fraction: Share of the slab's decoded slices that VGG19 looks at, at least one.
         slab: Latent slices decoded. crop: in-plane side in latents; None decodes the whole plane.
@@ -54,6 +55,7 @@ class ImageLosses:
         *,
         ms_ssim_weight: float = 0.1,
         perceptual_weight: float = 0.1,
+        l2_weight: float = 0.0,
         vgg: VGG19Features | None = None,
         slice_fraction: float = 0.2,
         slab: int = 4,
@@ -73,7 +75,7 @@ class ImageLosses:
             )
         self.decoder = decoder
         self.mean, self.std = list(mean), list(std)
-        self.ms_ssim_weight, self.perceptual_weight = ms_ssim_weight, perceptual_weight
+        self.ms_ssim_weight, self.perceptual_weight, self.l2_weight = ms_ssim_weight, perceptual_weight, l2_weight
         self.vgg = vgg
         self.slice_fraction, self.slab, self.crop = slice_fraction, slab, crop
 
@@ -94,27 +96,32 @@ class ImageLosses:
             generators: One a sample: chooses its slab, crop and slices, so that batch mates do not matter.
         """
         zero = predicted_BCDHW.new_zeros((), dtype=torch.float32)
-        similarity, distance, weighted = [], [], []
+        similarity, distance, squared, weighted = [], [], [], []
         for b, generator in enumerate(generators):
-            s = d = zero
+            s = d = q = zero
             if bool(meaningful_B[b]):
-                s, d = self._terms(predicted_BCDHW[b], clean_BCDHW[b], mask_B1DHW[b], generator)
+                s, d, q = self._terms(predicted_BCDHW[b], clean_BCDHW[b], mask_B1DHW[b], generator)
             similarity.append(s)
             distance.append(d)
-            weighted.append(self.ms_ssim_weight * s + self.perceptual_weight * d)
-        return ImageTerms(torch.stack(weighted), torch.stack(similarity), torch.stack(distance), meaningful_B)
+            squared.append(q)
+            weighted.append(self.ms_ssim_weight * s + self.perceptual_weight * d + self.l2_weight * q)
+        total, one_minus_ms_ssim, vgg, l2 = (torch.stack(p) for p in (weighted, similarity, distance, squared))
+        return ImageTerms(total, one_minus_ms_ssim, vgg, l2, meaningful_B)
 
     def _terms(
         self, predicted: Tensor, clean: Tensor, mask: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """1 - MS-SSIM and the VGG19 distance of one sample's slab; scalars."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """1 - MS-SSIM, the VGG19 distance and the squared error of one sample's slab; scalars."""
         part = (slice(None), *self._place(clean.shape[1:], generator))
         target = clean[part].float().detach()
         prediction = torch.where(mask[part] > 0, predicted[part].float(), target)
         with torch.no_grad():
             wanted = self._decode(target)
         image = self._decode(prediction)
-        similarity = distance = prediction.new_zeros(())
+        similarity = distance = squared = prediction.new_zeros(())
+        if self.l2_weight > 0:
+            # What is clipped on both sides is right, however far beyond the window the decoder put it.
+            squared = (image.clamp(-1, 1) - wanted.clamp(-1, 1)).square().mean()
         if self.ms_ssim_weight > 0:
             similarity = 1 - ms_ssim(image, wanted, data_range=2.0).mean()
         if self.perceptual_weight > 0:
@@ -122,7 +129,7 @@ class ImageLosses:
             count = max(1, math.ceil(self.slice_fraction * len(image) - 1e-9))
             chosen = torch.randperm(len(image), generator=generator, device=generator.device)[:count].to(image.device)
             distance = perceptual_distance(self.vgg, image[chosen], wanted[chosen]).mean()
-        return similarity, distance
+        return similarity, distance, squared
 
     def _place(self, shape_dhw: Sequence[int], generator: torch.Generator) -> tuple[slice, slice, slice]:
         """A random slab and crop."""

@@ -1,3 +1,4 @@
+from .acquisition import ThickSlices as ThickSlices, informed as informed, told_tensor as told_tensor
 from .blocks import DepthAttention as DepthAttention, ResidualBlock as ResidualBlock
 from .config import MODEL_PRESETS as MODEL_PRESETS, UNetConfig as UNetConfig, model_preset as model_preset
 from .fused_norm import assume_fused as assume_fused

@@ -14,10 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion.networks.acquisition import PROFILE, SPACING
 from diffusion.networks.column_attention import column_attention
 from diffusion.networks.fused_norm import is_fused, norm_act
 
 _M = TypeVar("_M", bound=nn.Module)
+
+
+USUAL_MM = 5.0
+"""Spacing whose embedding is that of nothing unusual."""
+SHORTEST_MM, LONGEST_MM = 8.0, 512.0
+"""Wavelengths of positions: two latent slices of 1 mm thin slices, and a scan."""
 
 
 class TimeEmbedding(nn.Module):
@@ -40,6 +47,24 @@ class TimeEmbedding(nn.Module):
         first = self.mlp[0]
         assert isinstance(first, nn.Linear)
         embedded: Tensor = self.mlp(features.to(first.weight.dtype))
+        return embedded
+
+
+class ProtocolEmbedding(nn.Module):
+    """Spacing, thickness and profile width of the thick series through a two-layer MLP that begins at zero.
+
+    Widths are compared by ratio (5 to 6 mm is as much as 2.5 to 3), so their logarithms are what is embedded.
+    """
+
+    def __init__(self, embedding: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(3, embedding), nn.SiLU(), zero_initialised(nn.Linear(embedding, embedding)))
+
+    def forward(self, told_BFD: Tensor) -> Tensor:
+        widths = (told_BFD[:, SPACING : PROFILE + 1, 0].float() / USUAL_MM).clamp(min=1e-3).log()
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        embedded: Tensor = self.mlp(widths.to(first.weight.dtype))
         return embedded
 
 
@@ -86,11 +111,17 @@ class DepthAttention(nn.Module):
     """Multi-head self-attention along depth at every in-plane position, with RMS-normalised queries and keys.
 
     QK-norm (Dehghani et al. 2023, section 2) bounds the logits, so that bf16 training does not diverge. Cost grows
-    with D squared per column, not with (D H W) squared.
+    with D squared per column, not with (D H W) squared. With ``positions`` queries and keys are turned by the slices'
+    places in mm (Su et al. 2021, section 3.2), so that they meet by distance, whatever the spacing.
     """
 
-    def __init__(self, channels: int, groups: int, heads: int) -> None:
+    wave_numbers: Tensor
+
+    def __init__(self, channels: int, groups: int, heads: int, positions: bool = False) -> None:
         super().__init__()
+        pairs = channels // heads // 2 if positions else 0
+        waves = SHORTEST_MM * (LONGEST_MM / SHORTEST_MM) ** (torch.arange(pairs) / max(1, pairs - 1))
+        self.register_buffer("wave_numbers", 2 * math.pi / waves, persistent=False)
         self.heads = heads
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -98,13 +129,16 @@ class DepthAttention(nn.Module):
         self.k_norm = nn.RMSNorm(channels // heads)
         self.out = zero_initialised(nn.Linear(channels, channels))
 
-    def forward(self, x_BCDHW: Tensor) -> Tensor:
+    def forward(self, x_BCDHW: Tensor, z_mm_BD: Tensor | None = None) -> Tensor:
         b, c, d, h, w = x_BCDHW.shape
         tokens_PTC = group_norm(self.norm, x_BCDHW).permute(0, 3, 4, 2, 1).reshape(b * h * w, d, c)
         qkv = self.qkv(tokens_PTC).view(b * h * w, d, 3, self.heads, c // self.heads)
         q_PNTK, k_PNTK, v_PNTK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q_PNTK = self.q_norm(q_PNTK).to(v_PNTK.dtype)
-        k_PNTK = self.k_norm(k_PNTK).to(v_PNTK.dtype)
+        q_PNTK, k_PNTK = self.q_norm(q_PNTK), self.k_norm(k_PNTK)
+        if z_mm_BD is not None and len(self.wave_numbers):
+            phase_BTR = z_mm_BD.float()[:, :, None] * self.wave_numbers.float()
+            q_PNTK, k_PNTK = turned(q_PNTK, phase_BTR), turned(k_PNTK, phase_BTR)
+        q_PNTK, k_PNTK = q_PNTK.to(v_PNTK.dtype), k_PNTK.to(v_PNTK.dtype)
         mixed = column_attention(q_PNTK, k_PNTK, v_PNTK)
         out: Tensor = self.out(mixed.transpose(1, 2).reshape(b * h * w, d, c))
         return x_BCDHW + out.view(b, h, w, d, c).permute(0, 4, 3, 1, 2)
@@ -132,6 +166,15 @@ class Upsample(nn.Module):
     def forward(self, x_BCDHW: Tensor) -> Tensor:
         out: Tensor = self.conv(F.interpolate(x_BCDHW, scale_factor=(1.0, 2.0, 2.0), mode="nearest"))
         return out
+
+
+def turned(x_PNTK: Tensor, phase_BTR: Tensor) -> Tensor:
+    """Features r and r + K/2 of every head turned by ``phase`` in their plane; P holds the batch's columns in turn."""
+    p, n, t, k = x_PNTK.shape
+    x = x_PNTK.float().reshape(len(phase_BTR), -1, n, t, k)
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = phase_BTR.cos()[:, None, None], phase_BTR.sin()[:, None, None]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).reshape(p, n, t, k)
 
 
 def group_norm(norm: nn.GroupNorm, x_BCDHW: Tensor) -> Tensor:

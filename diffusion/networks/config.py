@@ -30,6 +30,9 @@ class UNetConfig:
     """GroupNorm groups; must divide every level's channels."""
     latent_channels: int = 4
     condition_channels: int = 4
+    told: bool = False
+    """Told where the thick slices lie: distances as two input channels, spacing, thickness and profile width by
+    embedding, positions in mm in the attention along depth. See ``networks.acquisition``."""
     latent_patch: int = 1
     activation_checkpointing: Literal[False, True, "auto"] = False
     """Recompute each block in the backward pass: about a third more arithmetic for a fraction of the memory. ``auto``:
@@ -47,12 +50,15 @@ class UNetConfig:
                 remedy="Start from a preset: tiny, medium or classic.",
             )
         for level, channels in enumerate(self.channels):
-            needs = [self.groups] + ([self.heads] if level in self.attention_levels else [])
+            # Positions turn pairs of a head's features.
+            per_head = 2 * self.heads if self.told else self.heads
+            needs = [self.groups] + ([per_head] if level in self.attention_levels else [])
             for divisor in needs:
                 if channels % divisor:
                     raise InputError(
                         f"level {level} has {channels} channels, which {divisor} does not divide",
-                        expected=f"a multiple of groups ({self.groups}) and of heads ({self.heads}) where it attends",
+                        expected=f"a multiple of groups ({self.groups}) and of heads ({self.heads}; twice that where "
+                        "the model is told positions) where it attends",
                         remedy="Change width, multipliers, groups or heads.",
                     )
         if any(level not in range(len(self.multipliers)) for level in self.attention_levels):
@@ -100,9 +106,10 @@ MODEL_PRESETS: dict[str, UNetConfig] = {
         heads=4,
         time_embedding=128,
         groups=8,
+        told=True,
         latent_patch=2,
     ),
-    "medium": UNetConfig(),
+    "medium": UNetConfig(told=True),
     "classic": UNetConfig(latent_patch=2),
 }
 """``tiny`` trains on a CPU in minutes; ``medium`` has 599M parameters; ``classic`` is ``medium`` on 2x2 patches."""

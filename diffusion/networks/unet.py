@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion.networks.acquisition import ABOVE, BELOW, FEATURES, POSITION
 from diffusion.networks.blocks import (
     DepthAttention,
     Downsample,
     ModulatedNormSiLU,
+    ProtocolEmbedding,
     ResidualBlock,
     TimeEmbedding,
     Upsample,
@@ -23,6 +25,9 @@ from diffusion.networks.blocks import (
 from diffusion.networks.config import UNetConfig
 from latentcache import InputError
 
+DISTANCE_MM = 5.0
+"""Unit of the distances that the network sees."""
+
 
 class Stage(nn.Module):
     """A residual block and, where the level attends, self-attention along depth: the unit of recomputation."""
@@ -32,12 +37,14 @@ class Stage(nn.Module):
         channels = config.channels[level]
         self.block = ResidualBlock(channels_in, channels, config.groups, config.time_embedding)
         self.attention = (
-            DepthAttention(channels, config.groups, config.heads) if level in config.attention_levels else None
+            DepthAttention(channels, config.groups, config.heads, config.told)
+            if level in config.attention_levels
+            else None
         )
 
-    def forward(self, x_BCDHW: Tensor, embedding_BE: Tensor) -> Tensor:
+    def forward(self, x_BCDHW: Tensor, embedding_BE: Tensor, z_mm_BD: Tensor | None = None) -> Tensor:
         h: Tensor = self.block(x_BCDHW, embedding_BE)
-        return h if self.attention is None else cast(Tensor, self.attention(h))
+        return h if self.attention is None else cast(Tensor, self.attention(h, z_mm_BD))
 
 
 class UNet(nn.Module):
@@ -45,7 +52,8 @@ class UNet(nn.Module):
 
     ``forward(x, t)`` takes x (B, latent + condition channels, D, H, W), the noisy latents followed by the condition,
     and t (B,) in [0, 1], and returns (B, latent channels, D, H, W). The last convolution starts at zero, and so does
-    the output of an untrained network.
+    the output of an untrained network. A network that is ``told`` also takes (B, 6, D), see ``networks.acquisition``;
+    without it, it is told zeros, which no series ever is: that counts arithmetic, and predicts nothing.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -55,7 +63,9 @@ class UNet(nn.Module):
         channels = config.channels
         fold = config.latent_patch**2
         self.time = TimeEmbedding(config.width, config.time_embedding)
-        self.conv_in = nn.Conv3d(fold * (config.latent_channels + config.condition_channels), channels[0], 3, padding=1)
+        self.protocol = ProtocolEmbedding(config.time_embedding) if config.told else None
+        channels_in = config.latent_channels + config.condition_channels + (2 if config.told else 0)
+        self.conv_in = nn.Conv3d(fold * channels_in, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
         skips = [channels[0]]
         current = channels[0]
@@ -80,22 +90,30 @@ class UNet(nn.Module):
         self.act_out = ModulatedNormSiLU(current, config.groups)
         self.conv_out = zero_initialised(nn.Conv3d(current, fold * config.latent_channels, 3, padding=1))
 
-    def forward(self, x_BCDHW: Tensor, t_B: Tensor) -> Tensor:
+    def forward(self, x_BCDHW: Tensor, t_B: Tensor, told_BFD: Tensor | None = None) -> Tensor:
         self._check(x_BCDHW.shape)
-        embedding = self.time(t_B)
+        embedding, z_mm = self.time(t_B), None
+        if self.protocol is not None:
+            if told_BFD is None:
+                told_BFD = x_BCDHW.new_zeros(len(x_BCDHW), FEATURES, x_BCDHW.shape[2])
+            told_BFD = told_BFD.float()
+            embedding, z_mm = embedding + self.protocol(told_BFD), told_BFD[:, POSITION]
+            distances = told_BFD[:, BELOW : ABOVE + 1, :, None, None] / DISTANCE_MM
+            distances = distances.expand(-1, -1, -1, *x_BCDHW.shape[3:])
+            x_BCDHW = torch.cat([x_BCDHW, distances.to(x_BCDHW.dtype)], dim=1)
         dtype = self.conv_in.weight.dtype
         h = self.conv_in(fold_patches(x_BCDHW.to(dtype), self.config.latent_patch))
         skips = [h]
         for layer in self.down:
-            h = layer(h) if isinstance(layer, Downsample) else self._block(layer, h, embedding)
+            h = layer(h) if isinstance(layer, Downsample) else self._block(layer, h, embedding, z_mm)
             skips.append(h)
         for layer in self.middle:
-            h = self._block(layer, h, embedding)
+            h = self._block(layer, h, embedding, None)
         for layer in self.up:
             if isinstance(layer, Upsample):
                 h = layer(h)
             else:
-                h = self._block(layer, torch.cat([h, skips.pop()], dim=1), embedding)
+                h = self._block(layer, torch.cat([h, skips.pop()], dim=1), embedding, z_mm)
         out = self.conv_out(self.act_out(h))
         return unfold_patches(out, self.config.latent_patch)
 
@@ -108,11 +126,12 @@ class UNet(nn.Module):
         """Recompute these of `blocks` in the backward pass and keep the others, whatever the configuration says."""
         self._recomputed = {id(block) for i, block in enumerate(self.blocks()) if i in indices}
 
-    def _block(self, layer: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+    def _block(self, layer: nn.Module, h: Tensor, embedding: Tensor, z_mm: Tensor | None) -> Tensor:
+        given = (h, embedding, z_mm) if isinstance(layer, Stage) else (h, embedding)
         wanted = self.config.activation_checkpointing if self._recomputed is None else id(layer) in self._recomputed
         if wanted and self.training and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(layer, h, embedding, use_reentrant=False))
-        return cast(Tensor, layer(h, embedding))
+            return cast(Tensor, checkpoint(layer, *given, use_reentrant=False))
+        return cast(Tensor, layer(*given))
 
     def _check(self, shape: Sequence[int]) -> None:
         config = self.config

@@ -1,3 +1,3 @@
-from .base import Model as Model, Objective as Objective
+from .base import LossTerms as LossTerms, Objective as Objective
 from .bridge import OBJECTIVES as OBJECTIVES, build_objective as build_objective
 from .samplers import DepthNoise as DepthNoise

@@ -43,15 +43,30 @@ class Objective(ABC):
     """Names that :meth:`sample` accepts, the default first."""
     default_steps: ClassVar[int]
 
-    def __init__(self, *, residual: bool = True, residual_std: float = 0.5) -> None:
+    def __init__(
+        self, *, residual: bool = True, residual_std: float = 0.5, channel_weights: Sequence[float] | None = None
+    ) -> None:
         if not (residual_std > 0 and math.isfinite(residual_std)):
             raise InputError(
                 f"residual_std {residual_std}",
                 expected="a positive number: the standard deviation of whitened clean - condition",
                 remedy="Measure it on the training split, or leave it at 0.5.",
             )
+        weights = None if channel_weights is None else [float(w) for w in channel_weights]
+        if weights is not None and not (weights and min(weights) >= 0 and 0 < sum(weights) < math.inf):
+            raise InputError(
+                f"channel_weights {weights}",
+                expected="finite numbers of at least 0, not all 0, one a latent channel",
+                remedy="Leave them away: training measures them on the decoder (losses.measure).",
+            )
         self.residual = residual
         self.residual_std = residual_std
+        self.channel_weights = weights
+        """Weight of each channel's squared error, up to a factor: the loss is measured with a mean weight of 1."""
+
+    def common_settings(self) -> dict[str, Any]:
+        """The part of :meth:`settings` that every objective has."""
+        return {"residual_std": self.residual_std, "channel_weights": self.channel_weights}
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -88,6 +103,9 @@ class Objective(ABC):
         squared, predicted, weight_B, meaningful_B = self._terms(
             model, self._to_y(clean, condition), condition, noise_BCDHW.float(), t_B.float()
         )
+        if self.channel_weights is not None:
+            weights = torch.tensor(self.channel_weights, device=squared.device)
+            squared = squared * (weights / weights.mean()).reshape(1, -1, 1, 1, 1)
         mask = mask_B1DHW.to(squared.dtype)
         valid_B = (mask.flatten(1).sum(1) * squared.shape[1]).clamp(min=1.0)
         per_sample = weight_B * (squared * mask).flatten(1).sum(1) / valid_B

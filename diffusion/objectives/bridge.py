@@ -34,8 +34,8 @@ class Bridge(Objective):
     samplers = ("euler", "ddim")
     default_steps = 1
 
-    def __init__(self, *, sigma: float = 1.0, anchor: float = 0.5, residual_std: float = 0.5) -> None:
-        super().__init__(residual=True, residual_std=residual_std)
+    def __init__(self, *, sigma: float = 1.0, anchor: float = 0.5, **common: Any) -> None:
+        super().__init__(residual=True, **common)
         if not (sigma >= 0 and 0 <= anchor <= 1):
             raise InputError(
                 f"bridge sigma {sigma} and anchor {anchor}",
@@ -46,7 +46,7 @@ class Bridge(Objective):
         self.anchor = anchor
 
     def settings(self) -> dict[str, Any]:
-        return {"sigma": self.sigma, "anchor": self.anchor, "residual_std": self.residual_std}
+        return {"sigma": self.sigma, "anchor": self.anchor, **self.common_settings()}
 
     def _draw_time(self, generator: torch.Generator) -> float:
         anchored, t = torch.rand(2, generator=generator, device=generator.device).tolist()
@@ -74,9 +74,9 @@ OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Epsilon, 
 def build_objective(name: str, **settings: Any) -> Objective:
     """The objective ``epsilon``, ``v``, ``flow`` or ``bridge`` with its settings.
 
-    Common settings: ``residual`` (not for bridge) and ``residual_std``. ``epsilon`` and ``v``: ``steps``,
-    ``min_snr_gamma``; those and ``flow``: ``output``. ``bridge``: ``sigma``, ``anchor``. Raises :class:`InputError`
-    for a name or a setting that does not exist.
+    Common settings: ``residual`` (not for bridge), ``residual_std`` and ``channel_weights``. ``epsilon`` and ``v``:
+    ``steps``, ``min_snr_gamma``; those and ``flow``: ``output``. ``bridge``: ``sigma``, ``anchor``. Raises
+    :class:`InputError` for a name or a setting that does not exist.
     """
     if name not in OBJECTIVES:
         raise InputError(

@@ -29,8 +29,8 @@ class Gaussian(Objective):
     least_alpha = 0.02
     meaningful_snr = 0.25
 
-    def __init__(self, *, output: str = "v", residual: bool = True, residual_std: float = 0.5) -> None:
-        super().__init__(residual=residual, residual_std=residual_std)
+    def __init__(self, *, output: str = "v", **common: Any) -> None:
+        super().__init__(**common)
         if output not in ("v", "native"):
             raise InputError(
                 f"network output {output!r}", expected="'v' or 'native'", remedy="The default, 'v', is the stable one."
@@ -38,7 +38,7 @@ class Gaussian(Objective):
         self.output = output
 
     def settings(self) -> dict[str, Any]:
-        return {"output": self.output, "residual": self.residual, "residual_std": self.residual_std}
+        return {"output": self.output, "residual": self.residual, **self.common_settings()}
 
     @abstractmethod
     def _native(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,8 @@ class RunCard:
     preset: str
     depth_window: int | None = None
     """Depth of the training windows in latents: the default window of generation. None: whole volumes."""
+    refiner_sha256: str = ""
+    """The refiner whose slices, encoded, the model starts from; empty where it starts from interpolated ones."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -129,7 +131,7 @@ class RunCard:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunCard:
         names = {f.name for f in fields(cls)}
-        needed = names - {"depth_window", "extra"}
+        needed = names - {"depth_window", "refiner_sha256", "extra"}
         if missing := sorted(needed - set(values)):
             raise InputError(
                 f"{RUN_CARD} without {', '.join(missing)}",

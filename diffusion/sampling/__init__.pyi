@@ -9,8 +9,8 @@ from .plan import (
 from .stage import (
     PreparedSample as PreparedSample,
     SampleWorker as SampleWorker,
-    condition_of as condition_of,
     draw as draw,
+    generate_for as generate_for,
     prepare as prepare,
     set_up as set_up,
 )

@@ -6,10 +6,12 @@ Bar-Tal et al. 2023, MultiDiffusion, equation 5): blending finished samples woul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from diffusion.objectives import Model
+from diffusion.networks import informed
 from latentcache import InputError
 
 
@@ -37,27 +39,32 @@ def blend_weights(window: int) -> Tensor:
 class DepthWindows:
     """The same model on (B, C, D, H, W) of any D, evaluated on windows of at most ``window`` slices.
 
-    A slice that lies in several windows gets their weighted mean; the weights vary smoothly along depth.
+    A slice that lies in several windows gets their weighted mean; the weights vary smoothly along depth. ``told_BFD``
+    is what a model that takes it is told of the slices.
     """
 
-    def __init__(self, model: Model, window: int, overlap: int) -> None:
+    def __init__(self, model: Callable[..., Tensor], window: int, overlap: int, told_BFD: Tensor | None = None) -> None:
         window_starts(window, window, overlap)
-        self.model, self.window, self.overlap = model, window, overlap
+        self.model, self.window, self.overlap, self.told = model, window, overlap, told_BFD
 
     def __call__(self, x_BCDHW: Tensor, t_B: Tensor) -> Tensor:
         depth = x_BCDHW.shape[2]
         starts = window_starts(depth, self.window, self.overlap)
         if len(starts) == 1:
-            return self.model(x_BCDHW, t_B)
+            return self._part(x_BCDHW, t_B, slice(None))
         weights = blend_weights(self.window).to(x_BCDHW.device)[:, None, None]
         total: Tensor | None = None
         norm = torch.zeros((depth, 1, 1), device=x_BCDHW.device)
         for start in starts:
             part = slice(start, start + self.window)
-            out = self.model(x_BCDHW[:, :, part], t_B).float()
+            out = self._part(x_BCDHW, t_B, part).float()
             if total is None:
                 total = torch.zeros((*out.shape[:2], depth, *out.shape[3:]), device=out.device)
             total[:, :, part] += weights * out
             norm[part] += weights
         assert total is not None
         return total / norm
+
+    def _part(self, x_BCDHW: Tensor, t_B: Tensor, part: slice) -> Tensor:
+        """The model on some of the slices, told of just these."""
+        return informed(self.model, None if self.told is None else self.told[:, :, part])(x_BCDHW[:, :, part], t_B)

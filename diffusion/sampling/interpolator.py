@@ -17,17 +17,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffusion.data import align_depth, same_extent
-from diffusion.networks import UNet, build_unet, for_generation
+from diffusion.data import align_depth, condition_role, same_extent
+from diffusion.networks import ThickSlices, UNet, build_unet, for_generation, told_tensor
 from diffusion.objectives import DepthNoise, Objective
 from diffusion.runs import RunCard, check_tensors
 from diffusion.sampling.depth_windows import DepthWindows
-from latentcache import COMPRESSION, Encoding, InputError, NonFiniteError
+from latentcache import COMPRESSION, Encoding, InputError, LatentRole, NonFiniteError
 
 Alignment = Literal["pixel", "latent"]
 Latent = NDArray[Any] | Tensor
@@ -48,6 +48,7 @@ class Interpolator:
         encode_key, encoding: What the latents must have been encoded with.
         alignment: How the condition must be brought onto the thin grid: ``pixel`` (interpolated in HU, then encoded)
             or ``latent`` (encoded, then interpolated along z).
+        refiner_sha256: The refiner whose slices, encoded, are the condition; empty: interpolated ones, by alignment.
         checkpoint_sha256: SHA-256 of the weights' file; empty for a model that was not loaded from one.
         depth_window: Latent slices that the network sees at once, by default; None: the whole volume.
     """
@@ -65,6 +66,7 @@ class Interpolator:
         checkpoint_sha256: str = "",
         depth_window: int | None = None,
         in_plane_multiple: int = 1,
+        refiner_sha256: str = "",
         card: RunCard | None = None,
     ) -> None:
         if len(mean) != len(std) or not all(np.isfinite([*mean, *std])) or min(std) <= 0:
@@ -81,6 +83,7 @@ class Interpolator:
         self.checkpoint_sha256 = checkpoint_sha256
         self.depth_window = depth_window
         self.in_plane_multiple = in_plane_multiple
+        self.refiner_sha256 = refiner_sha256
         self.card = card
 
     @classmethod
@@ -124,8 +127,19 @@ class Interpolator:
             alignment=card.alignment,
             checkpoint_sha256=_sha256(path),
             depth_window=card.depth_window,
+            refiner_sha256=card.refiner_sha256,
             card=card,
         )
+
+    @property
+    def told(self) -> bool:
+        """Whether the network must be told where the thick slices lie."""
+        return bool(getattr(getattr(self.model, "config", None), "told", False))
+
+    @property
+    def condition_role(self) -> LatentRole:
+        """Role of the stored latents that the model starts from."""
+        return condition_role(self.alignment, bool(self.refiner_sha256))
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +156,8 @@ class Interpolator:
         target_depth: int | None = None,
         depth_window: int | None = None,
         overlap: int | None = None,
+        thick: ThickSlices | None = None,
+        z_mm: ArrayLike | None = None,
     ) -> NDArray[np.float32]:
         """Thin-slice latents, raw, (C, D, H, W) float32; with ``samples`` > 1 their mean, which errs least.
 
@@ -154,9 +170,12 @@ class Interpolator:
             target_depth: Latent slices wanted; the condition is interpolated along z over the same extent.
             depth_window: Latent slices that the network sees at once; by default as in training.
             overlap: Slices that neighbouring windows share; half a window by default.
+            thick, z_mm: The thick series' slices and the positions of the D latent slices, in mm along one axis; needed
+                by a model that is ``told``.
 
         Raises:
-            InputError: A condition of another shape, an unknown sampler, a window that is not larger than its overlap.
+            InputError: A model that is not told what it needs, a condition of another shape, an unknown sampler, a
+                window that is not larger than its overlap.
             NonFiniteError: NaN or infinity in the condition or in a sampler step.
         """
         options: dict[str, Any] = {
@@ -166,6 +185,8 @@ class Interpolator:
             "target_depth": target_depth,
             "depth_window": depth_window,
             "overlap": overlap,
+            "thick": thick,
+            "z_mm": z_mm,
         }
         total: NDArray[np.float64] | None = None
         for number in range(_positive(samples, "samples")):
@@ -186,6 +207,12 @@ class Interpolator:
         For volumes whose slices fill one extent evenly. Real series go by their own positions: align first (HU along
         z, or :func:`diffusion.data.z_alignment.align_depth`) and call :meth:`generate`.
         """
+        if self.refiner_sha256:
+            raise InputError(
+                "a plain volume for a model that starts from refined slices",
+                expected=f"slices of the refiner {self.refiner_sha256[:12]}, encoded",
+                remedy="Use `ctpipe interpolate` or ctpipe.interpolate_study, which refine first; or call generate.",
+            )
         depth, height, width = thick_DHW.shape
         z_thick, z_thin = same_extent(depth, target_depth)
         if self.alignment == "pixel":
@@ -196,6 +223,11 @@ class Interpolator:
             z_from = [(COMPRESSION * j + 2) / depth for j in range(latent.shape[1])]
             z_to = [(COMPRESSION * k + 2) / target_depth for k in range(count)]
             condition = align_depth(latent, z_from, z_to)
+        if self.told and "thick" not in options:
+            # One extent: in units of a thin slice of 1 mm where nobody says otherwise.
+            spacing = target_depth / depth
+            options["thick"] = ThickSlices(spacing / 2 - 0.5, spacing, depth, spacing)
+            options["z_mm"] = COMPRESSION * np.arange(condition.shape[1]) + (COMPRESSION - 1) / 2
         thin = torch.from_numpy(self.generate(condition, **options))
         return codec.decode(thin, (target_depth, height, width))
 
@@ -211,10 +243,13 @@ class Interpolator:
         target_depth: int | None = None,
         depth_window: int | None = None,
         overlap: int | None = None,
+        thick: ThickSlices | None = None,
+        z_mm: ArrayLike | None = None,
     ) -> NDArray[np.float32]:
         whitened = self._whiten(condition)
         if target_depth is not None and target_depth != whitened.shape[1]:
             whitened = align_depth(whitened, *same_extent(whitened.shape[1], target_depth))
+        told = self._told(thick, z_mm, whitened.shape[1])
         height, width = whitened.shape[2:]
         pad_h, pad_w = -height % self.in_plane_multiple, -width % self.in_plane_multiple
         padded = F.pad(whitened[None], (0, pad_w, 0, pad_h, 0, 0), mode="replicate")
@@ -224,7 +259,7 @@ class Interpolator:
         self.model.eval()
         try:
             clean = self.objective.sample(
-                self._network(padded.shape[2], depth_window, overlap),
+                self._network(padded.shape[2], depth_window, overlap, told),
                 padded,
                 sampler=sampler,
                 num_inference_steps=num_inference_steps,
@@ -235,17 +270,31 @@ class Interpolator:
         mean, std = self._moments(clean.device)
         return np.asarray((clean * std + mean).cpu(), dtype=np.float32)
 
-    def _network(self, depth: int, window: int | None, overlap: int | None) -> DepthWindows:
+    def _told(self, thick: ThickSlices | None, z_mm: ArrayLike | None, depth: int) -> Tensor | None:
+        """(1, 6, D) where the network takes it."""
+        if not self.told:
+            return None
+        places = None if z_mm is None else np.asarray(z_mm, np.float64).reshape(-1)
+        if thick is None or places is None or len(places) != depth:
+            raise InputError(
+                "a model that is told where the thick slices lie, and "
+                + ("no such thing" if thick is None or places is None else f"{len(places)} positions"),
+                expected=f"thick=ThickSlices(...) and z_mm, the positions of the {depth} latent slices",
+                remedy="Take z0_mm and dz_mm of the latent's row and the thick series' own positions.",
+            )
+        return told_tensor(thick, places, self.device)
+
+    def _network(self, depth: int, window: int | None, overlap: int | None, told: Tensor | None) -> DepthWindows:
         window = window or self.depth_window or depth
         device = self.device.type
 
-        def forward(x_BCDHW: Tensor, t_B: Tensor) -> Tensor:
+        def forward(x_BCDHW: Tensor, t_B: Tensor, *told_BFD: Tensor) -> Tensor:
             # bf16 where it is fast; float16 is never used: its range is too small for the first steps.
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-                out: Tensor = self.model(x_BCDHW, t_B)
+                out: Tensor = self.model(x_BCDHW, t_B, *told_BFD)
             return out
 
-        return DepthWindows(forward, window, window // 2 if overlap is None else overlap)
+        return DepthWindows(forward, window, window // 2 if overlap is None else overlap, told)
 
     def _whiten(self, condition: Latent) -> Tensor:
         latent = torch.as_tensor(condition).to(self.device, torch.float32)

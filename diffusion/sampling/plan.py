@@ -7,8 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from diffusion.networks import ThickSlices
 from diffusion.sampling.interpolator import Interpolator
-from latentcache import InputError, LatentRecord, LatentRole, LatentStore, PairRecord
+from latentcache import PAIR_ROLES, InputError, LatentRecord, LatentStore, PairRecord
+from latentcache.maintenance import refiner_of_digest
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class SampleSettings:
 class SampleTask:
     """One pair to sample: whose it is, and the rows of its condition and of the grid that the sample lies on.
 
-    ``name`` is the pair key. ``problem`` is why it cannot be sampled, told where it would have been.
+    ``name`` is the pair key; ``thick`` is what a model that takes it is told. ``problem`` is why the pair cannot be
+    sampled, told where it would have been.
     """
 
     name: str
     condition: LatentRecord | None = None
     grid: LatentRecord | None = None
+    thick: ThickSlices | None = None
     problem: InputError | None = None
 
 
@@ -70,13 +74,25 @@ def plan_samples(
     """
     pairs = _pairs(store, model, keys)
     present = {record.key for record in out.records(encode_key=model.encode_key, role="thin")}
-    tasks = [_task(store, model, pair) for pair in pairs if pair.pair_key not in present]
+    left = [pair for pair in pairs if pair.pair_key not in present]
+    told = thick_slices(store, left) if model.told else {}
+    tasks = [_task(store, model, pair, told.get(pair.thick_key)) for pair in left]
     return tasks, len(pairs) - len(tasks)
 
 
-def _task(store: LatentStore, model: Interpolator, pair: PairRecord) -> SampleTask:
+def thick_slices(store: LatentStore, pairs: Sequence[PairRecord]) -> dict[str, ThickSlices]:
+    """Where the pairs' thick series have their slices, by series key."""
+    wanted = {pair.thick_key for pair in pairs}
+    return {
+        s.series_key: ThickSlices(s.z_mm[0], s.spacing_mm_zyx[0], s.n_slices, s.thickness_mm)
+        for s in store.series()
+        if s.series_key in wanted and s.z_mm
+    }
+
+
+def _task(store: LatentStore, model: Interpolator, pair: PairRecord, thick: ThickSlices | None) -> SampleTask:
     try:
-        return SampleTask(pair.pair_key, *condition_rows(store, model, pair))
+        return SampleTask(pair.pair_key, *condition_rows(store, model, pair), thick)
     except InputError as error:
         return SampleTask(pair.pair_key, problem=error)
 
@@ -88,10 +104,12 @@ def condition_rows(store: LatentStore, model: Interpolator, pair: PairRecord) ->
         InputError: A latent that is needed is not stored, or the fields of view differ where latents are aligned.
     """
     thin = store.find(pair.thin_key, "thin", encode_key=model.encode_key)
-    if model.alignment == "pixel":
-        record = store.find(pair.pair_key, "thick_on_thin", encode_key=model.encode_key)
+    role = model.condition_role
+    if role in PAIR_ROLES:
+        record = store.find(pair.pair_key, role, encode_key=model.encode_key)
         if record is None:
-            raise _missing(pair, "thick_on_thin", model)
+            raise _missing(pair, role, model)
+        check_refiner(record, model)
         return record, thin or record
     if _unaligned(pair, model):
         raise InputError(
@@ -114,10 +132,10 @@ def _pairs(store: LatentStore, model: Interpolator, keys: Sequence[str] | None) 
         )
     known = {pair.pair_key: pair for pair in store.pairs()}
     if keys is None:
-        role: LatentRole = "thick_on_thin" if model.alignment == "pixel" else "thick"
+        role = model.condition_role
         stored = {r.key for r in store.records(encode_key=model.encode_key, role=role)}
         usable = [p for _, p in sorted(known.items()) if p.status == "ok" and not _unaligned(p, model)]
-        return [p for p in usable if (p.pair_key if role == "thick_on_thin" else p.thick_key) in stored]
+        return [p for p in usable if (p.pair_key if role in PAIR_ROLES else p.thick_key) in stored]
     if unknown := [k for k in keys if k not in known]:
         raise InputError(
             f"{len(unknown)} keys that are no pairs, the first {unknown[0]}",
@@ -129,7 +147,18 @@ def _pairs(store: LatentStore, model: Interpolator, keys: Sequence[str] | None) 
 
 def _unaligned(pair: PairRecord, model: Interpolator) -> bool:
     """Whether the model's kind of alignment cannot bring the pair's condition onto its thin grid."""
-    return model.alignment == "latent" and pair.across_fields
+    return model.condition_role == "thick" and pair.across_fields
+
+
+def check_refiner(record: LatentRecord, model: Interpolator) -> None:
+    """Refuse a condition that another refiner made than the one whose slices the model learnt to start from."""
+    found = refiner_of_digest(record.source_digest)
+    if found != model.refiner_sha256:
+        raise InputError(
+            f"a refined latent of pair {record.key} by the refiner {found[:12]}",
+            expected=f"one by the refiner that the model was trained with, {model.refiner_sha256[:12]}",
+            remedy="Encode with the one that the run's folder keeps: `ctpipe encode STORE --refiner FILE --refresh`.",
+        )
 
 
 def _resolved(model: Interpolator, settings: SampleSettings) -> SampleSettings:
@@ -148,5 +177,7 @@ def _missing(pair: PairRecord, role: str, model: Interpolator) -> InputError:
     return InputError(
         f"pair {pair.pair_key} has no {role} latent",
         expected=f"alignment {model.alignment!r} encoded under {model.encode_key}",
-        remedy="Run `ctpipe encode STORE` with the alignment that the run was trained with.",
+        remedy="Run `ctpipe encode STORE` with the alignment that the run was trained with."
+        if role != "refined_on_thin"
+        else "Run `ctpipe encode STORE --refiner FILE` with the refiner that the run's folder keeps.",
     )

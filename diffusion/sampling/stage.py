@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from diffusion.sampling.plan import (
     generation_key,
     open_generated,
     plan_samples,
+    thick_slices,
 )
-from latentcache import InputError, LatentRecord, LatentStore, PairRecord, open_on_worker
+from latentcache import PAIR_ROLES, InputError, LatentRecord, LatentStore, PairRecord, open_on_worker
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def draw(drawing: SampleWorker, prepared: PreparedSample) -> LatentRecord:
     """Sample one pair's thin latent and stage it (the stage's device part)."""
     grid = prepared.task.grid
     assert grid is not None
-    latent = drawing.model.generate(prepared.condition, **asdict(drawing.settings))
+    latent = drawing.model.generate(
+        prepared.condition, thick=prepared.task.thick, z_mm=_positions(grid), **asdict(drawing.settings)
+    )
     return drawing.out.stage(
         latent.astype(np.float16),
         encode_key=drawing.model.encode_key,
@@ -167,10 +171,21 @@ def condition_of(store: LatentStore, model: Interpolator, pair: PairRecord) -> t
     return _aligned(store, condition, grid), grid
 
 
+def generate_for(store: LatentStore, model: Interpolator, pair: PairRecord, **options: Any) -> NDArray[np.float32]:
+    """A pair's thin latent, raw, from its stored condition; ``options`` as of ``Interpolator.generate``.
+
+    Raises:
+        InputError: A latent that is needed is not stored.
+    """
+    condition, grid = condition_of(store, model, pair)
+    thick = thick_slices(store, [pair]).get(pair.thick_key) if model.told else None
+    return model.generate(condition, thick=thick, z_mm=_positions(grid), **options)
+
+
 def _aligned(store: LatentStore, condition: LatentRecord, grid: LatentRecord) -> NDArray[np.float32]:
     """The condition's latent on the grid; a thick latent is interpolated along z by position."""
     latent = np.asarray(store.read(condition), dtype=np.float32)
-    if condition.role == "thick_on_thin":
+    if condition.role in PAIR_ROLES:
         return latent
     return align_depth(torch.from_numpy(latent), _positions(condition), _positions(grid)).numpy()
 

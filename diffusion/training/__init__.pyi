@@ -19,3 +19,4 @@ from .resources import (
 from .selftest import SelfTest as SelfTest
 from .throughput import Progress as Progress, measured_matmul_rate as measured_matmul_rate
 from .train import latent_loss as latent_loss, open_streams as open_streams, train as train
+from .validation import OF_LATENTS as OF_LATENTS

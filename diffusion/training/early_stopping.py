@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffusion.config import ValidationConfig
@@ -14,7 +15,8 @@ class Best:
     validation; ``waited`` counts the validations since."""
 
     def __init__(self, settings: ValidationConfig) -> None:
-        self.settings = settings
+        # Whoever has no more than a loss to offer leaves the choice open.
+        self.settings = replace(settings, metric="val_loss") if settings.metric == "auto" else settings
         self.value: float | None = None
         self.waited = 0
 
@@ -44,13 +46,15 @@ class Best:
         return 0 < self.settings.patience <= self.waited
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.value, "bad_validations": self.waited}
+        return {"best": self.value, "bad_validations": self.waited, "metric": self.settings.metric}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state.get("metric", self.settings.metric) != self.settings.metric:
+            return  # figures of unlike metrics do not compare: the next validation is the first of this one
         self.value, self.waited = state["best"], int(state["bad_validations"])
 
     def _improves(self, found: float, best: float) -> bool:
         mode = self.settings.mode
         if mode == "auto":
-            mode = "min" if self.settings.metric.endswith("loss") else "max"
+            mode = "min" if self.settings.metric.endswith(("loss", "_rms_hu")) else "max"
         return found < best if mode == "min" else found > best

@@ -6,6 +6,7 @@ What the tensors mean is the batch loss's business; the loop knows samples, step
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -125,6 +126,7 @@ class Trainer:
         self.figures: dict[str, float] = {}
         self.validation: dict[str, float] = {}
         self.loss = math.nan
+        self._cpu_begin = time.process_time()
 
     # One step ---------------------------------------------------------------------------------------------------------
 
@@ -205,6 +207,7 @@ class Trainer:
         if reason:
             return reason
         position, taken = self.stream.state_dict(), self.step
+        self._cpu_begin = time.process_time()
         for step in self.stream:
             self.meter.begin_step()
             loss, told, late = self.training_step(step, signalled)
@@ -232,8 +235,10 @@ class Trainer:
         return "max-steps" if limit is not None and self.step >= limit else None
 
     def _out_of_time(self) -> bool:
-        limit = self.config.budget.max_seconds
-        return limit is not None and self.meter.elapsed >= limit
+        budget = self.config.budget
+        if budget.max_cpu_seconds is not None and time.process_time() - self._cpu_begin >= budget.max_cpu_seconds:
+            return True
+        return budget.max_seconds is not None and self.meter.elapsed >= budget.max_seconds
 
     # Validation, checkpoints, resume ----------------------------------------------------------------------------------
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffusion.config import TrainConfig
-from diffusion.data import Batch, PairStream
-from diffusion.losses import Decoder, ImageLosses
-from diffusion.networks import UNet, build_unet
+from diffusion.data import Batch, PairStream, Step
+from diffusion.losses import Decoder, ImageLosses, VGG19Features
+from diffusion.networks import ThickSlices, UNet, build_unet, informed
 from diffusion.objectives import OBJECTIVES, build_objective
 from diffusion.sampling import Interpolator
 from diffusion.training.distributed import World, default_device
@@ -24,6 +25,13 @@ from diffusion.training.throughput import Meter
 from diffusion.training.train import latent_loss
 from diffusion.training.validation import generators
 from latentcache import InputError, LatentStore
+
+STEPS = 8
+FALLEN_TO = 0.95
+"""Share of the first loss that is left after STEPS steps on one batch; an untrained network starts at about 1."""
+MOVED_SHARE = 1e-4
+"""Of a tensor's size, root mean square: hundreds of float32 roundings, and far less than a step of any preset."""
+SAME_IMAGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class SelfTest:
             samples_per_step=self.config.data.batch_size,
             seed=self.config.seed,
             in_plane_multiple=self.config.model.in_plane_multiple,
+            told=self.config.model.told,
         )
         if not self.stream.pairs:
             raise InputError(
@@ -93,17 +102,23 @@ class SelfTest:
         return f"{count / 1e6:.1f}M parameters ({self.config.preset}) on {self.world.device.type}"
 
     def losses(self) -> str:
-        """Every objective's loss is finite; identical images have no image loss, unlike ones some."""
+        """Every objective's loss is finite; identical images have no image loss, unlike ones some, of either kind.
+
+        VGG19 is initialised at random: what is tested is that the loss runs and tells images apart.
+        """
         unet, batch = self._built()
         values = []
         for name in OBJECTIVES:
             random = generators(batch["noise_seed"], self.world.device)
-            terms = build_objective(name).loss(unet, batch["thin"], batch["condition"], batch["mask"], random)
+            network = informed(unet, batch.get("told"))
+            terms = build_objective(name).loss(network, batch["thin"], batch["condition"], batch["mask"], random)
             value = float(terms.per_sample.detach().mean())
             _require(value == value and abs(value) != float("inf"), f"a {name} loss of {value}", "a finite loss")
             values.append(f"{name} {value:.3f}")
-        images = ImageLosses(self.decoder or _enlarge, [0.0] * 4, [1.0] * 4, perceptual_weight=0, slab=2, crop=16)
-        found = []
+        torch.manual_seed(self.config.seed)
+        vgg = VGG19Features().to(self.world.device)
+        images = ImageLosses(self.decoder or _enlarge, [0.0] * 4, [1.0] * 4, vgg=vgg, slab=2, crop=16)
+        found: list[tuple[float, float]] = []
         one = slice(0, 1)
         for prediction in (batch["thin"][one], batch["condition"][one]):
             random = generators(batch["noise_seed"][one], self.world.device)
@@ -111,44 +126,69 @@ class SelfTest:
                 terms_of_one = images(
                     prediction, batch["thin"][one], batch["mask"][one], torch.ones(1, dtype=torch.bool), random
                 )
-            found.append(float(terms_of_one.ms_ssim.mean()))
-        _require(abs(found[0]) < 1e-4 < found[1], f"1 - MS-SSIM of {found}", "0 for equal images and more for unlike")
+            found.append((float(terms_of_one.ms_ssim.mean()), float(terms_of_one.perceptual.mean())))
+        for name, (equal, unlike) in zip(("1 - MS-SSIM", "VGG19 distance"), zip(*found, strict=True), strict=True):
+            text = f"{name} of {equal:.3g} and {unlike:.3g}"
+            _require(abs(equal) < SAME_IMAGE < unlike, text, "0 for equal images and more for unlike ones")
         through = "the VAE's decoder" if self.decoder else "a stand-in decoder (no VAE given)"
-        return ", ".join(values) + f"; 1 - MS-SSIM {found[1]:.3f} through {through}"
+        return (
+            ", ".join(values) + f"; 1 - MS-SSIM {found[1][0]:.3f}, VGG19 distance {found[1][1]:.3g} through {through}"
+        )
 
     def forward(self) -> str:
         """A forward pass; an untrained bridge gives the condition back."""
         unet, batch = self._built()
         begin = time.perf_counter()
         with torch.no_grad():
-            out = unet(torch.cat([batch["thin"], batch["condition"]], dim=1), torch.full_like(batch["weight"], 0.5))
+            network = informed(unet, batch.get("told"))
+            out = network(torch.cat([batch["thin"], batch["condition"]], dim=1), torch.full_like(batch["weight"], 0.5))
         seconds = time.perf_counter() - begin
         _require(out.shape == batch["thin"].shape, f"an output of shape {tuple(out.shape)}", "the latents' own shape")
         raw = batch["condition"][0].cpu()
         model = Interpolator.from_parts(unet, build_objective("bridge"), [0.0] * 4, [1.0] * 4)
-        same = torch.allclose(torch.as_tensor(model.generate(raw)), raw, atol=1e-5)
+        z_mm = 4.0 * np.arange(len(raw[0]))
+        found = model.generate(raw, thick=ThickSlices(0.0, 5.0, len(raw[0]), 5.0), z_mm=z_mm)
+        same = torch.allclose(torch.as_tensor(found), raw, atol=1e-5)
         _require(same, "an untrained bridge that changes its condition", "the condition itself")
         return f"{seconds:.2f} s for {tuple(batch['thin'].shape)}; an untrained bridge returns its condition"
 
     def training_step(self) -> str:
-        """Two optimiser steps: finite losses, and every weight that has a gradient moves."""
-        unet, _ = self._built()
-        assert self.stream is not None
-        settings = replace(self.config.optimiser, warmup_steps=0, steps=2)
-        loop = LoopConfig(settings, self.config.validation, self.config.budget, self.config.parallel)
+        """Steps on one batch with one noise, at the configuration's own rate: the loss falls, and every weight moves.
+
+        After STEPS every tensor has had a gradient, zero-initialised layers notwithstanding; each then must have moved
+        by MOVED_SHARE of its size, and the loss have fallen to FALLEN_TO of what it was.
+        """
+        unet, batch = self._built()
+        rate = replace(self.config.optimiser, warmup_steps=0, schedule="constant", steps=STEPS, ema_std=0)
+        loop = LoopConfig(rate, self.config.validation, self.config.budget, self.config.parallel)
         loss = latent_loss(build_objective(self.config.objective.name), self.world.device)
         with tempfile.TemporaryDirectory() as folder:
             meter = Meter(self.world.device, None, None)
-            trainer = Trainer(unet, loss, self.stream, loop, Path(folder), world=self.world, meter=meter)
-            before = [p.detach().clone() for p in unet.parameters()]
-            steps = iter(self.stream)
+            stream = _OneBatch(batch)
+            trainer = Trainer(unet, loss, stream, loop, Path(folder), world=self.world, meter=meter)
+            before = {name: p.detach().clone() for name, p in unet.named_parameters()}
             begin = time.perf_counter()
-            found = [trainer.training_step(next(steps))[0] for _ in range(2)]
-            seconds = (time.perf_counter() - begin) / 2
-            steps.close()  # type: ignore[attr-defined]
-        moved = sum(not torch.equal(a, b) for a, b in zip(before, unet.parameters(), strict=True))
-        _require(moved > 0, "no weight that moved", "weights that learn")
-        return f"losses {found[0]:.4f}, {found[1]:.4f}; {moved} of {len(before)} tensors moved; {seconds:.2f} s a step"
+            found = [trainer.training_step(stream.step())[0] for _ in range(STEPS)]
+            seconds = (time.perf_counter() - begin) / STEPS
+        with torch.no_grad():
+            found.append(float(loss(unet, batch, STEPS).per_sample.mean()))
+        _require(
+            found[-1] <= FALLEN_TO * found[0],
+            f"a loss of {found[0]:.4g} that is {found[-1]:.4g} after {STEPS} steps on one batch",
+            f"at most {FALLEN_TO} of what it was",
+            "Check optimiser.learning_rate; a loss that does not fall on one batch falls nowhere.",
+        )
+        still = [name for name, p in unet.named_parameters() if _share(before[name], p) < MOVED_SHARE]
+        _require(
+            not still,
+            f"{len(still)} of {len(before)} tensors that did not move, the first {still[:1]}",
+            f"every tensor to move by {MOVED_SHARE} of its size in {STEPS} steps",
+            "Check optimiser.learning_rate, and that the layer takes part in the forward pass.",
+        )
+        return (
+            f"loss {found[0]:.4f} to {found[-1]:.4f} in {STEPS} steps on one batch; all {len(before)} tensors moved; "
+            f"{seconds:.2f} s a step"
+        )
 
     def memory(self) -> str:
         """What a step of this configuration needs against what is free."""
@@ -174,9 +214,40 @@ class SelfTest:
         return CheckResult(name, passed, detail, time.perf_counter() - begin)
 
 
-def _require(condition: bool, found: str, expected: str) -> None:
+class _OneBatch:
+    """A stream that gives one and the same batch for ever."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            yield self.step()
+
+    def step(self) -> Step:
+        return Step(0, 0, 1, len(self.batch["weight"]), 1, iter([self.batch]))
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing: every position is the same."""
+
+
+def _share(before: torch.Tensor, after: torch.Tensor) -> float:
+    """How far a tensor moved, as a share of its size; a tensor that began at zero counts as one of size 1e-3."""
+    size = before.square().mean().sqrt().clamp(min=1e-3)
+    return float((after.detach() - before).square().mean().sqrt() / size)
+
+
+def _require(
+    condition: bool, found: str, expected: str, remedy: str = "Report this with `ctpipe doctor --json`."
+) -> None:
     if not condition:
-        raise InputError(found, expected=expected, remedy="Report this with `ctpipe doctor --json`.")
+        raise InputError(found, expected=expected, remedy=remedy)
 
 
 def _enlarge(latents: torch.Tensor) -> torch.Tensor:

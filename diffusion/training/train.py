@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from diffusion.config import LossConfig, TrainConfig, check, check_precision, to_dict
-from diffusion.data import Batch, PairStream
-from diffusion.losses import Decoder, ImageLosses, load_vgg19
-from diffusion.networks import build_unet, channels_last
+from diffusion.data import Batch, PairStream, only_refiner
+from diffusion.losses import Decoder, ImageLosses, channel_power, load_vgg19
+from diffusion.networks import build_unet, channels_last, informed
 from diffusion.objectives import Objective, build_objective
 from diffusion.runs import RUN_CARD, CheckpointFolder, RunCard, pin_snapshot, reopen
 from diffusion.training.compilation import check_compilation
@@ -26,13 +26,15 @@ from diffusion.training.loop import LoopConfig, Terms, Trainer, TrainSummary
 from diffusion.training.recompute import fit_recomputation
 from diffusion.training.resources import check_resources, estimate_step, remedies
 from diffusion.training.throughput import Meter, Progress, measured_matmul_rate
-from diffusion.training.validation import ValidateImages, generators, validation
+from diffusion.training.validation import ValidateImages, chosen_metric, generators, validation
 from latentcache import InputError, LatentStore, check_bf16_convolutions, full_float32
 
 log = logging.getLogger("ctpipe.train")
 
 
 CONFIG = "config.json"
+PROBE_SIDE = 16
+"""Latents: 64 voxels."""
 
 
 def train(
@@ -42,6 +44,7 @@ def train(
     *,
     decoder: Decoder | None = None,
     validate: ValidateImages | None = None,
+    refiner_sha256: str | None = None,
     resume: bool | Literal["if-there"] = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> TrainSummary:
@@ -53,6 +56,7 @@ def train(
         validate: Samples, decodes and scores held-out pairs.
         resume: Continue the run in ``run_dir``; without it the folder must hold no run. ``if-there``: continue one, or
             begin it.
+        refiner_sha256: The refiner that the run keeps for use with its model; the store's must be the same.
 
     Raises:
         InputError: Settings, store or device that cannot work, before the first step; see also ``Trainer.run``.
@@ -78,7 +82,9 @@ def train(
     if world.rank == 0 and stream.left_out:
         log.warning("of the train split, %d pairs are used and left out are %s", len(stream.pairs), reasons(stream))
     if not resume:
-        card = new_card(store, stream, config)
+        power = decoder_power(store, stream, config, decoder, world)
+        card = new_card(store, stream, config, power)
+        check_same_refiner(card, refiner_sha256)
         world.barrier()  # or a slower rank would find the card that the first one writes, and take the run for another
         if world.rank == 0:
             pin_snapshot(store, card)
@@ -95,14 +101,15 @@ def train(
         batch, bf16 = config.data.batch_size, world.device.type == "cuda"
         fit_recomputation(unet, batch, stream.shapes[0], need, world.device, bf16=bf16)
     images = image_losses(config.losses, decoder, card, world.device)
+    looked_at = replace(config.validation, metric=chosen_metric(config.validation, card, validate))
     rate = measured_matmul_rate(world.device, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     trainer = Trainer(
         unet,
         latent_loss(objective, world.device, images, config.losses.every),
         stream,
-        LoopConfig(config.optimiser, config.validation, config.budget, config.parallel),
+        LoopConfig(config.optimiser, looked_at, config.budget, config.parallel),
         run_dir,
-        validate=validation(held_out, objective, card, config, validate, world, len(stream)) if held_out else None,
+        validate=validation(held_out, objective, card, looked_at, validate, world, len(stream)) if held_out else None,
         world=world,
         identity=identity(card, config),
         meter=Meter(world.device, need.forward_flops_per_sample, rate),
@@ -144,6 +151,7 @@ def open_streams(store: LatentStore, config: TrainConfig, world: World) -> tuple
         "world": world.size,
         "in_plane_multiple": config.model.in_plane_multiple,
         "pin_memory": world.device.type == "cuda",
+        "told": config.model.told,
     }
     stream = PairStream(store, config.data, split="train", samples_per_step=config.optimiser.samples_per_step, **common)
     require_pairs(stream, "Encode more pairs (`ctpipe encode STORE`) or assign some with `ctpipe ingest --splits CSV`.")
@@ -171,9 +179,52 @@ def reasons(stream: PairStream) -> str:
     return ", ".join(f"{count} ({reason})" for reason, count in stream.left_out.items())
 
 
-def new_card(store: LatentStore, stream: PairStream, config: TrainConfig) -> RunCard:
-    """What the run is, fixed for good: data, whitening, model and objective."""
+def decoder_power(
+    store: LatentStore, stream: PairStream, config: TrainConfig, decoder: Decoder | None, world: World
+) -> list[float] | None:
+    """HU² by channel of a unit of squared whitened error, equal on every rank; None where the loss weighs all alike.
+
+    Raises:
+        InputError: ``losses.measure`` is ``image``, and there is no decoder.
+        NonFiniteError: A probe of the decoder's Jacobian is not finite.
+    """
+    settings = config.losses
+    if settings.measure == "latent" or config.objective.settings.get("channel_weights") is not None:
+        return None
+    if decoder is None:
+        if settings.measure == "image":
+            raise InputError(
+                "losses.measure = image without a VAE decoder",
+                expected="the decoder of the VAE that encoded the store",
+                remedy="Name it with --vae, or set losses.measure=latent.",
+            )
+        log.warning("no VAE decoder at hand: the loss weighs all latent channels alike, whatever the image makes of it")
+        return None
+    data = replace(config.data, windows_per_volume=1, batch_size=1, crop=probe_side(config))
+    probed = PairStream(store, data, seed=config.seed, in_plane_multiple=config.model.in_plane_multiple)
+    latents = [
+        batch["thin"][0, :, : settings.slab].to(world.device) for batch in probed.fixed_batches(limit=settings.probes)
+    ]
+    half = store.encoding(stream.encode_key).window_width / 2
+    mean, std = ([float(v) for v in values] for values in (stream.mean, stream.std))
+    power = channel_power(decoder, latents, mean, std, hu_per_unit=half, seed=config.seed)
+    # Ranks may differ in the last digit, and must not.
+    shared = world.sum(torch.tensor(power, dtype=torch.float64, device=world.device)) / world.size
+    return [float(v) for v in shared.tolist()]
+
+
+def probe_side(config: TrainConfig) -> int:
+    """In-plane side in latents of the windows that the decoder is probed at: enough for its statistics, and cheap."""
+    multiple = config.model.in_plane_multiple
+    side = max(multiple, PROBE_SIDE // multiple * multiple)
+    return side if config.data.crop is None else min(side, config.data.crop)
+
+
+def new_card(store: LatentStore, stream: PairStream, config: TrainConfig, power: list[float] | None = None) -> RunCard:
+    """What the run is, fixed for good: data, whitening, model and objective, with the decoder's power by channel."""
     settings = dict(config.objective.settings)
+    if power is not None:
+        settings["channel_weights"] = [float(f"{v:.4g}") for v in np.array(power) / np.mean(power)]
     objective = build_objective(config.objective.name, **settings)
     if "residual_std" not in settings:
         settings["residual_std"] = residual_std(store, config)
@@ -189,13 +240,31 @@ def new_card(store: LatentStore, stream: PairStream, config: TrainConfig) -> Run
         objective={"name": config.objective.name, "settings": objective.settings()},
         preset=config.preset,
         depth_window=config.data.window,
+        refiner_sha256=only_refiner(stream.pairs),
         extra={
             "run_id": uuid.uuid4().hex[:16],
             "seed": config.seed,
             "train_pairs": len(stream.pairs),
+            "hu2_per_unit_by_channel": power,
             # A latent slice covers four slices; generation of a series without a store asks for this spacing.
             "thin_spacing_mm": round(stream.thin_spacing_mm, 4),
         },
+    )
+
+
+def check_same_refiner(card: RunCard, refiner_sha256: str | None) -> None:
+    """Refuse a refiner at hand that is not the one that made the store's refined latents.
+
+    Raises:
+        InputError: The two differ, or the run does not start from refined slices.
+    """
+    if refiner_sha256 is None or refiner_sha256 == card.refiner_sha256:
+        return
+    raise InputError(
+        f"the refiner {refiner_sha256[:12]}, where the run's latents are "
+        + (card.refiner_sha256[:12] or "not refined"),
+        expected="the refiner that `ctpipe encode STORE --refiner` was given, and --set data.start=refined",
+        remedy="Name that one, or encode with this one: `ctpipe encode STORE --refiner RUN --refresh`.",
     )
 
 
@@ -225,11 +294,12 @@ def latent_loss(
 
     def batch_loss(model: nn.Module, batch: Batch, step: int) -> Terms:
         random = generators(batch["noise_seed"], device)
-        terms = objective.loss(model, batch["thin"], batch["condition"], batch["mask"], random)
+        network = informed(model, batch.get("told"))
+        terms = objective.loss(network, batch["thin"], batch["condition"], batch["mask"], random)
         if images is None or step % every:
             return Terms(terms.per_sample)
         seen = images(terms.predicted_clean, batch["thin"], batch["mask"], terms.clean_is_meaningful, random)
-        parts = {"diffusion": terms.per_sample, "ms_ssim": seen.ms_ssim, "perceptual": seen.perceptual}
+        parts = {"diffusion": terms.per_sample, "ms_ssim": seen.ms_ssim, "perceptual": seen.perceptual, "l2": seen.l2}
         return Terms(terms.per_sample + seen.per_sample, parts)
 
     return batch_loss
@@ -243,13 +313,14 @@ def image_losses(
     Raises:
         InputError: They need a decoder or VGG19 weights that are not there; they are never skipped in silence.
     """
-    if settings.ms_ssim_weight == 0 and settings.perceptual_weight == 0:
+    if not (settings.ms_ssim_weight or settings.perceptual_weight or settings.image_l2_weight):
         return None
     if decoder is None:
         raise InputError(
             "image losses without a VAE decoder",
             expected="the decoder of the VAE that encoded the store",
-            remedy="Name it with --vae, or set losses.ms_ssim_weight=0 and losses.perceptual_weight=0.",
+            remedy="Name it with --vae, or set losses.ms_ssim_weight=0, losses.perceptual_weight=0 and "
+            "losses.image_l2_weight=0.",
         )
     return ImageLosses(
         decoder,
@@ -257,6 +328,7 @@ def image_losses(
         card.whitening["std"],
         ms_ssim_weight=settings.ms_ssim_weight,
         perceptual_weight=settings.perceptual_weight,
+        l2_weight=settings.image_l2_weight,
         vgg=load_vgg19(settings.vgg19_weights, device) if settings.perceptual_weight > 0 else None,
         slice_fraction=settings.slice_fraction,
         slab=settings.slab,
@@ -273,6 +345,8 @@ def identity(card: RunCard, config: TrainConfig) -> dict[str, Any]:
         "objective": card.objective,
         "whitening": card.whitening,
     }
+    if card.refiner_sha256:
+        named["refiner"] = card.refiner_sha256
     values = to_dict(config)
     free = {
         "data.batch_size",

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from diffusion.config import TrainConfig
+from diffusion.config import ValidationConfig
 from diffusion.data import PairStream
-from diffusion.networks import UNet, build_unet
-from diffusion.objectives import Objective
+from diffusion.networks import UNet, build_unet, informed
+from diffusion.objectives import LossTerms, Objective
 from diffusion.runs import RunCard
 from diffusion.sampling import Interpolator
 from diffusion.training.distributed import World
 from diffusion.training.loop import to_device
 
+OF_LATENTS = ("val_loss", "val_rms_hu")
+"""Figures that every validation gives, without a decoder."""
 ValidateImages = Callable[[Interpolator, int], dict[str, float]]
 """(model with averaged weights, step) to figures over held-out pairs, decoded to HU by whoever hands this in."""
 
@@ -32,33 +35,44 @@ def validation(
     held_out: PairStream,
     objective: Objective,
     card: RunCard,
-    config: TrainConfig,
+    settings: ValidationConfig,
     images: ValidateImages | None,
     world: World,
     steps_per_epoch: int,
 ) -> Callable[[nn.Module, int], dict[str, float]]:
-    """The latent loss over the validation split with fixed windows and noise and, now and then, decoded pairs."""
-    settings = config.validation
+    """The latent loss over the validation split with fixed windows and noise and, now and then, decoded pairs.
+
+    Where the run card holds the decoder's power by channel, ``val_rms_hu`` is the predicted clean latents' error as the
+    image shows it, at the noise levels of training.
+
+    Args:
+        settings: The metric is one that ``chosen_metric`` gave.
+    """
+    power = card.extra.get("hu2_per_unit_by_channel")
     steps_per_validation = steps_per_epoch * settings.every_epochs
 
     @torch.no_grad()
     def validate(module: nn.Module, step: int) -> dict[str, float]:
-        total = torch.zeros(2, dtype=torch.float64, device=world.device)
+        total = torch.zeros(3, dtype=torch.float64, device=world.device)
         for read in held_out.fixed_batches(settings.max_batches):
             batch = to_device(read, world.device)
             with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
                 terms = objective.loss(
-                    module,
+                    informed(module, batch.get("told")),
                     batch["thin"],
                     batch["condition"],
                     batch["mask"],
                     generators(batch["noise_seed"], world.device),
                 )
-            total += torch.stack([(terms.per_sample * batch["weight"]).sum(), batch["weight"].sum()])
-        loss, count = world.sum(total).tolist()
+            seen = torch.zeros_like(terms.per_sample) if power is None else squared_hu(terms, batch, power)
+            each = torch.stack([terms.per_sample, seen, torch.ones_like(seen)])
+            total += (each * batch["weight"]).sum(dim=1)
+        loss, squared, count = world.sum(total).tolist()
         figures = {"val_loss": loss / count}
+        if power is not None:
+            figures["val_rms_hu"] = math.sqrt(squared / count)
         turn = step // steps_per_validation
-        wanted = settings.metric != "val_loss" or (settings.images_every > 0 and turn % settings.images_every == 0)
+        wanted = settings.metric not in OF_LATENTS or (settings.images_every > 0 and turn % settings.images_every == 0)
         if images is not None and wanted:
             figures |= on_first_rank(
                 lambda unet: images(interpolator(unet, objective, card), step), module, card, world
@@ -66,6 +80,23 @@ def validation(
         return figures
 
     return validate
+
+
+def chosen_metric(settings: ValidationConfig, card: RunCard, images: ValidateImages | None) -> str:
+    """What ``best`` looks at where the configuration leaves it open: the nearest thing to an image that is at hand."""
+    if settings.metric != "auto":
+        return settings.metric
+    if images is not None:
+        return "val_psnr_db"
+    return "val_loss" if card.extra.get("hu2_per_unit_by_channel") is None else "val_rms_hu"
+
+
+def squared_hu(terms: LossTerms, batch: dict[str, Any], power: list[float]) -> Tensor:
+    """(B,) HU² of each sample's predicted clean latent: its squared error, each channel as the decoder shows it."""
+    weights = torch.tensor(power, device=batch["mask"].device).reshape(1, -1, 1, 1, 1)
+    squared: Tensor = (terms.predicted_clean - batch["thin"]).square() * weights * batch["mask"]
+    valid: Tensor = batch["mask"].flatten(1).sum(1).clamp(min=1.0)
+    return squared.flatten(1).sum(1) / valid
 
 
 def interpolator(unet: UNet, objective: Objective, card: RunCard) -> Interpolator:
@@ -79,6 +110,7 @@ def interpolator(unet: UNet, objective: Objective, card: RunCard) -> Interpolato
         encoding=card.build_encoding(),
         alignment=card.alignment,
         depth_window=card.depth_window,
+        refiner_sha256=card.refiner_sha256,
         card=card,
     )
 

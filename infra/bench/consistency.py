@@ -196,9 +196,10 @@ def doubt(half: str, pair: Pair, fit: ProtocolFit, name: str, assumed: SliceProf
 
 def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, Any]:
     """A run's output, as `ctpipe interpolate` makes it."""
+    from cli.commands.interpolate import told_of
     from diffusion.sampling import Interpolator
     from pipeline.vae import load_vae
-    from pipeline.workflows import condition_latent
+    from pipeline.workflows import condition_latent, latent_positions
 
     thin, thick = pair
     vae, model = load_vae("tiny"), Interpolator.load(run)
@@ -206,9 +207,10 @@ def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, 
     assert encoding is not None
     window = Window(encoding.window_center, encoding.window_width)
     condition = condition_latent(thick, thin.geometry, window, vae, model.alignment)
+    told = told_of(thick, latent_positions(thin.geometry))
     given, decoded = (
         window.from_unit(np.asarray(vae.decode(torch.from_numpy(z), thin.geometry.shape_zyx)))
-        for z in (condition, model.generate(condition))
+        for z in (condition, model.generate(condition, **told))
     )
     plain = ComposeSettings(consistency=False)
     guess, _ = compose(decoded, window, plain.measured(thick, thin.geometry), plain, condition_hu=given)

@@ -6,6 +6,9 @@ from .pins import pin as pin, pinned_snapshots as pinned_snapshots
 from .staleness import (
     pair_digest as pair_digest,
     pair_digests as pair_digests,
+    refined_digest as refined_digest,
+    refiner_of_digest as refiner_of_digest,
+    sources as sources,
     stale_rows as stale_rows,
     unlike as unlike,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache import CtpipeError, LatentStore
+from latentcache import PAIR_ROLES, CtpipeError, LatentStore
 from latentcache.maintenance.pins import pinned_snapshots
 from latentcache.maintenance.staleness import stale_rows
 from latentcache.tables import snapshot_numbers
@@ -23,7 +23,8 @@ def status(store: LatentStore) -> dict[str, Any]:
     encodings: dict[str, Any] = {}
     for encode_key in store.encode_keys():
         rows = manifest.filter(pc.equal(manifest["encode_key"], encode_key))
-        own = rows.filter(pc.not_equal(rows["role"], "thick_on_thin"))["key"].combine_chunks()
+        of_pairs = pc.is_in(rows["role"], value_set=pa.array(PAIR_ROLES, pa.string()))
+        own = rows.filter(pc.invert(of_pairs))["key"].combine_chunks()
         encodings[encode_key] = {
             "latents": _counts(rows["role"]),
             "series_missing": len(wanted) - int(pc.sum(pc.is_in(wanted, value_set=own)).as_py() or 0),

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from latentcache import (
+    LATENT_ROLES,
     METADATA,
     SHARD,
     CtpipeError,
@@ -23,7 +24,6 @@ from latentcache import (
     valid_latents,
 )
 from latentcache.maintenance.gc import attempts_in
-from latentcache.maintenance.staleness import ROLES
 from latentcache.tables import (
     KINDS,
     Fragment,
@@ -94,7 +94,7 @@ def verify(store: LatentStore, *, threads: int = 2) -> Verification:
 
 
 def damaged_latents(
-    store: LatentStore, encode_key: str, roles: Sequence[LatentRole] = ROLES, *, threads: int = 2
+    store: LatentStore, encode_key: str, roles: Sequence[LatentRole] = LATENT_ROLES, *, threads: int = 2
 ) -> dict[str, tuple[LatentRecord, str]]:
     """Rows of an encoding whose bytes are gone, changed or unlike the row, by path, each with what is wrong."""
     wanted = pa.array(roles, pa.string())

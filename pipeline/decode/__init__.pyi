@@ -1,5 +1,6 @@
 from .compose import (
     ComposeSettings as ComposeSettings,
+    base_volume as base_volume,
     compose as compose,
     parse_detail as parse_detail,
     restore as restore,
@@ -12,4 +13,4 @@ from .samples import (
     write_derived as write_derived,
 )
 from .store import decode_store as decode_store, only_encoding as only_encoding, window_of as window_of
-from .task import DecodeSettings as DecodeSettings, decoded_hu as decoded_hu
+from .task import DecodeSettings as DecodeSettings, condition_of as condition_of, decoded_hu as decoded_hu

@@ -70,6 +70,8 @@ class ComposeSettings:
         noise_hu: Residual to aim for; None for the noise of the thick slices. A profile fitted on a pair comes with
             the residual of that pair's true thin series, which also holds what no profile explains.
         base_method: Interpolation along z for B.
+        start: The refiner whose slices the model started from; they take B's place, so that the model's change is added
+            to them: refined + (D - D of the refined slices, encoded).
         refiner: A pixel-space network that corrects the composed slices before they are projected; None for none.
             The commands take the run's own, where `ctpipe train-refiner` found that it wins on held-out pairs.
     """
@@ -79,6 +81,7 @@ class ComposeSettings:
     profile: SliceProfile | None = None
     noise_hu: float | None = None
     base_method: ZMethod = "cubic"
+    start: RefinerFile | None = None
     refiner: RefinerFile | None = None
 
     def measured(self, thick: Volume, target: Geometry, fit: ProtocolFit | None = None) -> ThickMeasurement:
@@ -89,6 +92,17 @@ class ComposeSettings:
         )
 
 
+def base_volume(
+    thick: Volume, thin_z_mm: NDArray[np.float64], settings: ComposeSettings, window: Window
+) -> NDArray[np.float32]:
+    """Return B, (z, y, x) float32 HU: what a model's change is added to, interpolated or refined thick slices."""
+    if settings.start is None:
+        return interpolated_onto(thick, thin_z_mm, settings.base_method)
+    from pipeline.refiner import refined_volume
+
+    return refined_volume(settings.start, thick, thin_z_mm, window)
+
+
 def compose(
     decoded_hu: NDArray[np.float32],
     window: Window,
@@ -96,6 +110,7 @@ def compose(
     settings: ComposeSettings | None = None,
     *,
     condition_hu: NDArray[np.float32] | None = None,
+    base_hu: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
     """Final HU at the measurement's thin positions and the figures that go with them.
 
@@ -105,6 +120,7 @@ def compose(
         measured: The thick series with its operator and noise (``ComposeSettings.measured``).
         settings: Defaults to restoring and projecting.
         condition_hu: (z, y, x) HU of the decoded condition, for residual detail.
+        base_hu: (z, y, x) ``base_volume``, where the caller has it already; it is not changed.
 
     Returns:
         (z, y, x) int16 HU, and a JSON-ready mapping: residuals before and after in HU, overall and a thick slice;
@@ -122,13 +138,16 @@ def compose(
         )
     if settings.detail == "absolute":
         condition_hu = None
-    x, shares = restore(decoded_hu, window, measured.volume, measured.thin_z_mm, settings, condition_hu)
+    x = base_volume(measured.volume, measured.thin_z_mm, settings, window) if base_hu is None else base_hu.copy()
+    shares = restore(x, decoded_hu, window, condition_hu)
     detail: Detail = "absolute" if condition_hu is None else "residual"
     figures: dict[str, Any] = {"detail": detail, "restored_fraction": round(shares.restored, 6)}
+    if settings.start is not None:
+        figures["start_refiner_sha256"] = settings.start.sha256
     if settings.refiner is not None:
         figures |= _refined(x, settings.refiner, measured, window, detail)
     if settings.consistency:
-        spoken = shares.spoken > 0 or "refiner_sha256" in figures
+        spoken = shares.spoken > 0 or settings.start is not None or "refiner_sha256" in figures
         figures |= _made_consistent(x, measured, window if spoken else None)
     floor = _floor(measured.volume)
     np.clip(np.rint(x, out=x), floor, 32767, out=x)
@@ -184,15 +203,12 @@ class Shares(NamedTuple):
 
 
 def restore(
+    x: NDArray[np.float32],
     decoded_hu: NDArray[np.float32],
     window: Window,
-    thick: Volume,
-    thin_z_mm: NDArray[np.float64],
-    settings: ComposeSettings,
     condition_hu: NDArray[np.float32] | None,
-) -> tuple[NDArray[np.float32], Shares]:
-    """Decoded HU with the clipped range handed over to B, (z, y, x) float32."""
-    x = interpolated_onto(thick, thin_z_mm, settings.base_method)
+) -> Shares:
+    """Write decoded HU into ``x``, which holds B, blended at the window's edges; all (z, y, x) float32."""
     changed = spoken = 0
     for rows in row_blocks(x.shape[1]):
         base = x[:, rows]
@@ -207,7 +223,7 @@ def restore(
         inside = (decoded > window.lower) & (decoded < window.upper)
         spoken += int(np.count_nonzero(inside & (np.abs(decoded - base) > SPOKEN_HU)))
         x[:, rows] = blended
-    return x, Shares(changed / x.size, spoken / x.size)
+    return Shares(changed / x.size, spoken / x.size)
 
 
 def _refined(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache import InputError
-from pipeline.decode.compose import ComposeSettings, agreement, compose, plain_round_trip
+from pipeline.decode.compose import ComposeSettings, agreement, base_volume, compose, plain_round_trip
 from pipeline.forward_model import ThickMeasurement
 from pipeline.volume import Geometry, SourceHeader, Window
 from pipeline.writing import (
@@ -101,6 +101,7 @@ def average_samples(
     target: Geometry,
     settings: ComposeSettings,
     condition_hu: NDArray[np.float32] | None = None,
+    base_hu: NDArray[np.float32] | None = None,
 ) -> DerivedVolume:
     """Compose every decoded sample (z, y, x) float32 HU with the measurement, and average what comes out.
 
@@ -108,11 +109,15 @@ def average_samples(
     what the measurement fixes shows no uncertainty.
     """
     first = mean = squares = None
+    base = base_hu
+    if base is None and measured is not None and settings.start is not None:
+        # A network's pass: once for all samples.
+        base = base_volume(measured.volume, measured.thin_z_mm, settings, window)
     figures: Mapping[str, Any] = {}
     first_figures: Mapping[str, Any] = {}
     number = 0
     for number, one in enumerate(decoded, start=1):
-        hu, figures = _composed(one, window, measured, target, settings, condition_hu)
+        hu, figures = _composed(one, window, measured, target, settings, condition_hu, base)
         del one  # not kept while the next sample is decoded
         if first is None:
             first, first_figures = hu, figures
@@ -141,9 +146,10 @@ def _composed(
     target: Geometry,
     settings: ComposeSettings,
     condition_hu: NDArray[np.float32] | None,
+    base: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
     if measured is not None:
-        return compose(decoded, window, measured, settings, condition_hu=condition_hu)
+        return compose(decoded, window, measured, settings, condition_hu=condition_hu, base_hu=base)
     return plain_round_trip(decoded, window, None, target)
 
 

@@ -132,6 +132,7 @@ def decode_store(
             split=split,
             with_identity=settings.restore_identity,
             protocols=protocols if settings.compose.consistency and (generated or settings.compose_stored) else None,
+            start=settings.compose.start,
         )
     )
     if not tasks and not lost:

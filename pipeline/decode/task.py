@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import InputError, LatentRecord, LatentStore, SeriesRecord
+from latentcache import InputError, LatentRecord, LatentStore, PairRecord, SeriesRecord
+from latentcache.maintenance import refiner_of_digest
 from latentcache.storage import refuse_existing
 from pipeline.decode.compose import ComposeSettings, plain_round_trip
 from pipeline.decode.samples import DerivedSeries, DerivedVolume, WriteSettings, average_samples, write_derived
@@ -18,6 +20,9 @@ from pipeline.forward_model import ProtocolFit, Protocols
 from pipeline.vae import Decoder
 from pipeline.volume import Geometry, SeriesPointer, SourceHeader, Volume, Window, geometry_of, onto_field
 from pipeline.writing import Provenance, SeriesIdentity
+
+if TYPE_CHECKING:
+    from pipeline.refiner import RefinerFile
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ def plan(
     split: str | None = None,
     with_identity: bool = False,
     protocols: Protocols | None = None,
+    start: RefinerFile | None = None,
 ) -> Iterator[DecodeTask]:
     """Tasks for the stored thin latents or, where ``generated`` stores are given, for the pairs sampled into all.
 
@@ -92,6 +98,10 @@ def plan(
         keys: Series or pair keys wanted; None for all.
         split: Only this split.
         protocols: Fits of the slice operator, from other patients' pairs.
+        start: The refiner whose slices the sampled latents started from.
+
+    Raises:
+        InputError: A pair's refined latent was made by another refiner than ``start``.
     """
     series = {s.series_key: s for s in store.series()}
     pairs = [p for p in store.pairs() if p.status == "ok"]
@@ -108,7 +118,7 @@ def plan(
             if not wanted(pair.split, pair.pair_key, pair.thick_key) or any(pair.pair_key not in r for r in rows):
                 continue
             thick = series[pair.thick_key]
-            condition = store.find(pair.pair_key, "thick_on_thin", encode_key)
+            condition = condition_of(store, pair, encode_key, start)
             fit = protocols.fit(pair) if protocols else None
             yield DecodeTask(
                 pair.pair_key,
@@ -143,6 +153,28 @@ def plan(
             identity=who(thin.series_key),
             fit=fit,
         )
+
+
+def condition_of(
+    store: LatentStore, pair: PairRecord, encode_key: str, start: RefinerFile | None
+) -> LatentRecord | None:
+    """The row of the latent whose decode is taken from the model's: of interpolated slices, or of refined ones.
+
+    Raises:
+        InputError: The refined latent is not there, or another refiner made it.
+    """
+    if start is None:
+        return store.find(pair.pair_key, "thick_on_thin", encode_key)
+    record = store.find(pair.pair_key, "refined_on_thin", encode_key)
+    found = "" if record is None else refiner_of_digest(record.source_digest)
+    if found != start.sha256:
+        raise InputError(
+            f"pair {pair.pair_key} without a refined latent"
+            + (f", but one of the refiner {found[:12]}" if found else ""),
+            expected=f"one by the refiner that the model starts from, {start.sha256[:12]}",
+            remedy=f"Run `ctpipe encode STORE --refiner FILE --refresh` with the run's own {Path(start.path).name}.",
+        )
+    return record
 
 
 def prepare(task: DecodeTask, *, threads: int = 2) -> PreparedDecode:

@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from latentcache import LatentRole, LatentStore, PairRecord
-from latentcache.maintenance import pair_digest
+from latentcache import LATENT_ROLES, PAIR_ROLES, LatentRole, LatentStore, PairRecord
+from latentcache.maintenance import pair_digest, refined_digest
 from latentcache.tables import from_table
 from pipeline.encode.task import EncodeTask, Wanted
 from pipeline.volume import SeriesPointer
 
 ALL_ROLES: tuple[LatentRole, ...] = ("thin", "thick", "thick_on_thin")
+"""What is encoded unless more is asked for; ``refined_on_thin`` needs a refiner."""
 
 
 def missing_latents(store: LatentStore, encode_key: str, roles: Sequence[LatentRole] = ALL_ROLES) -> pa.Table:
@@ -28,14 +29,14 @@ def missing_latents(store: LatentStore, encode_key: str, roles: Sequence[LatentR
 
     Returns:
         Columns ``pair_key`` (empty for a lone series), ``thin_key``, ``thick_key`` (empty where there is none) and the
-        booleans ``thin``, ``thick``, ``thick_on_thin``: which latents are missing.
+        booleans ``thin``, ``thick``, ``thick_on_thin``, ``refined_on_thin``: which latents are missing.
     """
     catalog = store.catalog_table(("series_key", "role", "status"))
     usable = pc.and_(pc.equal(catalog["status"], "ok"), pc.not_equal(catalog["role"], "other"))
     catalog = catalog.filter(usable)
     manifest = store.manifest_table(("key", "encode_key", "role"))
     manifest = manifest.filter(pc.equal(manifest["encode_key"], encode_key))
-    have = {role: manifest.filter(pc.equal(manifest["role"], role))["key"].combine_chunks() for role in ALL_ROLES}
+    have = {role: manifest.filter(pc.equal(manifest["role"], role))["key"].combine_chunks() for role in LATENT_ROLES}
 
     def lacks(keys: pa.ChunkedArray, role: LatentRole) -> NDArray[np.bool_]:
         if role not in roles:
@@ -53,7 +54,7 @@ def missing_latents(store: LatentStore, encode_key: str, roles: Sequence[LatentR
             "thick_key": pairs["thick_key"],
             "thin": lacks(pairs["thin_key"], "thin") & _first(pairs["thin_key"]),
             "thick": lacks(pairs["thick_key"], "thick") & _first(pairs["thick_key"]),
-            "thick_on_thin": lacks(pairs["pair_key"], "thick_on_thin"),
+            **{str(role): lacks(pairs["pair_key"], role) for role in PAIR_ROLES},
         }
     )
     claimed = pa.chunked_array([*pairs["thin_key"].chunks, *pairs["thick_key"].chunks], pa.string()).combine_chunks()
@@ -66,11 +67,11 @@ def missing_latents(store: LatentStore, encode_key: str, roles: Sequence[LatentR
             "thick_key": pc.if_else(pa.array(is_thin), "", lone["series_key"]),
             "thin": lacks(lone["series_key"], "thin") & is_thin,
             "thick": lacks(lone["series_key"], "thick") & ~is_thin,
-            "thick_on_thin": np.zeros(len(lone), dtype=bool),
+            **{str(role): np.zeros(len(lone), dtype=bool) for role in PAIR_ROLES},
         }
     )
     table = pa.concat_tables([paired, alone])
-    return table.filter(pc.or_(pc.or_(table["thin"], table["thick"]), table["thick_on_thin"]))
+    return table.filter(pa.array(np.any([np.asarray(table[role]) for role in LATENT_ROLES], axis=0)))
 
 
 def _first(column: pa.ChunkedArray) -> NDArray[np.bool_]:
@@ -89,11 +90,12 @@ AT_ONCE = 1000
 class EncodePlan:
     """What a store lacks under an encode key, at its snapshot.
 
-    One task a pair and one a lone series. A pair's volumes are read once for its up to three latents. A pair that the
+    One task a pair and one a lone series. A pair's volumes are read once for its up to four latents. A pair that the
     pixel proof quarantined gives no ``thick_on_thin``; its series still give their own latents.
 
     Args:
         pointer: Where a series lies, by its key; called only when its task is asked for.
+        refiner_sha256: The refiner of ``refined_on_thin`` latents.
     """
 
     def __init__(
@@ -102,7 +104,9 @@ class EncodePlan:
         encode_key: str,
         pointer: Callable[[str], SeriesPointer],
         roles: Sequence[LatentRole] = ALL_ROLES,
+        refiner_sha256: str = "",
     ) -> None:
+        self.refiner_sha256 = refiner_sha256
         self.store, self.encode_key, self.pointer = store, encode_key, pointer
         self.missing = missing_latents(store, encode_key, roles)
 
@@ -134,6 +138,7 @@ class EncodePlan:
         thin_key, thick_key, pair_key = row["thin_key"], row["thick_key"], row["pair_key"]
         each: tuple[tuple[LatentRole, str, str], ...] = (
             ("thick_on_thin", pair_key, pair_digest(thin_digest, thick_digest)),
+            ("refined_on_thin", pair_key, refined_digest(thin_digest, thick_digest, self.refiner_sha256)),
             ("thin", thin_key, thin_digest),
             ("thick", thick_key, thick_digest),
         )

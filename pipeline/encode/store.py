@@ -7,12 +7,13 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
 from latentcache import (
     COMPRESSION,
+    LATENT_ROLES,
     Encoding,
     InputError,
     LatentRole,
@@ -43,6 +44,10 @@ from pipeline.identity import PrivateStore
 from pipeline.vae import Encoder, Tiling, as_encoded
 from pipeline.volume import Window
 
+if TYPE_CHECKING:
+    from pipeline.refiner import RefinerFile
+
+
 log = logging.getLogger("ctpipe.encode")
 
 
@@ -69,6 +74,7 @@ class EncodeSettings:
     memory_gib: float | None = None
     pad_in_plane: int = 32
     tiling: Tiling | None = None
+    refiner: RefinerFile | None = None
     torch_threads: int = 2
     reader_threads: int = 2
     precision: str = "auto"
@@ -92,7 +98,7 @@ class EncodeSummary:
     committed: int = 0
     already: int = 0
     stale: int = 0
-    """Latents of archives that have changed since they were made; they stay until a run with ``refresh``."""
+    """Latents of archives that have changed since, or of another refiner; they stay until a run with ``refresh``."""
     retired: int = 0
     damaged: int = 0
     """Latents whose bytes were found damaged or gone; counted by a run with ``repair``."""
@@ -185,6 +191,7 @@ def run_task(bench: EncodeWorker, prepared: Prepared, *, settings: EncodeSetting
         prepared,
         round_trip_fraction=settings.round_trip_fraction,
         pad_multiple_zyx=settings.pad_multiple_zyx,
+        refiner=settings.refiner,
     )
 
 
@@ -210,6 +217,7 @@ def encode_store(
         InputError: The store is empty, the VAE's weights are unusable, no worker can start, or another driver holds
             the lease.
     """
+    refiner = _checked_refiner(settings)
     store = LatentStore.open(store_url)
     private = PrivateStore.open(store_url, private_url)
     device = "cuda" if options.wants_gpu else "cpu"
@@ -221,10 +229,10 @@ def encode_store(
     summary = EncodeSummary(encoding.encode_key)
     if refresh and not dry_run:
         with store.writer() as writer:
-            summary.retired = writer.retire(stale_rows(store, encoding.encode_key, settings.roles))
+            summary.retired = writer.retire(stale_rows(store, encoding.encode_key, settings.roles, refiner))
     damage = _retire_damaged(store, private, settings, summary, dry_run) if repair else Damage()
-    summary.stale = stale_rows(store, encoding.encode_key, settings.roles).num_rows
-    plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles)
+    summary.stale = stale_rows(store, encoding.encode_key, settings.roles, refiner).num_rows
+    plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles, refiner or "")
     summary.planned, summary.already, summary.snapshot = len(plan), _held(store, encoding.encode_key), store.snapshot
     if dry_run or not summary.planned:
         return summary
@@ -281,6 +289,26 @@ def _put_back(store: LatentStore, damage: Damage, summary: EncodeSummary) -> Non
         summary.pinned = {}
 
 
+def _checked_refiner(settings: EncodeSettings) -> str | None:
+    """SHA-256 of the refiner of refined latents; None where none are wanted.
+
+    Raises:
+        InputError: Refined latents without a refiner, or one of another window.
+    """
+    if "refined_on_thin" not in settings.roles:
+        return None
+    if settings.refiner is None:
+        raise InputError(
+            "the role refined_on_thin without a refiner",
+            expected="the refiner whose slices are to be encoded",
+            remedy="Name its run with --refiner; `ctpipe train-refiner STORE RUN` makes one.",
+        )
+    from pipeline.refiner import check_window
+
+    check_window(settings.refiner, settings.window)
+    return settings.refiner.sha256
+
+
 def _held(store: LatentStore, encode_key: str) -> int:
     """Latents under an encode key."""
     return int(store.manifest_table((), lambda rows: pc.equal(rows["encode_key"], encode_key)).num_rows)
@@ -305,7 +333,7 @@ def _tell(outcome: Outcome[EncodeTask, StagedLatents], summary: EncodeSummary) -
 
 def parse_roles(text: str) -> tuple[LatentRole, ...]:
     """Roles from a comma-separated list."""
-    known: dict[str, LatentRole] = {"thin": "thin", "thick": "thick", "thick_on_thin": "thick_on_thin"}
+    known = {str(role): role for role in LATENT_ROLES}
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:

@@ -7,16 +7,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import COMPRESSION, Encoding, InputError, LatentRecord, LatentRole, PairRecord
+from latentcache import COMPRESSION, PAIR_ROLES, Encoding, InputError, LatentRecord, LatentRole, PairRecord
 from latentcache.maintenance import pair_digest
 from pipeline.engines import StagedLatents, timed
 from pipeline.vae import Encoder
 from pipeline.volume import Geometry, SeriesPointer, Volume, Window, onto_field, resample_z
+
+if TYPE_CHECKING:
+    from pipeline.refiner import RefinerFile
+
 
 PREPROCESSING_VERSION = 1
 NUMERICS_VERSION = 2
@@ -141,20 +145,21 @@ def encode_one(
     *,
     round_trip_fraction: float = 0.02,
     pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
+    refiner: RefinerFile | None = None,
 ) -> StagedLatents:
     """Encode and stage every latent that the task wants. The only place where the encoder runs.
 
     ``thick_on_thin`` is the thick HU, linearly interpolated by physical position onto the thin grid (in plane too where
-    the fields of view differ), encoded.
+    the fields of view differ), encoded. ``refined_on_thin`` is what ``refiner`` makes of it, encoded.
     """
     task, thin, thick = prepared.task, prepared.thin, prepared.thick
     seconds: dict[str, float] = {}
     proved = timed(seconds, "proof", lambda: _prove(task, thin, thick))
     records = []
     for want in task.wanted:
-        if want.role == "thick_on_thin" and proved is not None and proved.status != "ok":
+        if want.role in PAIR_ROLES and proved is not None and proved.status != "ok":
             continue
-        unit, geometry = timed(seconds, "window", functools.partial(_input, want.role, thin, thick, window))
+        unit, geometry = timed(seconds, "window", functools.partial(_input, want.role, thin, thick, window, refiner))
         latent = timed(seconds, "vae", functools.partial(_encoded, vae, unit, pad_multiple_zyx))
         psnr = None
         if _sampled(want, round_trip_fraction):
@@ -176,13 +181,20 @@ def encode_one(
 
 
 def _input(
-    role: LatentRole, thin: Volume | None, thick: Volume | None, window: Window
+    role: LatentRole, thin: Volume | None, thick: Volume | None, window: Window, refiner: RefinerFile | None
 ) -> tuple[NDArray[np.float32], Geometry]:
     """What the VAE sees for one role, on [-1, 1], and the lattice it lies on."""
-    if role == "thick_on_thin":
+    if role in PAIR_ROLES:
         assert thin is not None
         assert thick is not None
         measured = onto_field(thick, thin.geometry)
+        if role == "refined_on_thin":
+            from pipeline.refiner import refined_volume
+
+            assert refiner is not None, "planned only with a refiner"
+            return window.to_unit(
+                refined_volume(refiner, measured, np.asarray(thin.geometry.z_mm), window)
+            ), thin.geometry
         hu = resample_z(measured.hu, np.array(measured.geometry.z_mm), np.array(thin.geometry.z_mm))
         return window.to_unit(hu), thin.geometry
     volume = thin if role == "thin" else thick

@@ -1,34 +1,44 @@
-"""Held-out pairs looked at during training: sampled latents decoded to HU and scored beside what bounds them."""
+"""Held-out pairs looked at during training: sampled latents decoded to HU and scored beside what bounds them.
+
+The score is of what `decode` would write, but for the agreement with the thick slices: the model's change, decoded, on
+top of what it started from. A decoded sample alone would mostly show the autoencoder's own error.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import InputError, LatentStore, PairRecord
+from latentcache import LATENT_CHANNELS, InputError, LatentRecord, LatentStore, PairRecord
+from pipeline.decode import ComposeSettings, base_volume, condition_of
 from pipeline.identity import PrivateStore
 from pipeline.metrics import intensity as metrics, ssim
 from pipeline.reading import read_series
 from pipeline.vae import Encoder, as_encoded
 from pipeline.volume import Window, common_slices, onto_field, resample_z
 
+if TYPE_CHECKING:
+    from pipeline.refiner import RefinerFile
+
 
 @dataclass(frozen=True)
 class HeldOutPair:
     """A pair's truth in HU, clipped to the window, on the thin slices that the thick series covers, and its bounds.
 
-    ``bounds`` has PSNR and SSIM of linear interpolation and of the VAE ceiling (the true thin series, encoded and
-    decoded): what the model must beat and what it cannot pass.
+    ``start`` is what the model's change is added to, less the decoded condition. ``bounds`` has PSNR and SSIM of linear
+    interpolation, of ``base`` (the slices that the model starts from) and of the VAE ceiling (the true thin series,
+    encoded and decoded, alone).
     """
 
     pair: PairRecord
     valid_zyx: tuple[int, int, int]
     inside: slice
     truth: NDArray[np.float32]
+    start: NDArray[np.float32]
     bounds: Mapping[str, float]
 
 
@@ -36,10 +46,11 @@ class HeldOutImages:
     """The first pairs of a split, read once; later looks only decode and compare.
 
     Args:
+        start: The refiner whose slices the model starts from; None where it starts from interpolated ones.
         count: Pairs to look at; the smallest pair keys, so that every validation sees the same ones.
 
     Raises:
-        InputError: A VAE other than the one that encoded the latents.
+        InputError: A VAE other than the one that encoded the latents, or refined latents of another refiner.
     """
 
     def __init__(
@@ -51,10 +62,12 @@ class HeldOutImages:
         *,
         split: str = "val",
         count: int = 2,
+        start: RefinerFile | None = None,
     ) -> None:
         encoding = store.encoding(encode_key)
         check_same_vae(vae, encoding.vae_sha256)
         self.vae: Encoder = as_encoded(vae, encoding.extra)
+        self.composing = ComposeSettings(start=start)
         self.window = Window(encoding.window_center, encoding.window_width)
         encoded = {record.key for record in store.records(encode_key, "thin")}
         pairs = [p for p in store.pairs() if p.split == split and p.status == "ok" and p.thin_key in encoded]
@@ -68,7 +81,8 @@ class HeldOutImages:
             latent_of: A pair's sampled thin latent, raw, (4, d, h, w).
         """
         rows = [
-            {**self._scores("", held, self._decode(latent_of(held.pair), held)), **held.bounds} for held in self.pairs
+            {**self._scores("", held, self._clip(held.start + self._decode(latent_of(held.pair), held))), **held.bounds}
+            for held in self.pairs
         ]
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
@@ -82,10 +96,18 @@ class HeldOutImages:
         linear = self._clip(resample_z(thick.hu, np.array(thick.geometry.z_mm), z_inside))
         record = store.find(pair.thin_key, "thin", encode_key)
         assert record is not None, "pairs are chosen among those encoded"
-        held = HeldOutPair(pair, thin.geometry.shape_zyx, inside, truth, {})
-        ceiling = self._decode(np.asarray(store.read(record), dtype=np.float32)[:4], held)
-        bounds = {**self._scores("_linear", held, linear), **self._scores("_vae_ceiling", held, ceiling)}
-        return HeldOutPair(pair, held.valid_zyx, inside, truth, bounds)
+        base = self._clip(base_volume(thick, z_inside, self.composing, self.window))
+        held = HeldOutPair(pair, thin.geometry.shape_zyx, inside, truth, base, {})
+        ceiling = self._decode(_means(store, record), held)
+        given = condition_of(store, pair, encode_key, self.composing.start)
+        # Without a condition of its own grid (alignment `latent` alone was encoded) the decoded sample stands alone.
+        start = np.zeros_like(base) if given is None else base - self._decode(_means(store, given), held)
+        bounds = {
+            **self._scores("_linear", held, linear),
+            **self._scores("_base", held, base),
+            **self._scores("_vae_ceiling", held, ceiling),
+        }
+        return HeldOutPair(pair, held.valid_zyx, inside, truth, start, bounds)
 
     def _decode(self, latent: NDArray[Any], held: HeldOutPair) -> NDArray[np.float32]:
         unit = np.asarray(self.vae.decode(np.asarray(latent, dtype=np.float32), held.valid_zyx))
@@ -99,6 +121,11 @@ class HeldOutImages:
             f"val_psnr_db{suffix}": metrics.psnr(hu, held.truth, data_range=self.window.width),
             f"val_ssim{suffix}": ssim(hu, held.truth, data_range=self.window.width),
         }
+
+
+def _means(store: LatentStore, record: LatentRecord) -> NDArray[np.float32]:
+    """A stored latent without the log-variances that may follow its means."""
+    return np.asarray(store.read(record), dtype=np.float32)[:LATENT_CHANNELS]
 
 
 def check_same_vae(vae: Encoder, sha256: str) -> None:

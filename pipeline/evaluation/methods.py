@@ -15,21 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache import COMPRESSION, CtpipeError, InputError, LatentRecord, LatentStore, PairRecord
-from pipeline.decode import ComposeSettings, compose
+from pipeline.decode import ComposeSettings, base_volume, compose, condition_of
 from pipeline.forward_model import BASELINES, ThickMeasurement, apply, weights
 from pipeline.metrics import FeaturesOf, intensity as metrics
 from pipeline.refiner import RefinerFile
 from pipeline.vae import Encoder
-from pipeline.volume import (
-    Geometry,
-    SeriesPointer,
-    Volume,
-    Window,
-    common_slices,
-    grid_difference,
-    interpolated,
-    onto_field,
-)
+from pipeline.volume import Geometry, SeriesPointer, Volume, Window, common_slices, grid_difference, onto_field
 
 SPACING_TOLERANCE = 1e-3
 """Relative; DICOM's decimal strings round by less."""
@@ -170,13 +161,17 @@ def case_methods(
     source, wanted = np.array(thick.geometry.z_mm), np.array(target.z_mm)
     for method in BASELINES:
         yield MethodOutput(method, apply(weights(method, source, wanted, measured.profile), thick.hu))
-    yield _tried("cubic_consistent", lambda: _composed("cubic_consistent", settings, measured, target, None))
-    network = settings.regression
+    start, network = settings.compose.start, settings.regression
+    plain = replace(settings.compose, start=None)
+    yield _tried("cubic_consistent", lambda: _composed("cubic_consistent", settings, measured, plain, None))
     if network is not None:
-        yield _tried("regression", lambda: _composed("regression", settings, measured, target, network))
+        yield _tried("regression", lambda: _composed("regression", settings, measured, plain, network))
+    if start is not None:
+        yield _tried("refined", lambda: _composed("refined", settings, measured, settings.compose, None))
     condition_hu: NDArray[np.float32] | None = None
     try:
-        condition_hu = stored(pair.pair_key, "thick_on_thin")
+        row = condition_of(store, pair, settings.encode_key, start)
+        condition_hu = None if row is None else stored(row.key, row.role)
     except CtpipeError as error:
         yield MethodOutput("condition_round_trip", None, error=str(error))
     if condition_hu is not None:
@@ -200,15 +195,16 @@ def _composed(
     name: str,
     settings: EvaluationSettings,
     measured: ThickMeasurement,
-    target: Geometry,
+    composing: ComposeSettings,
     network: RefinerFile | None,
 ) -> MethodOutput:
-    """Interpolated thick HU, perhaps through a network, made consistent as the model's output is.
+    """Interpolated or refined thick HU, perhaps through a network, made consistent as the model's output is.
 
     Without a network it is what the consistency step alone is worth: a model's own gain begins there.
     """
-    how = replace(settings.compose, detail="absolute", refiner=network)
-    hu, figures = compose(interpolated(measured.volume, target, "cubic"), settings.window, measured, how)
+    how = replace(composing, detail="absolute", refiner=network)
+    base = base_volume(measured.volume, measured.thin_z_mm, how, settings.window)
+    hu, figures = compose(base, settings.window, measured, how, base_hu=base)
     return MethodOutput(name, hu, figures=figures)
 
 
@@ -222,9 +218,10 @@ def _model(
     composing = work.settings.compose
     if composing.detail == "residual" and condition_hu is None:
         raise InputError(
-            f"pair {pair.pair_key} without a usable thick_on_thin latent",
+            f"pair {pair.pair_key} without a usable latent of the model's condition",
             expected="one, because residual detail needs the condition decoded",
-            remedy="Encode with --roles thin,thick,thick_on_thin, or use --detail absolute.",
+            remedy="Encode with --roles thin,thick,thick_on_thin (with --refiner for a model that starts from refined "
+            "slices), or use --detail absolute.",
         )
     generated = metrics.require_finite(decoded(work.generated(pair)), "the decoded model output")
     seen = condition_hu if composing.detail == "residual" else None

@@ -1,4 +1,7 @@
-"""From cases to one table: means by patient with intervals, by category, and each method against cubic."""
+"""From cases to one table: means by patient with intervals, by category, and each method against interpolation.
+
+What counts is the gain over cubic made consistent: what that step gives without any learning is no model's merit.
+"""
 
 from __future__ import annotations
 
@@ -74,15 +77,18 @@ def summary_text(document: dict[str, Any], folder: Path) -> str:
     lines = [
         f"{count_of(document['cases'], 'pair')} of {count_of(document['patients'], 'patient')}, "
         f"split {document['split']}: "
-        "PSNR in the window (dB), SSIM, MAE (HU); PSNR against cubic with its 95% interval over patients"
+        "PSNR in the window (dB), SSIM, MAE (HU); PSNR against cubic made consistent with its 95% interval over "
+        "patients, and SSIM against it"
     ]
     for name in ordered(document["methods"]):
         row = document["methods"][name]
         psnr = "-" if row["psnr_db"] is None else f"{row['psnr_db']:.2f}"
         ssim = "-" if row["ssim"] is None else f"{row['ssim']:.4f}"
         mae = "-" if row["mae_hu"] is None else f"{row['mae_hu']:.2f}"
-        gain = document["against_cubic"].get(name)
-        lines.append(f"  {label(name):42s} {psnr:>7s}  {ssim:>6s}  {mae:>7s}  {interval_text(gain)}".rstrip())
+        gain = document["against_consistent"].get(name, {})
+        similar = f"{gain['ssim']['mean']:+.4f}" if gain.get("ssim") else ""
+        compared = f"{interval_text(gain.get('psnr_db'))}  {similar}"
+        lines.append(f"  {label(name):42s} {psnr:>7s}  {ssim:>6s}  {mae:>7s}  {compared}".rstrip())
     lines += [f"  not scored {key}: {'; '.join(why.values())}" for key, why in document["failures"].items()]
     if document.get("not_encoded"):
         lines.append(f"  not encoded, so not evaluated: {', '.join(document['not_encoded'])}")
@@ -145,14 +151,15 @@ FIGURES: dict[str, tuple[str, ...]] = {
     },
 }
 """Figures of a case that are averaged, and where they stand in its scores."""
-REFERENCE = "cubic"
+REFERENCE, CONSISTENT = "cubic", "cubic_consistent"
 
 
 def summarise(cases: Iterable[CaseScores]) -> dict[str, Any]:
     """Means over patients by method; infinite PSNR (identical volumes) is counted apart, failures are listed.
 
     ``methods`` has the means, ``intervals`` 95% bootstrap intervals over patients, ``against_cubic`` paired differences
-    in PSNR, ``by_category`` the same means a category.
+    in PSNR, ``against_consistent`` those in PSNR and SSIM from cubic made consistent, ``by_category`` the same a
+    category.
     """
     cases = list(cases)
     names = list(dict.fromkeys(name for case in cases for name in case.scores))
@@ -163,11 +170,13 @@ def summarise(cases: Iterable[CaseScores]) -> dict[str, Any]:
         "methods": {name: _means(cases, name) for name in names},
         "intervals": {name: _intervals(cases, name) for name in names},
         "against_cubic": _against(cases, names),
+        "against_consistent": _against_consistent(cases, names),
         "by_category": {
             category: {
                 "cases": len(chosen),
                 "methods": {name: _means(chosen, name) for name in names},
                 "against_cubic": _against(chosen, names),
+                "against_consistent": _against_consistent(chosen, names),
             }
             for category in categories
             for chosen in [[case for case in cases if case.category == category]]
@@ -220,14 +229,26 @@ def _intervals(cases: Sequence[CaseScores], name: str) -> dict[str, Any]:
     return {figure: asdict(interval(rows)) for figure, rows in found.items() if rows}
 
 
-def _against(cases: Sequence[CaseScores], names: Sequence[str]) -> dict[str, Any]:
-    reference = values(cases, REFERENCE, "psnr_db")
+def _against(
+    cases: Sequence[CaseScores], names: Sequence[str], whom: str = REFERENCE, figure: str = "psnr_db"
+) -> dict[str, Any]:
+    """Every method's paired difference from one of them."""
+    reference = values(cases, whom, figure)
     out = {}
     for name in names:
-        own = values(cases, name, "psnr_db")
-        if name != REFERENCE and own.keys() & reference.keys():
+        own = values(cases, name, figure)
+        if name != whom and own.keys() & reference.keys():
             out[name] = asdict(paired_difference(own, reference))
     return out
+
+
+def _against_consistent(cases: Sequence[CaseScores], names: Sequence[str]) -> dict[str, Any]:
+    each = {figure: _against(cases, names, CONSISTENT, figure) for figure in ("psnr_db", "ssim")}
+    return {
+        name: {figure: rows[name] for figure, rows in each.items() if name in rows}
+        for name in names
+        if name in each["psnr_db"]
+    }
 
 
 def _phases(cases: Sequence[CaseScores], name: str) -> list[dict[str, float]]:

@@ -10,11 +10,15 @@ from .patches import (
 )
 from .refiner import (
     FILE_NAME as FILE_NAME,
+    START_NAME as START_NAME,
     RefinerCard as RefinerCard,
     RefinerFile as RefinerFile,
+    check_window as check_window,
     misfit as misfit,
     refine as refine,
+    refined_volume as refined_volume,
     save_refiner as save_refiner,
+    start_refiner as start_refiner,
 )
 from .regression import (
     check_same_split as check_same_split,

@@ -23,9 +23,11 @@ from latentcache.storage import fresh_draft
 from pipeline.forward_model import ThickMeasurement
 from pipeline.refiner.inputs import RefinerInput, ThickView
 from pipeline.refiner.network import HEAD_REACH, Refiner, RefinerConfig
-from pipeline.volume import HANDOVER_SLOPE, Window
+from pipeline.volume import HANDOVER_SLOPE, Volume, Window, interpolated_onto
 
 FILE_NAME = "refiner.safetensors"
+START_NAME = "start_refiner.safetensors"
+"""In a diffusion run: the refiner whose slices the model starts from."""
 TILE = 192
 """Pixels along the side of a tile; it holds all of its thick slices, and thin ones by SLICES at a time."""
 SLICES = 32
@@ -134,6 +136,70 @@ def misfit(card: RefinerCard, window: Window, spacing_mm: float, detail: str) ->
     if card.detail == "residual" and detail != "residual":
         return f"detail {detail}", "residual, as the refiner was trained"
     return None
+
+
+def start_refiner(run: Path, sha256: str, device: str = "cpu") -> RefinerFile | None:
+    """The refiner whose slices a run's model starts from; None where it starts from interpolated ones.
+
+    Args:
+        sha256: What the run's card says; empty for none.
+
+    Raises:
+        InputError: It is not in the run's folder, or another is.
+    """
+    if not sha256:
+        return None
+    path = run / START_NAME
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    if found != sha256:
+        raise InputError(
+            f"{START_NAME} of the run is " + (f"another refiner, {found[:12]}" if found else "not there"),
+            expected=f"the refiner that the model was trained with, {sha256[:12]}",
+            remedy=f"Copy its file into the run's folder as {START_NAME}.",
+        )
+    return RefinerFile(str(path), sha256, device)
+
+
+def check_window(file: RefinerFile, window: Window) -> None:
+    """Refuse a refiner that was trained for another window, or on a model's output.
+
+    Raises:
+        InputError: Its window differs, or it corrects what a model made.
+    """
+    _refuse_detail(file)
+    own = file.load()[1].window
+    if own != (window.center, window.width):
+        raise InputError(
+            f"a refiner for the window {own[0]:g}:{own[1]:g}",
+            expected=f"one for the latents' own, {window.center:g}:{window.width:g}",
+            remedy="Train one on latents of this window, or encode with the refiner's.",
+        )
+
+
+def _refuse_detail(file: RefinerFile) -> None:
+    if (detail := file.load()[1].detail) != "none":
+        raise InputError(
+            f"a refiner of a model's output (detail {detail})",
+            expected="one of plain interpolation, where refined slices are the model's condition",
+            remedy="Train one with `ctpipe train-refiner STORE RUN` (no --checkpoint) or `ctpipe train-regression`.",
+        )
+
+
+def refined_volume(
+    file: RefinerFile, thick: Volume, thin_z_mm: NDArray[np.float64], window: Window
+) -> NDArray[np.float32]:
+    """Return the thick series interpolated onto thin positions in mm and refined: (z, y, x) float32 HU.
+
+    What a model that starts from refined slices sees, encoded, and what its change is added to. It depends on the pair
+    alone: the slice profile is the one that the header states, never one fitted on other patients.
+
+    Raises:
+        InputError: The refiner was trained on a model's output, or for another window or slice spacing.
+    """
+    _refuse_detail(file)
+    out = interpolated_onto(thick, thin_z_mm, "cubic")
+    refine(file, out, ThickMeasurement.of(thick, thin_z_mm, noise_hu=0.0), window, "none")
+    return out
 
 
 @torch.no_grad()

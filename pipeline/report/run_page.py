@@ -34,7 +34,8 @@ QUALITIES = (None, 95, 86, 70, 50)
 LOSSLESS_SHARE = 0.3
 """Of a byte a voxel, that noise at least takes: where not even this fits, lossless coding is not tried."""
 COMPARED = (
-    "nearest", "linear", "cubic", "cubic_back_projection", "cubic_consistent", "regression", "model", "vae_ceiling",
+    "nearest", "linear", "cubic", "cubic_back_projection", "cubic_consistent", "regression", "refined", "model",
+    "vae_ceiling",
 )  # fmt: skip
 
 

@@ -11,8 +11,13 @@ from .interpolate import (
     ThickStudy as ThickStudy,
     choose_thick as choose_thick,
     condition_latent as condition_latent,
+    encoding_of as encoding_of,
+    estimate_seconds as estimate_seconds,
+    generate_series as generate_series,
     interpolate_study as interpolate_study,
     interpolate_with as interpolate_with,
+    latent_positions as latent_positions,
+    learnt_spacing as learnt_spacing,
     load_model as load_model,
     read_thick as read_thick,
     run_interpolation as run_interpolation,
@@ -28,6 +33,7 @@ from .sample import (
     sample_pairs as sample_pairs,
     sample_store as sample_store,
     sampling_facts as sampling_facts,
+    start_of as start_of,
 )
 from .train import configuration as configuration, describe as describe, run_training as run_training
 from .train_refiner import (

@@ -47,14 +47,14 @@ def evaluate_run(
     from pipeline.identity import PrivateStore
     from pipeline.vae import load_decoder
     from pipeline.volume import Window
-    from pipeline.workflows.sample import Spread, own_refiner, refiner_of, sample_for_scoring
+    from pipeline.workflows.sample import Spread, own_refiner, refiner_of, sample_for_scoring, start_of
 
     compose = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
     latents = LatentStore.open(store_url)
     identities = PrivateStore.open(store_url, private)
     model = Interpolator.load(run, "meta")
     corrects = refiner_of(refiner, device) if refiner else own_refiner(run, model.checkpoint_sha256, device)
-    compose = replace(compose, refiner=corrects)
+    compose = replace(compose, refiner=corrects, start=start_of(run, device))
     encoding = latents.encoding(model.encode_key)
     load: Any = functools.partial(
         load_decoder, spec=vae, memory_gib=memory_gib, expected_sha256=encoding.vae_sha256, extra=encoding.extra
@@ -63,7 +63,7 @@ def evaluate_run(
     own = spread.name == "inline"
     decoder: Any = load(device) if own else None
     features, features_facts = features_of(vgg19, device)
-    pairs, not_encoded = pairs_of(latents, model.encode_key, split, limit)
+    pairs, not_encoded = pairs_of(latents, model.encode_key, split, limit, model.condition_role)
     network, network_facts = regression_of(latents, regression, device, pairs)
     settings = SampleSettings(sampler=sampler, num_inference_steps=steps, seed=seed, samples=samples)
     window = Window(encoding.window_center, encoding.window_width)
@@ -104,6 +104,7 @@ def evaluate_run(
             "detail": detail,
             "consistency": consistency,
             "refiner_sha256": corrects.sha256 if corrects else "",
+            "start_refiner_sha256": model.refiner_sha256,
         },
         "not_encoded": not_encoded,
         "test_evaluations": looks,
@@ -113,9 +114,12 @@ def evaluate_run(
     return finish(folder, cases, facts), folder
 
 
-def pairs_of(latents: Any, encode_key: str, split: str, limit: int | None) -> tuple[list[Any], list[str]]:
+def pairs_of(
+    latents: Any, encode_key: str, split: str, limit: int | None, role: str = "thick_on_thin"
+) -> tuple[list[Any], list[str]]:
     """A split's encoded pairs in the order of their keys, ``limit`` at most, and the keys of those not encoded."""
-    encoded = {record.key for record in latents.records(encode_key, "thick_on_thin")}
+    condition = "refined_on_thin" if role == "refined_on_thin" else "thick_on_thin"
+    encoded = {record.key for record in latents.records(encode_key, condition)}
     usable = sorted((p for p in latents.pairs() if p.split == split and p.status == "ok"), key=lambda p: p.pair_key)
     ready = [p for p in usable if p.pair_key in encoded]
     return ready[:limit], [p.pair_key for p in usable if p.pair_key not in encoded]

@@ -80,22 +80,24 @@ def _volume_model(
     from pipeline.decode import ComposeSettings, compose, parse_detail
     from pipeline.metrics import require_finite
     from pipeline.volume import Window
-    from pipeline.workflows.interpolate import condition_latent, encoding_of
-    from pipeline.workflows.sample import load_codec, own_refiner, refiner_of
+    from pipeline.workflows.interpolate import condition_latent, encoding_of, latent_positions, told_of
+    from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, start_of
 
     model = Interpolator.load(run, device=device)
     encoding = encoding_of(model)
     codec = load_codec(vae, device, memory_gib, encoding)
     window = Window(encoding.window_center, encoding.window_width)
     corrects = refiner_of(refiner, device) if refiner else own_refiner(run, model.checkpoint_sha256, device)
-    composing = ComposeSettings(detail=parse_detail(detail), consistency=consistency, refiner=corrects)
+    composing = ComposeSettings(
+        detail=parse_detail(detail), consistency=consistency, refiner=corrects, start=start_of(run, device)
+    )
 
     def generate(thick: Any, thin: Any) -> Any:
         padding = encoding.pad_multiple_zyx
-        condition = condition_latent(thick, thin, window, codec, model.alignment, padding)
-        latent = model.generate(condition, **choice)
+        condition = condition_latent(thick, thin, window, codec, model.alignment, padding, composing.start)
+        latent = model.generate(condition, **told_of(thick, latent_positions(thin)), **choice)
         seen = condition
-        if model.alignment != "pixel" and composing.detail == "residual":
+        if model.condition_role == "thick" and composing.detail == "residual":
             seen = condition_latent(thick, thin, window, codec, "pixel", padding)
 
         def decoded(z: Any) -> Any:
@@ -118,6 +120,14 @@ def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, 
     facts = regression_facts(file)
     window = Window(*file.load()[1].window)
     how = ComposeSettings("absolute", consistency, refiner=file)
+
+    def told_by(thick: Any, thin: Any) -> dict[str, Any]:
+        from diffusion.networks import ThickSlices
+        from pipeline.workflows.interpolate import latent_positions
+
+        had = thick.geometry
+        slices = ThickSlices(had.z_mm[0], had.spacing_mm_zyx[0], len(had.z_mm), had.thickness_mm or 0.0)
+        return {"thick": slices, "z_mm": latent_positions(thin)}
 
     def generate(thick: Any, thin: Any) -> Any:
         return compose(interpolated(thick, thin, how.base_method), window, how.measured(thick, thin), how)[0]

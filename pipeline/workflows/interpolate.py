@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from pipeline.decode import (
     DerivedSeries,
     WriteSettings,
     average_samples,
+    base_volume,
     parse_answer,
     parse_detail,
     write_derived,
@@ -30,8 +31,11 @@ from pipeline.forward_model import SliceProfile, slice_operator
 from pipeline.identity import Keys, PrivateStore, is_placeholder_id
 from pipeline.volume import Geometry, SeriesPointer, Volume, Window, resample_z, z_weights
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
-from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts
+from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts, start_of
 from pipeline.writing import Provenance, SeriesIdentity
+
+if TYPE_CHECKING:
+    from pipeline.refiner import RefinerFile
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,7 @@ def _settings(job: InterpolateJob, model: Any, encoding: Encoding) -> Interpolat
             detail=parse_detail(job.detail),
             consistency=job.consistency,
             profile=SliceProfile("gaussian", job.fwhm_mm) if job.fwhm_mm else None,
+            start=start_of(job.model, job.device),
             refiner=refiner_of(job.refiner, job.device)
             if job.refiner
             else own_refiner(job.model, model.checkpoint_sha256, job.device),
@@ -256,8 +261,11 @@ def estimate_seconds(
     """
     import numpy as np
 
+    from diffusion.networks import ThickSlices
+
     depth, side = 8, 16
     piece = np.zeros((4, depth, side, side), np.float32)
+    told = {"thick": ThickSlices(0.0, 5.0, depth, 5.0), "z_mm": 4.0 * np.arange(depth)}
 
     def timed(work: Any) -> float:
         work()  # the first call pays for loading kernels
@@ -265,7 +273,7 @@ def estimate_seconds(
         work()
         return time.perf_counter() - begin
 
-    one_step = timed(lambda: model.generate(piece, **{**options, "num_inference_steps": 1}))
+    one_step = timed(lambda: model.generate(piece, **told, **{**options, "num_inference_steps": 1}))
     one_decode = timed(lambda: codec.decode(piece, (4 * depth, 4 * side, 4 * side)))
     times_larger = float(np.prod(shape_zyx)) / (64.0 * depth * side * side)
     steps = options["num_inference_steps"] or model.objective.default_steps
@@ -315,16 +323,34 @@ def generate_series(
         done += 1
         on_progress(JobProgress("interpolate", done, 2 + samples, step))
 
+    thick = study.volume
+    grid = thick.geometry.thin_grid(settings.trained_spacing_mm)
+    told = told_of(thick, latent_positions(grid), settings.compose.profile)
+
     def generate(condition: Latent) -> Iterator[Latent]:
         if not settings.write.samples_apart:
-            yield model.generate(condition, samples=samples, **options)
+            yield model.generate(condition, samples=samples, **told, **options)
             return
         for number in range(samples):
             say(f"generate {number + 1}/{samples}")
-            yield model.generate(condition, **{**options, "seed": options["seed"] + number})
+            yield model.generate(condition, **told, **{**options, "seed": options["seed"] + number})
 
     on_progress(JobProgress("interpolate", 0, 2 + samples, "encode"))
     return interpolate(study.volume, study.scanned, study.keys, codec, generate, settings, progress=say)
+
+
+def told_of(thick: Volume, latent_z_mm: Any, profile: SliceProfile | None = None) -> dict[str, Any]:
+    """What a model may be told of a thick volume: its slices, and where the latent slices of its thin grid lie.
+
+    Args:
+        profile: The measured slice profile; None where the thickness stands for it.
+    """
+    from diffusion.networks import ThickSlices
+
+    had = thick.geometry
+    width = profile.fwhm_mm if profile else 0.0
+    slices = ThickSlices(had.z_mm[0], had.spacing_mm_zyx[0], len(had.z_mm), had.thickness_mm or 0.0, width)
+    return {"thick": slices, "z_mm": latent_z_mm}
 
 
 def learnt_spacing(model: Any) -> float | None:
@@ -451,7 +477,9 @@ def interpolate(
     trained = thick.geometry.thin_grid(settings.trained_spacing_mm)
     target = thick.geometry.thin_grid(settings.spacing_mm)
     say("encode")
-    condition = condition_latent(thick, trained, window, vae, settings.alignment, settings.pad_multiple_zyx)
+    condition = condition_latent(
+        thick, trained, window, vae, settings.alignment, settings.pad_multiple_zyx, settings.compose.start
+    )
     say("generate")
     latents = list(generate(condition))
     say("decode and write")
@@ -465,7 +493,13 @@ def interpolate(
 
     condition_hu = decoded(condition) if settings.compose.detail == "residual" else None
     measured = settings.compose.measured(thick, target)
-    volume = average_samples((decoded(x) for x in latents), window, measured, target, settings.compose, condition_hu)
+    base = None
+    if settings.compose.start is not None:
+        base = base_volume(thick, np.asarray(trained.z_mm), settings.compose, window)
+        base = onto_spacing(base, trained, target) if notes else base
+    volume = average_samples(
+        (decoded(x) for x in latents), window, measured, target, settings.compose, condition_hu, base
+    )
     provenance = Provenance(
         kind="generated",
         source_key=series_key,
@@ -485,12 +519,19 @@ def condition_latent(
     vae: Codec,
     alignment: Literal["pixel", "latent"],
     pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
+    start: RefinerFile | None = None,
 ) -> Latent:
     """The model's condition on the thin latent grid, (4, d, h, w) float32, made as encode and training make it.
 
     ``pixel``: thick HU linearly interpolated onto the target's slices, encoded. ``latent``: the thick latent linearly
-    interpolated along z; latent slice j is centred between volume slices 4j+1 and 4j+2 on either grid.
+    interpolated along z; latent slice j is centred between volume slices 4j+1 and 4j+2 on either grid. With ``start``
+    the slices that this refiner makes on the target's positions are encoded instead.
     """
+    if start is not None:
+        from pipeline.refiner import refined_volume
+
+        unit = window.to_unit(refined_volume(start, thick, np.asarray(target.z_mm), window))
+        return np.asarray(vae.encode(unit, pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
     z_thick, z_thin = np.asarray(thick.geometry.z_mm), np.asarray(target.z_mm)
     hu = resample_z(thick.hu, z_thick, z_thin) if alignment == "pixel" else thick.hu
     latent = np.asarray(vae.encode(window.to_unit(hu), pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
@@ -499,6 +540,11 @@ def condition_latent(
     count = -(-len(z_thin) // COMPRESSION)
     weights = z_weights(_latent_z(thick.geometry, latent.shape[1]), _latent_z(target, count), "linear")
     return np.ascontiguousarray(np.einsum("nd,cdhw->cnhw", weights.astype(np.float32), latent))
+
+
+def latent_positions(geometry: Geometry) -> NDArray[np.float64]:
+    """Positions in mm of the latent slices that cover a lattice."""
+    return _latent_z(geometry, -(-len(geometry.z_mm) // COMPRESSION))
 
 
 def _latent_z(geometry: Geometry, count: int) -> NDArray[np.float64]:

@@ -82,8 +82,10 @@ class RefinerSource:
         thin_hu = decoded_hu(model.decoder, self.window, model.generated.url, sample)[inside]
         given = decoded_hu(model.decoder, self.window, self.latents.url, condition)[inside]
         settings = ComposeSettings()
-        restored, _ = restore(thin_hu, self.window, thick, np.asarray(target.z_mm), settings, given)
-        detail = (restored - interpolated(thick, target, settings.base_method)).astype(np.float16)
+        base = interpolated(thick, target, settings.base_method)
+        restored = base.copy()
+        restore(restored, thin_hu, self.window, given)
+        detail = (restored - base).astype(np.float16)
         np.save(path, detail)
         return detail
 

@@ -23,7 +23,7 @@ from diffusion.sampling import (
     prepare,
     set_up,
 )
-from latentcache import LatentRole, LatentStore, PairRecord
+from latentcache import PAIR_ROLES, LatentStore, PairRecord
 from pipeline.engines import (
     EngineOptions,
     GroupCommit,
@@ -62,6 +62,14 @@ def own_refiner(checkpoint: Path, checkpoint_sha256: str, device: str) -> Any:
         return file
     log.warning("the run's refiner belongs to an earlier checkpoint and is left out: run `ctpipe train-refiner` again")
     return None
+
+
+def start_of(checkpoint: Path, device: str) -> Any:
+    """The refiner whose slices a diffusion run's model starts from; None where it starts from interpolated ones."""
+    from diffusion.runs import RunCard
+    from pipeline.refiner import start_refiner
+
+    return start_refiner(checkpoint, RunCard.read(checkpoint).refiner_sha256, device)
 
 
 def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[str, Any]:
@@ -226,7 +234,7 @@ def sample_pairs(
     holds the mean of the samples.
     """
     model = Interpolator.load(run, "meta")
-    role: LatentRole = "thick_on_thin" if model.alignment == "pixel" else "thick"
+    role = model.condition_role
     there = {r.key for r in latents.records(model.encode_key, role)}
     pairs = [
         pair.pair_key
@@ -234,7 +242,7 @@ def sample_pairs(
         if pair.status == "ok"
         and (split is None or pair.split == split)
         and (wanted is None or {pair.pair_key, pair.thick_key} & set(wanted))
-        and (pair.pair_key if role == "thick_on_thin" else pair.thick_key) in there
+        and (pair.pair_key if role in PAIR_ROLES else pair.thick_key) in there
     ]
     apart = samples if uncertainty else 1
     advance = _counter(on_progress, apart * len(pairs))

@@ -31,8 +31,10 @@ def run_training(
     check_gpus(settings["gpus"] or 0)
     config = configuration(settings, on_note)
     world = join()
+    starts_from = own_start(settings, config, first=world.rank == 0)
     latents = LatentStore.open(settings["store"])
-    decoder, validate = image_side(settings, config, latents, str(world.device), first=world.rank == 0)
+    first = world.rank == 0
+    decoder, validate = image_side(settings, config, latents, str(world.device), first=first, on_note=on_note)
     try:
         summary = train_model(
             latents,
@@ -40,6 +42,7 @@ def run_training(
             config,
             decoder=decoder,
             validate=validate,
+            refiner_sha256=starts_from,
             resume=settings["resume"],
             on_progress=on_progress,
         )
@@ -67,56 +70,138 @@ def configuration(settings: dict[str, Any], on_note: Callable[[str], None] | Non
 
 
 def image_side(
-    settings: dict[str, Any], config: TrainConfig, latents: LatentStore, device: str, *, first: bool
+    settings: dict[str, Any],
+    config: TrainConfig,
+    latents: LatentStore,
+    device: str,
+    *,
+    first: bool,
+    on_note: Callable[[str], None] | None = None,
 ) -> tuple[Callable[[Any], Any] | None, Callable[[Interpolator, int], dict[str, float]] | None]:
-    """What needs the VAE: the image losses' decoder, and validation that samples and decodes held-out pairs."""
-    losses = config.losses.ms_ssim_weight > 0 or config.losses.perceptual_weight > 0
-    looks = config.validation.every_epochs > 0 and (
-        config.validation.images_every > 0 or config.validation.metric != "val_loss"
-    )
-    if not losses and not (looks and first):
-        return None, None
+    """What needs the VAE: its decoder, for the losses, and validation that samples and decodes held-out pairs.
+
+    Both are None where the VAE is not at hand and nothing demands it.
+    """
     from diffusion.data import choose_encode_key
+    from diffusion.training import OF_LATENTS
     from latentcache import InputError
-    from pipeline.evaluation import HeldOutImages, check_same_vae
-    from pipeline.identity import PrivateStore
+    from pipeline.evaluation import check_same_vae
     from pipeline.vae import load_vae
 
+    losses, looks = config.losses, config.validation
+    on_images = losses.ms_ssim_weight > 0 or losses.perceptual_weight > 0 or losses.image_l2_weight > 0
+    on_pairs = looks.every_epochs > 0 and (looks.images_every > 0 or looks.metric not in ("auto", *OF_LATENTS))
+    demanded = on_images or losses.measure == "image" or on_pairs
+    welcome = losses.measure == "auto" or (looks.every_epochs > 0 and looks.metric == "auto")
+    if not demanded and not welcome:
+        return None, None
     encode_key = choose_encode_key(latents, config.data.encode_key)
-    tiny = load_vae("tiny", device)
     wanted = latents.encoding(encode_key).vae_sha256
+    tiny = load_vae("tiny", device)
     if settings["vae"] is None and tiny.sha256 != wanted:
+        if not demanded:
+            return None, None
         raise InputError(
             "no VAE for the image losses and the image validation",
             expected=f"the one that encoded this store's latents (SHA-256 begins {wanted[:12]})",
             remedy="Name it with --vae PATH; or train without: --set losses.ms_ssim_weight=0 "
-            "--set losses.perceptual_weight=0 --set validation.images_every=0.",
+            "--set losses.perceptual_weight=0 --set losses.measure=latent --set validation.images_every=0.",
         )
     model = tiny if settings["vae"] in (None, "tiny") else load_vae(settings["vae"], device)
     check_same_vae(model, wanted)
-    decoder = model.decode_slab if losses else None
-    if not looks or not first:
+    decoder = model.decode_slab if on_images or losses.measure != "latent" else None
+    if not on_pairs and not (looks.every_epochs > 0 and looks.metric == "auto"):
         return decoder, None
+    return decoder, held_out_pairs(
+        settings, config, latents, model, encode_key, demanded=on_pairs, first=first, on_note=on_note
+    )
+
+
+def own_start(settings: dict[str, Any], config: TrainConfig, *, first: bool) -> str | None:
+    """SHA-256 of the refiner whose slices the run starts from, copied into its folder; None where it has none.
+
+    Raises:
+        InputError: The run starts from refined slices, and neither --refiner nor its folder has the refiner.
+    """
+    import shutil
+
+    from diffusion.runs import RUN_CARD
+    from latentcache import InputError
+    from pipeline.refiner import START_NAME, RefinerFile
+
+    if config.data.start != "refined":
+        return None
+    kept, begun = Path(settings["run"]) / START_NAME, (Path(settings["run"]) / RUN_CARD).is_file()
+    if settings["refiner"] is None and not kept.is_file():
+        raise InputError(
+            "data.start = refined without the refiner",
+            expected="the refiner's run, whose file this run keeps",
+            remedy="Name the one that `ctpipe encode STORE --refiner` was given: --refiner RUN.",
+        )
+    file = RefinerFile.of(settings["refiner"] or kept)
+    if first and not (begun and kept.is_file()) and Path(file.path) != kept:
+        # What an attempt left that never began is replaced; a run that has begun keeps its own.
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_suffix(".partial")
+        shutil.copyfile(file.path, aside)
+        aside.replace(kept)
+    return file.sha256
+
+
+def held_out_pairs(
+    settings: dict[str, Any],
+    config: TrainConfig,
+    latents: LatentStore,
+    vae: Any,
+    encode_key: str,
+    *,
+    demanded: bool,
+    first: bool,
+    on_note: Callable[[str], None] | None = None,
+) -> Callable[[Interpolator, int], dict[str, float]] | None:
+    """Validation on sampled held-out pairs; None where the archives are not at hand and it is not demanded.
+
+    Every rank gets a function, so that all agree on what is looked at; the first one alone is called.
+    """
+    from latentcache import CtpipeError
+    from pipeline.evaluation import HeldOutImages
+    from pipeline.identity import PrivateStore
+    from pipeline.refiner import START_NAME, RefinerFile
+
+    start = Path(settings["run"]) / START_NAME if config.data.start == "refined" else None
+    try:
+        people = PrivateStore.open(settings["store"], settings["private"])
+    except CtpipeError as error:
+        if demanded:
+            raise
+        if on_note is not None:
+            on_note(f"held-out pairs are not decoded during training: {error}")
+        return None
+    if not first:
+        return lambda interpolator, step: {}
     held_out = HeldOutImages(
         latents,
-        PrivateStore.open(settings["store"], settings["private"]),
-        model,
+        people,
+        vae,
         encode_key,
         count=config.validation.pairs,
+        start=None if start is None else RefinerFile.of(start),
     )
 
     def validate(interpolator: Interpolator, step: int) -> dict[str, float]:
-        from diffusion.sampling import condition_of
+        from diffusion.sampling import generate_for
 
         return held_out.figures(
-            lambda pair: interpolator.generate(
-                condition_of(latents, interpolator, pair)[0],
+            lambda pair: generate_for(
+                latents,
+                interpolator,
+                pair,
                 sampler=config.validation.sampler,
                 num_inference_steps=config.validation.sampling_steps,
             )
         )
 
-    return decoder, validate
+    return validate
 
 
 def describe(settings: dict[str, Any], on_note: Callable[[str], None] | None = None) -> dict[str, Any]:

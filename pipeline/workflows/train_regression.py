@@ -43,7 +43,7 @@ def train_regression_network(
     store: str,
     run: Path,
     like: Path | None,
-    seconds: float,
+    seconds: float | None,
     width: int,
     blocks: int,
     patch: tuple[int, int, int],
@@ -51,6 +51,7 @@ def train_regression_network(
     seed: int,
     device: str,
     private: str | None,
+    cpu_seconds: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Train, write the network with what it saw, and say so."""
@@ -98,7 +99,10 @@ def train_regression_network(
                     samples_per_step=patches.settings.batch, weight_decay=0.0,
                 ),
                 ValidationConfig(every_epochs=0),
-                BudgetConfig(max_seconds=seconds, checkpoint_every_steps=ALL_STEPS, log_every_steps=10),
+                BudgetConfig(
+                    max_seconds=seconds, max_cpu_seconds=cpu_seconds, checkpoint_every_steps=ALL_STEPS,
+                    log_every_steps=10,
+                ),
             ),
             run,
             world=World(device=torch.device(device)),

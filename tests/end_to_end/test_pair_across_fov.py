@@ -16,7 +16,8 @@ from scipy.ndimage import map_coordinates
 
 from diffusion.config import DataConfig
 from diffusion.data.pairs import plan_pairs
-from diffusion.sampling import Interpolator, condition_of
+from diffusion.sampling import Interpolator
+from diffusion.sampling.stage import condition_of
 from latentcache import InputError, LatentStore, PairRecord
 from pipeline.decode import DecodeSettings, WriteSettings, task as decode
 from pipeline.encode import task as encode

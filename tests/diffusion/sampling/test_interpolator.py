@@ -228,3 +228,10 @@ def test_generation_leaves_the_model_in_training_as_it_was() -> None:
     interpolator(model).generate(latents())
     assert model.training
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_model_that_starts_from_refined_slices_takes_no_plain_volume() -> None:
+    model = interpolator()
+    model.refiner_sha256 = "a" * 64
+    with pytest.raises(InputError, match="starts from refined slices"):
+        model.generate_volume(torch.zeros(4, 8, 8), None, target_depth=20)  # type: ignore[arg-type]

@@ -16,7 +16,6 @@ from diffusion.objectives import build_objective
 from diffusion.sampling import (
     Interpolator,
     SampleSettings,
-    condition_of,
     draw,
     generation_key,
     open_generated,
@@ -24,7 +23,7 @@ from diffusion.sampling import (
     prepare,
     set_up,
 )
-from diffusion.sampling.stage import generate_store
+from diffusion.sampling.stage import condition_of, generate_store
 from latentcache import InputError, LatentStore
 from tests.support.synthetic_latents import ENCODING, make_store
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from torch import nn
 
 from diffusion.config import TrainConfig, load_config
 from diffusion.data import key_of, make_store
+from diffusion.networks import ThickSlices
 from diffusion.runs import RunCard, read_log
 from diffusion.runs.checkpoint import CheckpointError
 from diffusion.sampling import Interpolator
@@ -94,7 +96,8 @@ def test_the_loss_falls_and_the_run_directory_is_whole(undisturbed: Path, store:
     assert list((undisturbed / "tb").iterdir())
     model = Interpolator.load(undisturbed)
     condition = np.random.default_rng(0).standard_normal((4, 6, 8, 8)).astype(np.float32)
-    assert np.isfinite(model.generate(condition)).all()
+    found = model.generate(condition, thick=ThickSlices(0.0, 4.0, 6, 4.0), z_mm=4.0 * np.arange(6))
+    assert np.isfinite(found).all()
 
 
 def test_validation_really_runs_and_the_best_is_kept(undisturbed: Path) -> None:
@@ -119,6 +122,7 @@ def test_stopped_and_resumed_gives_the_same_bits(
 
 TRAIN = """
 import sys, torch
+from diffusion.networks.acquisition import ThickSlices
 from diffusion.config import load_config
 from diffusion.training.train import train
 from latentcache.store import LatentStore
@@ -211,6 +215,7 @@ def test_a_job_that_restarts_begins_a_run_and_then_continues_it(
 
 DISTRIBUTED = """
 import sys, torch
+from diffusion.networks.acquisition import ThickSlices
 from diffusion.config import load_config
 from diffusion.training.train import train
 from diffusion.training.distributed import leave
@@ -560,6 +565,14 @@ def test_a_time_budget_ends_the_session_and_changes_no_step(
     assert summary.steps >= 1
     train(store, tmp_path / "run", small(), resume=True)
     assert_same_bits(weights(tmp_path / "run"), weights(undisturbed))
+
+
+def test_processor_time_is_a_budget_too(store: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("diffusion.training.loop.time.process_time", lambda: float(next(clock)))
+    summary = train(store, tmp_path / "run", small("max_cpu_seconds=3"))
+    assert summary.stopped_by == "max-seconds"
+    assert summary.steps == 3, "one look at the clock a step, and the step at hand is finished"
 
 
 def test_too_little_memory_is_said_before_the_first_step(

@@ -147,8 +147,9 @@ def test_means_are_by_patient_and_differences_paired() -> None:
     def made(key: str, patient: str, model: float) -> CaseScores:
         rows = {
             name: {"psnr_db": value, "identical": False, "ssim": 0.9, "mae_hu": 5.0}
-            for name, value in (("cubic", 30.0), ("model", model))
+            for name, value in (("cubic", 30.0), ("cubic_consistent", 30.5), ("model", model))
         }
+        rows["model"]["ssim"] = 0.91
         return CaseScores(key, "APE", 10, rows, {}, {}, patient)
 
     cases = [made("a1", "a", 31.0), made("a2", "a", 35.0), made("b", "b", 30.0), made("c", "c", 33.0)]
@@ -157,6 +158,10 @@ def test_means_are_by_patient_and_differences_paired() -> None:
     assert summary["methods"]["model"]["psnr_db"] == pytest.approx((33 + 30 + 33) / 3)
     assert summary["against_cubic"]["model"]["mean"] == pytest.approx(2.0)
     assert summary["against_cubic"]["model"]["low"] >= 0.0
+    gain = summary["against_consistent"]["model"]
+    assert gain["psnr_db"]["mean"] == pytest.approx(1.5), "what the consistency step gives alone is no model's merit"
+    assert gain["ssim"]["mean"] == pytest.approx(0.01)
+    assert "cubic_consistent" not in summary["against_consistent"]
 
 
 def test_constant_slices_are_noted_and_a_narrow_window_leaves_lung_out(case: Case, linear: np.ndarray) -> None:

@@ -240,7 +240,9 @@ def test_the_first_paragraph_is_honest_about_losses() -> None:
     assert "off by 4.0 HU on average, one of cubic interpolation of the thick slices by 4.0 HU" in lead_paragraph(good)
     assert "fine detail" not in lead_paragraph(good), "nothing was measured of it"
     good["methods"]["cubic_consistent"] = {**good["methods"]["cubic"], "psnr_db": 29.75}
-    assert "cubic interpolation alone reaches 29.75 dB: the network itself adds 0.25 dB" in lead_paragraph(good)
+    assert "agreement alone brings cubic interpolation to 29.75 dB: the network itself adds 0.25 dB" in lead_paragraph(
+        good
+    )
     good["methods"]["cubic_consistent"]["psnr_db"] = 30.5
     assert "30.50 dB: the network adds nothing" in lead_paragraph(good)
     good["methods"]["model"]["detail_explained"] = 0.351
