@@ -122,7 +122,6 @@ def test_stopped_and_resumed_gives_the_same_bits(
 
 TRAIN = """
 import sys, torch
-from diffusion.networks.acquisition import ThickSlices
 from diffusion.config import load_config
 from diffusion.training.train import train
 from latentcache.store import LatentStore
@@ -215,7 +214,6 @@ def test_a_job_that_restarts_begins_a_run_and_then_continues_it(
 
 DISTRIBUTED = """
 import sys, torch
-from diffusion.networks.acquisition import ThickSlices
 from diffusion.config import load_config
 from diffusion.training.train import train
 from diffusion.training.distributed import leave
