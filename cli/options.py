@@ -65,7 +65,7 @@ def engine_options(
 
 Store = Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")]
 Private = Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 MemoryGib = Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device, GiB.")]
 
 

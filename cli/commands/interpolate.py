@@ -1,4 +1,4 @@
-"""``ctpipe interpolate``: a thick-only study to a thin DICOM series, in one command."""
+"""``ctpipe interpolate``: a thick study to a thin series, in one command."""
 
 from __future__ import annotations
 
@@ -32,9 +32,14 @@ def register(app: typer.Typer) -> None:
 
 
 def interpolate(
-    source: Annotated[str, typer.Argument(help="A zip or a folder that holds a thick CT series.")],
+    source: Annotated[str, typer.Argument(help="A zip, folder, DICOMDIR or NIfTI file with a thick CT series.")],
     out: Annotated[Path, typer.Argument(help="Folder to write into; the series gets a folder named by its key.")],
-    checkpoint: Annotated[Path, typer.Option(help="A training run's folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="Name or path of a model (`ctpipe models`); by default the one named default.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A training run's folder: its diffusion model instead of a shipped one.")
+    ] = None,
     spacing_mm: Annotated[float, typer.Option(min=0.2, max=10, help="Slice spacing wanted, in mm.")] = 1.0,
     trained_spacing_mm: Annotated[
         float | None, typer.Option(min=0.2, max=10, help="Spacing the model learnt; by default the run's own, else 1.")
@@ -58,15 +63,21 @@ def interpolate(
     restore_identity: Annotated[
         bool, typer.Option("--restore-identity", help="Keep the patient's identity, for use inside the hospital.")
     ] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     memory_gib: MemoryGib = None,
+    page: Annotated[bool, typer.Option(help="Write OUT/KEY.html: before and after, what to trust.")] = True,
     as_json: AsJson = False,
 ) -> int:
-    """Predict thin slices over the whole extent of a thick series and write them as DICOM.
+    """Predict thin slices over the whole extent of a thick series; DICOM out, or NIfTI where the source is.
 
-    Pseudonyms come from CTPIPE_SECRET, else from a secret kept in OUT/private.
+    Without options a model that ships does it; nothing is downloaded. Pseudonyms come from
+    CTPIPE_SECRET, else from a secret kept in OUT/private.
 
     Examples:
+
+        ctpipe interpolate thick.zip OUT
+
+        ctpipe interpolate thick.nii.gz OUT --model fast
 
         ctpipe interpolate thick.zip OUT --checkpoint RUN
 
@@ -74,10 +85,14 @@ def interpolate(
     """
     from pipeline.workflows import InterpolateJob, Sampling, run_interpolation
 
+    if model is not None and checkpoint is not None:
+        raise typer.BadParameter("--model and --checkpoint exclude each other")
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise typer.BadParameter(f"--checkpoint {checkpoint}: no folder of a training run")
     job = InterpolateJob(
-        source, out, checkpoint, spacing_mm, trained_spacing_mm, vae, Sampling(sampler, steps, samples, seed),
+        source, out, model or checkpoint, spacing_mm, trained_spacing_mm, vae, Sampling(sampler, steps, samples, seed),
         uncertainty, uncertainty_map, detail, consistency, fwhm_mm, refiner, transfer_syntax, enhanced,
-        restore_identity, device, memory_gib, answer=answer,
+        restore_identity, device, memory_gib, answer=answer, page=page,
     )  # fmt: skip
 
     def estimate(seconds: float, shape: tuple[int, ...]) -> None:
@@ -85,7 +100,7 @@ def interpolate(
 
     with progress_bars() as show:
         done = run_interpolation(job, show, estimate)
-    result = {**asdict(done), "folders": list(done.folders), **done.figures}
+    result = {**asdict(done), "folders": list(done.folders), "warnings": list(done.warnings), **done.figures}
     del result["figures"], result["folder"]
     emit(result, _text(result, out), as_json)
     return Exit.OK
@@ -117,6 +132,14 @@ def _text(result: dict[str, Any], out: Path) -> str:
         f"{result['source_slices']} slices -> {result['slices']} at {result['spacing_mm']:g} mm "
         f"in {out / result['key']} ({result['seconds']:.1f} s)"
     )
+    if result.get("model"):
+        text += f"\nmodel {result['model']}"
+    if result.get("profile"):
+        text += f"; slice profile assumed: {result['profile']}"
     if result.get("rms_after_hu") is not None:
         text += f"\nRMS against the measured slices {result['rms_before_hu']:.1f} -> {result['rms_after_hu']:.1f} HU"
-    return text + (f"\nwarning: {result['warning']}" if result.get("warning") else "")
+    if result.get("certificate"):
+        text += f"\n{result['certificate']['said']}"
+    if result.get("page"):
+        text += f"\nopen {result['page']}"
+    return text + "".join(f"\nwarning: {one}" for one in result["warnings"])

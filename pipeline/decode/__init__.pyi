@@ -2,11 +2,13 @@ from .compose import (
     ComposeSettings as ComposeSettings,
     base_volume as base_volume,
     compose as compose,
+    finish as finish,
     parse_detail as parse_detail,
     restore as restore,
 )
 from .samples import (
     DerivedSeries as DerivedSeries,
+    DerivedVolume as DerivedVolume,
     WriteSettings as WriteSettings,
     average_samples as average_samples,
     parse_answer as parse_answer,

@@ -146,11 +146,20 @@ def compose(
         figures["start_refiner_sha256"] = settings.start.sha256
     if settings.refiner is not None:
         figures |= _refined(x, settings.refiner, measured, window, detail)
-    if settings.consistency:
-        spoken = shares.spoken > 0 or settings.start is not None or "refiner_sha256" in figures
-        figures |= _made_consistent(x, measured, window if spoken else None)
-    floor = _floor(measured.volume)
-    np.clip(np.rint(x, out=x), floor, 32767, out=x)
+    spoken = shares.spoken > 0 or settings.start is not None or "refiner_sha256" in figures
+    hu, agreed = finish(x, measured, settings, window if spoken else None)
+    return hu, figures | agreed
+
+
+def finish(
+    x: NDArray[np.float32], measured: ThickMeasurement, settings: ComposeSettings, window: Window | None
+) -> tuple[NDArray[np.int16], dict[str, Any]]:
+    """Thin slices (z, y, x) in HU, whatever they came from, made consistent where asked for, rounded, and judged.
+
+    ``x`` is overwritten; ``window`` is where a network has answered, None where none has. Returns int16 HU and figures.
+    """
+    figures = _made_consistent(x, measured, window) if settings.consistency else {}
+    np.clip(np.rint(x, out=x), _floor(measured.volume), 32767, out=x)
     figures["certificate"] = certificate(x, measured).figures()
     return x.astype(np.int16), figures
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from latentcache import InputError
 from pipeline.decode.compose import ComposeSettings, agreement, base_volume, compose, plain_round_trip
 from pipeline.forward_model import ThickMeasurement
-from pipeline.volume import Geometry, SourceHeader, Window
+from pipeline.volume import Geometry, NiftiLayout, SourceHeader, Window
 from pipeline.writing import (
     Provenance,
     SeriesIdentity,
@@ -22,6 +22,7 @@ from pipeline.writing import (
     kinds_of_file,
     write_ct_series,
     write_enhanced_ct,
+    write_nifti,
     write_parametric_map,
 )
 
@@ -64,6 +65,7 @@ class WriteSettings:
         enhanced: One Enhanced CT instance instead of a CT instance a slice.
         answer: Of several samples the ``mean``, for viewing; one ``sample``, for measuring density and texture, which
             a mean smooths away; or ``both``, the sample in a folder of its own.
+        layout: Write NIfTI, laid out so, instead of DICOM, all volumes in one folder.
     """
 
     out_dir: Path
@@ -76,6 +78,7 @@ class WriteSettings:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     store_snapshot: int | None = None
     answer: Answer = "mean"
+    layout: NiftiLayout | None = None
 
     @property
     def samples_apart(self) -> bool:
@@ -183,6 +186,8 @@ def write_derived(
     )
     mean = _with_figures(provenance, volume.figures, "mean" if volume.n_samples > 1 else "")
     sample = _with_figures(provenance, volume.sample_figures, "sample")
+    if settings.layout is not None:
+        return _write_nifti(key, volume, target, (mean, sample), settings, settings.layout)
     common: dict[str, Any] = {"uids": identity, "transfer_syntax": settings.transfer_syntax}
     folders = [key]
     if settings.enhanced:
@@ -204,6 +209,28 @@ def write_derived(
         hu, figures, own = volume.sample, volume.sample_figures, sample
     written = write(hu, target, header, settings.out_dir / key, provenance=own, **common)
     return DerivedSeries(key, written.series_uid, tuple(folders), len(hu), figures)
+
+
+def _write_nifti(
+    key: str,
+    volume: DerivedVolume,
+    target: Geometry,
+    provenance: tuple[Provenance, Provenance],
+    settings: WriteSettings,
+    layout: NiftiLayout,
+) -> DerivedSeries:
+    """As `write_derived`, all volumes in one folder; ``provenance`` of the mean and of the sample."""
+    mean, sample = provenance
+    hu, figures, own = volume.hu, volume.figures, mean
+    volumes: dict[str, NDArray[Any]] = {}
+    if volume.sample is not None and settings.answer == "sample":
+        hu, figures, own = volume.sample, volume.sample_figures, sample
+    elif volume.sample is not None and settings.answer == "both":
+        volumes["sample"] = volume.sample
+    if settings.uncertainty and volume.spread is not None:
+        volumes["uncertainty"] = np.asarray(volume.spread, np.float32)
+    write_nifti({"thin": hu, **volumes}, target, layout, settings.out_dir / key, own)
+    return DerivedSeries(key, "", (key,), len(hu), figures)
 
 
 def _with_figures(

@@ -6,6 +6,7 @@ from .contract import (
     timed as timed,
 )
 from .cost_model import SOURCES as SOURCES, Rates as Rates, cost as cost, measured as measured, override as override
+from .devices import resolve_device as resolve_device, resolve_gpus as resolve_gpus
 from .group_commit import GroupCommit as GroupCommit, StagedLatents as StagedLatents
 from .job_log import note as note
 from .progress import STAGES as STAGES, Progress as Progress, read_progress as read_progress, watched as watched

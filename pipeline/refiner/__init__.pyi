@@ -8,6 +8,18 @@ from .patches import (
     held_out_operator as held_out_operator,
     positions as positions,
 )
+from .pretrained import (
+    DEFAULT as DEFAULT,
+    PretrainedCard as PretrainedCard,
+    PretrainedModel as PretrainedModel,
+    RunSettings as RunSettings,
+    flushed as flushed,
+    load_pretrained as load_pretrained,
+    outside as outside,
+    shipped_models as shipped_models,
+    thin_slices as thin_slices,
+)
+from .pretrained_input import HU_RANGE as HU_RANGE
 from .refiner import (
     FILE_NAME as FILE_NAME,
     START_NAME as START_NAME,

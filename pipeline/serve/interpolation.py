@@ -7,6 +7,7 @@ from pathlib import Path
 
 from latentcache import InputError
 from pipeline.identity import PrivateStore
+from pipeline.refiner import PretrainedModel
 from pipeline.serve.config import ServeConfig
 from pipeline.serve.contract import InterpolateRequest, InterpolateResult
 from pipeline.workflows import InterpolateJob, LoadedModel, ThickStudy, interpolate_with, load_model, read_thick
@@ -18,7 +19,7 @@ def interpolation(settings: ServeConfig) -> Callable[[InterpolateRequest], Inter
     Raises:
         InputError: A rule without a model, or a model that cannot be loaded.
     """
-    loaded: dict[str, LoadedModel] = {}
+    loaded: dict[str, LoadedModel | PretrainedModel] = {}
     for rule in settings.rules:
         model = rule.model or settings.model
         if not model:
@@ -39,6 +40,7 @@ def interpolation(settings: ServeConfig) -> Callable[[InterpolateRequest], Inter
             transfer_syntax=request.transfer_syntax,
             restore_identity=request.restore_identity,
             device=settings.device,
+            page=False,
         )
         scanned, thick = read_thick(job.source, job.spacing_mm)
         request.out.mkdir(parents=True, exist_ok=True)

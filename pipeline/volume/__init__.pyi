@@ -6,6 +6,7 @@ from .in_plane_grid import (
     grid_offset_pixels as grid_offset_pixels,
     onto_field as onto_field,
 )
+from .nifti_layout import NiftiLayout as NiftiLayout
 from .resample import (
     RESAMPLED_FLAG as RESAMPLED_FLAG,
     UNEVEN_FLAG as UNEVEN_FLAG,

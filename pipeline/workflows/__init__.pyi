@@ -3,13 +3,8 @@ from .doctor import REMEDIES as REMEDIES, Finding as Finding, examine as examine
 from .evaluate import evaluate_run as evaluate_run
 from .evaluate_rplhr import evaluate_rplhr as evaluate_rplhr
 from .interpolate import (
-    Interpolated as Interpolated,
-    InterpolateJob as InterpolateJob,
     InterpolateSettings as InterpolateSettings,
     LoadedModel as LoadedModel,
-    Sampling as Sampling,
-    ThickStudy as ThickStudy,
-    choose_thick as choose_thick,
     condition_latent as condition_latent,
     encoding_of as encoding_of,
     estimate_seconds as estimate_seconds,
@@ -19,9 +14,14 @@ from .interpolate import (
     latent_positions as latent_positions,
     learnt_spacing as learnt_spacing,
     load_model as load_model,
-    read_thick as read_thick,
     run_interpolation as run_interpolation,
 )
+from .interpolate_job import (
+    Interpolated as Interpolated,
+    InterpolateJob as InterpolateJob,
+    Sampling as Sampling,
+)
+from .interpolate_shipped import interpolate_shipped as interpolate_shipped
 from .job_progress import JobProgress as JobProgress, OnProgress as OnProgress
 from .refiner_cases import RefinerSource as RefinerSource, Sampled as Sampled, held_out_figures as held_out_figures
 from .report import write_dataset_report as write_dataset_report, write_run_report as write_run_report
@@ -35,6 +35,7 @@ from .sample import (
     sampling_facts as sampling_facts,
     start_of as start_of,
 )
+from .thick_study import ThickStudy as ThickStudy, choose_thick as choose_thick, read_thick as read_thick
 from .train import configuration as configuration, describe as describe, run_training as run_training
 from .train_refiner import (
     HELD_OUT_PAIRS as HELD_OUT_PAIRS,

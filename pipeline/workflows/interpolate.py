@@ -6,15 +6,15 @@ The model comes in as a callable on latents, so that this module knows nothing o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import COMPRESSION, Encoding, InputError
+from latentcache import COMPRESSION, Encoding
 from latentcache.storage import refuse_existing
 from pipeline.decode import (
     ComposeSettings,
@@ -27,131 +27,47 @@ from pipeline.decode import (
     write_derived,
 )
 from pipeline.encode import PAD_MULTIPLE_ZYX
+from pipeline.engines import resolve_device
 from pipeline.forward_model import SliceProfile, slice_operator
-from pipeline.identity import Keys, PrivateStore, is_placeholder_id
-from pipeline.volume import Geometry, SeriesPointer, Volume, Window, resample_z, z_weights
+from pipeline.identity import Keys, PrivateStore
+from pipeline.refiner import DEFAULT, PretrainedModel, load_pretrained
+from pipeline.volume import Geometry, Volume, Window, resample_z, z_weights
+from pipeline.workflows.interpolate_job import Interpolated, InterpolateJob, Sampling
+from pipeline.workflows.interpolate_shipped import interpolate_shipped
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts, start_of
-from pipeline.writing import Provenance, SeriesIdentity
+from pipeline.workflows.thick_study import Scanned, ThickStudy, identity_of, read_thick
+from pipeline.writing import Provenance
 
 if TYPE_CHECKING:
     from pipeline.refiner import RefinerFile
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the model is sampled; None leaves a choice to its objective.
-
-    Attributes:
-        samples: Samples whose mean is the output.
-    """
-
-    sampler: str | None = None
-    steps: int | None = None
-    samples: int = 1
-    seed: int = 0
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of ``Interpolator.generate``."""
-        return {"sampler": self.sampler, "num_inference_steps": self.steps, "seed": self.seed}
-
-
-@dataclass(frozen=True)
-class InterpolateJob:
-    """A thick study to a thin DICOM series.
-
-    Attributes:
-        source: A zip or a folder that holds a thick CT series.
-        out: Folder to write into; the series gets a folder named by its key.
-        model: A training run's folder.
-        spacing_mm: Slice spacing wanted.
-        trained_spacing_mm: Spacing that the model learnt; by default the run's own, else 1.
-        vae: The VAE that the run was trained with: ``tiny`` or a path.
-        detail: ``absolute`` or ``residual``: how decoded slices become HU.
-        fwhm_mm: Measured width of the slice profile; by default the thickness.
-        refiner: A run of ``ctpipe train-refiner``, ``none``, or None for the model's own.
-        restore_identity: Keep the patient's identity, for use inside the hospital.
-        memory_gib: Memory budget of the VAE.
-        private: Where the secret of the pseudonyms is kept; by default ``out``.
-        answer: ``mean`` of the samples for viewing, one ``sample`` for measuring, or ``both``.
-    """
-
-    source: str
-    out: Path
-    model: Path
-    spacing_mm: float = 1.0
-    trained_spacing_mm: float | None = None
-    vae: str = "tiny"
-    sampling: Sampling = field(default_factory=Sampling)
-    uncertainty: bool = False
-    uncertainty_map: bool = False
-    detail: str = "residual"
-    consistency: bool = True
-    fwhm_mm: float | None = None
-    refiner: Path | None = None
-    transfer_syntax: str = "explicit"
-    enhanced: bool = False
-    restore_identity: bool = False
-    device: str = "cpu"
-    memory_gib: float | None = None
-    private: Path | None = None
-    answer: str = "mean"
-
-
-@dataclass(frozen=True)
 class LoadedModel:
-    """A run's :class:`diffusion.Interpolator`, its VAE, and how its latents were encoded."""
+    """A run's :class:`diffusion.Interpolator`, its VAE, how its latents were encoded, and its folder."""
 
     model: Any
     codec: Any
     encoding: Encoding
+    run: Path
 
 
-@dataclass(frozen=True)
-class ThickStudy:
-    """The thick series that was chosen, its volume in HU, and what makes its pseudonyms."""
-
-    scanned: Scanned
-    volume: Volume
-    keys: Keys
-
-
-@dataclass(frozen=True)
-class Interpolated:
-    """A thin series that was written.
-
-    Attributes:
-        folder: Where its slices are.
-        folders: The same, and that of the spread over samples where there is one.
-        figures: RMS against the measured slices in HU before and after, and whatever else was measured.
-    """
-
-    key: str
-    folder: Path
-    folders: tuple[str, ...]
-    series_uid: str
-    slices: int
-    source_slices: int
-    spacing_mm: float
-    seconds: float
-    estimated_seconds: float
-    figures: dict[str, Any]
-
-
-def interpolate_study(source: str | Path, out: str | Path, *, model: str | Path, **options: Any) -> Interpolated:
-    """Return a thin DICOM series written from a thick study.
+def interpolate_study(
+    source: str | Path, out: str | Path, *, model: str | Path | None = None, **options: Any
+) -> Interpolated:
+    """Return a thin series written from a thick study: DICOM, or NIfTI where the study is.
 
     Args:
-        source: A zip or a folder that holds a thick CT series.
+        source: A zip, folder, DICOMDIR or NIfTI file that holds a thick CT series.
         out: Folder to write into.
-        model: A training run's folder.
+        model: Name or path of a model that ships or is like one, or a training run's folder; None for the default one.
         options: Any other field of :class:`InterpolateJob`, ``spacing_mm=1.0`` say.
 
     Raises:
         InputError: No usable series, a model without encoding, another VAE than the model's, or a folder that exists.
     """
-    return run_interpolation(InterpolateJob(str(source), Path(out), Path(model), **options))
+    return run_interpolation(InterpolateJob(str(source), Path(out), model, **options))
 
 
 def run_interpolation(
@@ -167,37 +83,51 @@ def run_interpolation(
     from pipeline.writing import check_enhanced, transfer_syntax_uid
 
     transfer_syntax_uid(job.transfer_syntax)
+    job = replace(job, device=resolve_device(job.device))
+    on_progress(JobProgress("interpolate", step="read"))
     scanned, thick = read_thick(job.source, job.spacing_mm)
-    if job.enhanced:
+    study = ThickStudy(scanned, thick, PrivateStore.open(str(job.private or job.out), create=True).keys)
+    if job.enhanced and study.layout is None:
         check_enhanced(thick.header)
-    keys = PrivateStore.open(str(job.private or job.out), create=True).keys
     loaded = load_model(job.model, vae=job.vae, device=job.device, memory_gib=job.memory_gib)
-    return interpolate_with(loaded, ThickStudy(scanned, thick, keys), job, on_progress, on_estimate)
+    return interpolate_with(loaded, study, job, on_progress, on_estimate)
 
 
-def load_model(run: Path, *, vae: str = "tiny", device: str = "cpu", memory_gib: float | None = None) -> LoadedModel:
-    """Return a run's model with the VAE that it was trained with, ready for any number of studies.
+def load_model(
+    model: str | Path | None = None, *, vae: str = "tiny", device: str = "auto", memory_gib: float | None = None
+) -> LoadedModel | PretrainedModel:
+    """Return a model ready for any number of studies: a shipped one, or a run's with the VAE that it was trained with.
+
+    Args:
+        model: As :class:`InterpolateJob` takes it.
 
     Raises:
-        InputError: No run, a run without encoding, or another VAE than the run's.
+        InputError: No such model or run, a run without encoding, or another VAE than the run's.
     """
+    if model is None or not Path(model).is_dir():
+        return load_pretrained(DEFAULT if model is None else model)
     from diffusion.sampling import Interpolator
 
-    model = Interpolator.load(run, device=device)
-    encoding = encoding_of(model)
-    return LoadedModel(model, load_codec(vae, device, memory_gib, encoding), encoding)
+    device = resolve_device(device)
+    run = Interpolator.load(Path(model), device=device)
+    encoding = encoding_of(run)
+    return LoadedModel(run, load_codec(vae, device, memory_gib, encoding), encoding, Path(model))
 
 
 def interpolate_with(
-    loaded: LoadedModel,
+    loaded: LoadedModel | PretrainedModel,
     study: ThickStudy,
     job: InterpolateJob,
     on_progress: OnProgress = silent,
     on_estimate: Callable[[float, tuple[int, ...]], None] = lambda seconds, shape: None,
 ) -> Interpolated:
     """Do an :class:`InterpolateJob` whose study has been read and whose model has been loaded."""
+    job = replace(job, device=resolve_device(job.device))
+    if isinstance(loaded, PretrainedModel):
+        return interpolate_shipped(loaded, study, job, on_progress)
     model, codec, thick = loaded.model, loaded.codec, study.volume
-    settings = _settings(job, model, loaded.encoding)
+    settings = _settings(job, loaded)
+    settings = replace(settings, write=replace(settings.write, layout=study.layout))
     shape = thick.geometry.thin_grid(settings.trained_spacing_mm).shape_zyx
     expected = estimate_seconds(
         model, codec, shape, job.sampling.samples, job.sampling.options, settings.write.samples_apart
@@ -216,11 +146,14 @@ def interpolate_with(
         round(time.perf_counter() - start, 2),
         round(expected, 2),
         dict(done.figures),
+        loaded.run.name,
+        (str(done.figures["warning"]),) if done.figures.get("warning") else (),
     )
 
 
-def _settings(job: InterpolateJob, model: Any, encoding: Encoding) -> InterpolateSettings:
+def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
     """What the job and the model's card say of composing and writing."""
+    model, encoding = loaded.model, loaded.encoding
     return InterpolateSettings(
         WriteSettings(
             job.out,
@@ -237,10 +170,10 @@ def _settings(job: InterpolateJob, model: Any, encoding: Encoding) -> Interpolat
             detail=parse_detail(job.detail),
             consistency=job.consistency,
             profile=SliceProfile("gaussian", job.fwhm_mm) if job.fwhm_mm else None,
-            start=start_of(job.model, job.device),
+            start=start_of(loaded.run, job.device),
             refiner=refiner_of(job.refiner, job.device)
             if job.refiner
-            else own_refiner(job.model, model.checkpoint_sha256, job.device),
+            else own_refiner(loaded.run, model.checkpoint_sha256, job.device),
         ),
         spacing_mm=job.spacing_mm,
         trained_spacing_mm=job.trained_spacing_mm or learnt_spacing(model) or 1.0,
@@ -279,19 +212,6 @@ def estimate_seconds(
     steps = options["num_inference_steps"] or model.objective.default_steps
     decodes = (samples if apart else 1) + 1 + 1 / 3
     return float(times_larger * (samples * steps * one_step + decodes * one_decode))
-
-
-def read_thick(source: str, spacing_mm: float) -> tuple[Any, Any]:
-    """The thick series of an archive or folder: what was found, and its volume in HU."""
-    from pipeline.archive import open_archive
-    from pipeline.reading import read_series, scan
-
-    opened = open_archive(source)
-    try:
-        chosen: Any = choose_thick(scan(opened).series, spacing_mm=spacing_mm)
-    finally:
-        opened.close()
-    return chosen, read_series(pointer_of(chosen, "interpolated"), threads=2)
 
 
 def encoding_of(model: Any) -> Any:
@@ -360,7 +280,6 @@ def learnt_spacing(model: Any) -> float | None:
     return None if value is None else float(value)
 
 
-MIN_SLICES = 3
 Latent = NDArray[np.float32]
 Generate = Callable[[Latent], Iterable[Latent]]
 """Condition (4, d, h, w), raw, on the thin latent grid, to one or more samples of the same shape."""
@@ -374,31 +293,6 @@ class Codec(Protocol):
     def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int]) -> Any: ...
 
     def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any: ...
-
-
-class Scanned(Protocol):
-    """A series that ``series.scan`` found, as far as it matters here."""
-
-    @property
-    def pointer_members(self) -> Sequence[tuple[str, int, int]]: ...
-    @property
-    def geometry(self) -> Geometry | None: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def role_hint(self) -> str: ...
-    @property
-    def series_uid(self) -> str: ...
-    @property
-    def discriminator(self) -> str: ...
-    @property
-    def study_uid(self) -> str: ...
-    @property
-    def patient_id(self) -> str: ...
-    @property
-    def frame_uid(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -421,32 +315,6 @@ class InterpolateSettings:
     pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX
     restore_identity: bool = False
     reader_threads: int = 2
-
-
-def choose_thick(found: Sequence[Scanned], *, spacing_mm: float) -> Scanned:
-    """The series to interpolate: of those with a sound geometry the one with most slices that is coarser than wanted.
-
-    Raises:
-        InputError: None is usable; says why each is not, without naming anyone.
-    """
-    reasons: list[str] = []
-    usable: list[tuple[int, Scanned]] = []
-    for number, one in enumerate(found, start=1):
-        if one.status != "ok" or one.geometry is None or one.role_hint == "other":
-            reasons.append(f"series {number}: {one.reason or 'no geometry'}")
-        elif len(one.geometry.z_mm) < MIN_SLICES:
-            reasons.append(f"series {number}: {len(one.geometry.z_mm)} slices, at least {MIN_SLICES} are needed")
-        elif one.geometry.spacing_mm_zyx[0] <= spacing_mm * 1.01:
-            reasons.append(f"series {number}: spacing {one.geometry.spacing_mm_zyx[0]:.2f} mm is as fine already")
-        else:
-            usable.append((len(one.geometry.z_mm), one))
-    if not usable:
-        raise InputError(
-            "no series to interpolate" + (": " + "; ".join(reasons[:8]) if reasons else " in this input"),
-            expected=f"an axial CT series with positions and slices coarser than {spacing_mm:g} mm",
-            remedy="Check the input, or ask for a finer --spacing-mm.",
-        )
-    return max(usable, key=lambda pair: pair[0])[1]
 
 
 def interpolate(
@@ -472,7 +340,7 @@ def interpolate(
     say = progress or (lambda step: None)
     series_key = keys.series(scanned.series_uid, scanned.discriminator)
     refuse_existing(settings.write.out_dir / series_key)
-    identity = _identity(thick, scanned, keys, series_key, settings.restore_identity)
+    identity = identity_of(thick, scanned, keys, settings.restore_identity)
     window = settings.write.window
     trained = thick.geometry.thin_grid(settings.trained_spacing_mm)
     target = thick.geometry.thin_grid(settings.spacing_mm)
@@ -561,21 +429,3 @@ def onto_spacing(hu: NDArray[np.float32], have: Geometry, want: Geometry) -> NDA
     if spacing > have.spacing_mm_zyx[0]:
         return slice_operator(SliceProfile("box", spacing), z_want, z_have).apply(hu)
     return resample_z(hu, z_have, z_want, "cubic")
-
-
-def pointer_of(scanned: Scanned, series_key: str) -> SeriesPointer:
-    """Where the series' slices are, for ``read_series``."""
-    return SeriesPointer(series_key, tuple(scanned.pointer_members))
-
-
-def _identity(thick: Volume, scanned: Scanned, keys: Keys, series_key: str, restore: bool) -> SeriesIdentity:
-    if restore:
-        return SeriesIdentity.original(thick.header)
-    anonymous = is_placeholder_id(scanned.patient_id)
-    return SeriesIdentity.pseudonymous(
-        patient_key=keys.patient_of_study(scanned.study_uid) if anonymous else keys.patient(scanned.patient_id),
-        study_key=keys.study(scanned.study_uid),
-        frame_key=keys.frame(scanned.frame_uid) or series_key,
-        source_key=series_key,
-        source_slices=len(thick.hu),
-    )

@@ -73,7 +73,8 @@ class Provenance:
         """One paragraph for a reader at a workstation, at most 1024 characters (VR ST, DICOM PS3.5 6.2)."""
         what = {
             "decoded": "Reconstructed from a compressed latent of the source series by a variational autoencoder",
-            "generated": "SYNTHETIC thin slices predicted from the thick source series by a latent diffusion model",
+            "generated": "SYNTHETIC thin slices predicted from the thick source series by "
+            + ("a latent diffusion model" if self.checkpoint_sha256 or self.vae_sha256 else "a trained network (mean)"),
             "uncertainty": "Standard deviation in HU over samples of a latent diffusion model",
         }[self.kind]
         if self.answer:
