@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from pipeline.engines import EngineOptions
 
 
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs to use; 0 computes on the CPU.")]
+Gpus = Annotated[
+    int | None, typer.Option(min=0, help="GPUs to use; 0 computes on the CPU; by default all of this machine.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Without GPUs: series in work at once on CPUs.")]
 GpuShare = Annotated[
     float, typer.Option(min=0.05, max=1, help="On Ray, a worker's share of a GPU; 0.5 puts two on each.")
@@ -28,7 +30,7 @@ SeriesTimeout = Annotated[float | None, typer.Option(min=1, help="On Ray, second
 
 def engine_options(
     engine: str,
-    gpus: int,
+    gpus: int | None,
     *,
     workers: int = 1,
     gpu_share: float = 1.0,
@@ -42,8 +44,9 @@ def engine_options(
     Raises:
         InputError: An unknown engine, or an option that this engine does not have.
     """
-    from pipeline.engines import EngineOptions
+    from pipeline.engines import EngineOptions, resolve_gpus
 
+    gpus = resolve_gpus(gpus)
     if gpu_share < 1 and engine != "ray":
         raise InputError("--gpu-share without Ray", expected="--engine ray", remedy="Give --engine ray, or no share.")
     if ray_address is not None and engine != "ray":
@@ -65,7 +68,16 @@ def engine_options(
 
 Store = Annotated[str, typer.Argument(help="The store; a path or s3://bucket/prefix.")]
 Private = Annotated[str | None, typer.Option(help="Where the private part is, if not STORE/private.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+
+
+def _resolved(context: typer.Context, device: str) -> str:
+    """The device that a command works with, for every command alike."""
+    from pipeline.engines import resolve_device
+
+    return device if context.resilient_parsing else resolve_device(device)
+
+
+Device = Annotated[str, typer.Option(callback=_resolved, help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 MemoryGib = Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device, GiB.")]
 
 

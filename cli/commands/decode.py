@@ -70,7 +70,7 @@ def decode(
         bool, typer.Option("--restore-identity", help="Write the patient's identity back, for use inside the hospital.")
     ] = False,
     private: Private = None,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
     workers: Workers = 1,
     gpu_share: GpuShare = 1.0,
     engine: Engine = "dask",
@@ -129,7 +129,7 @@ def decode(
             expected="slices sampled from one thick series",
             remedy="Add --checkpoint RUN, or leave --enhanced away.",
         )
-    device = "cuda:0" if gpus else "cpu"
+    device = spread.devices[0]
     composing = ComposeSettings(
         detail=parse_detail(detail), consistency=consistency is not False, refiner=refiner_of(refiner, device)
     )

@@ -32,7 +32,7 @@ def encode(
     store: Annotated[str, typer.Argument(help="The store that `ctpipe ingest` filled; a path or s3://bucket/prefix.")],
     vae: Annotated[str, typer.Option(help="`tiny`, or the path of MAISI weights (.pt or .safetensors).")] = "tiny",
     window: Annotated[str, typer.Option(help="soft-tissue, maisi, lung, or C:W in HU.")] = "soft-tissue",
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
     workers: Workers = 1,
     gpu_share: GpuShare = 1.0,
     engine: Engine = "dask",

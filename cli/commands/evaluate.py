@@ -49,7 +49,7 @@ def evaluate(
     detail: Detail = "residual",
     consistency: Consistency = True,
     refiner: RefinerChoice = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     memory_gib: MemoryGib = None,
     private: Private = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate this many pairs at most.")] = None,

@@ -37,7 +37,7 @@ def train_refiner(
     sampling_steps: Annotated[int | None, typer.Option(min=1, help="Of the diffusion run's sampler.")] = None,
     seed: Annotated[int, typer.Option(help="Of patches, operators and sampling.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     private: Private = None,
     as_json: AsJson = False,
 ) -> int:

@@ -28,7 +28,7 @@ def train_regression(
     patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "20,64,64",
     learning_rate: Annotated[float, typer.Option(help="Learning rate, constant after a warm-up.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of weights and patches.")] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     private: Private = None,
     as_json: AsJson = False,
 ) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Private
+from cli.options import Device, Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def train_vae(
     perceptual_weight: Annotated[float, typer.Option(min=0, help="Weight of VGG19's distance; needs --vgg.")] = 0.0,
     vgg: Annotated[Path | None, typer.Option(help="State dict of torchvision's vgg19.")] = None,
     discriminator_weight: Annotated[float, typer.Option(min=0, help="Weight of a patch discriminator.")] = 0.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of crops and noise.")] = 0,
     private: Private = None,
     as_json: AsJson = False,

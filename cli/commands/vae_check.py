@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import MemoryGib, Private
+from cli.options import Device, MemoryGib, Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 
@@ -22,7 +22,7 @@ def vae_check(
         str, typer.Option(help="By comma: soft-tissue, maisi, lung, or C:W.")
     ] = "soft-tissue,maisi,lung",
     sample: Annotated[int, typer.Option(min=1, help="Series to measure.")] = 4,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "auto",
     memory_gib: MemoryGib = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the figures into this .png or .svg.")] = None,
     private: Private = None,

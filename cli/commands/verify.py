@@ -29,7 +29,7 @@ def verify(
         bool, typer.Option("--retire", help="With --sources: take latents of another series out of the manifest.")
     ] = False,
     vae: Annotated[str, typer.Option(help="With --sources: the VAE that encoded, `tiny` or a path.")] = "tiny",
-    device: Device = "cpu",
+    device: Device = "auto",
     private: Private = None,
     as_json: AsJson = False,
 ) -> int:

@@ -173,7 +173,7 @@ class ServeConfig:
     storage_commitment: bool = False
     model: str = ""
     vae: str = "tiny"
-    device: str = "cpu"
+    device: str = "auto"
 
 
 def read_config(path: Path) -> ServeConfig:
