@@ -124,7 +124,15 @@ def resampled(name: str, thick: NDArray[np.int16]) -> dict[str, Any]:
         origin = (0.0, 0.0, -(SPACING_MM - SPACING_MM / FACTOR) / 2)
         start = time.perf_counter()
         sitk.Resample(
-            image, size, sitk.Transform(), sitk.sitkBSpline, origin, spacing, image.GetDirection(), -1024, sitk.sitkInt16
+            image,
+            size,
+            sitk.Transform(),
+            sitk.sitkBSpline,
+            origin,
+            spacing,
+            image.GetDirection(),
+            -1024,
+            sitk.sitkInt16,
         )
         return {"seconds": round(time.perf_counter() - start, 2)}
     from scipy.interpolate import CubicSpline

@@ -18,7 +18,11 @@ def body(count: int = 8, size: int = 32) -> NDArray[np.int16]:
 
 
 def nifti(
-    path: Path, hu: NDArray[np.generic] | None = None, affine: NDArray[np.float64] = RAS, code: int = 1, unit: str = "mm"
+    path: Path,
+    hu: NDArray[np.generic] | None = None,
+    affine: NDArray[np.float64] = RAS,
+    code: int = 1,
+    unit: str = "mm",
 ) -> Path:
     """Write a file and return its path."""
     import nibabel

@@ -17,7 +17,13 @@ from tests.support.nifti_files import nifti
 def test_one_line_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert app(["interpolate", str(nifti(tmp_path / "a.nii.gz")), str(tmp_path / "out")], standalone_mode=False) == 0
     text = capsys.readouterr().out
-    for wanted in ("8 slices -> 40 at 1 mm", "model default", "slice profile assumed: box 5 mm", "RMS against", "open "):
+    for wanted in (
+        "8 slices -> 40 at 1 mm",
+        "model default",
+        "slice profile assumed: box 5 mm",
+        "RMS against",
+        "open ",
+    ):
         assert wanted in text
     assert "warning: NIfTI states no slice thickness" in text
 

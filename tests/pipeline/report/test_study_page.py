@@ -12,7 +12,13 @@ from pipeline.volume import Geometry, Volume
 from tests.support.browser import chromium, grave_violations, opened
 from tests.support.dicom_files import anatomy
 
-FIGURES = {"rms_before_hu": 9.0, "rms_after_hu": 4.0, "noise_hu": 4.2, "profile": "box 5 mm", "refiner_sha256": "ab" * 32}
+FIGURES = {
+    "rms_before_hu": 9.0,
+    "rms_after_hu": 4.0,
+    "noise_hu": 4.2,
+    "profile": "box 5 mm",
+    "refiner_sha256": "ab" * 32,
+}
 
 
 @pytest.fixture

@@ -18,7 +18,14 @@ from pipeline.forward_model import SliceProfile, slice_operator
 from pipeline.phantom import write_dataset
 from pipeline.reading import read_nifti
 from pipeline.refiner import load_pretrained
-from pipeline.workflows import Interpolated, InterpolateJob, JobProgress, interpolate_study, read_thick, run_interpolation
+from pipeline.workflows import (
+    Interpolated,
+    InterpolateJob,
+    JobProgress,
+    interpolate_study,
+    read_thick,
+    run_interpolation,
+)
 from pipeline.writing import read_provenance
 from tests.support.nifti_files import RAS, body, nifti
 
@@ -60,9 +67,7 @@ def test_what_was_written_says_what_it_is(done: tuple[Interpolated, list[JobProg
     assert found.figures["certificate"]["said"]
 
 
-def test_thin_slices_average_to_the_thick_ones(
-    zipped: Path, done: tuple[Interpolated, list[JobProgress]]
-) -> None:
+def test_thin_slices_average_to_the_thick_ones(zipped: Path, done: tuple[Interpolated, list[JobProgress]]) -> None:
     found, _ = done
     _, thick = read_thick(str(zipped), 1.0)
     slices = [pydicom.dcmread(path) for path in sorted(found.folder.iterdir())]
@@ -106,9 +111,7 @@ def test_nifti_comes_back_as_nifti_where_it_lay(tmp_path: Path, suffix: str) -> 
     assert image.shape == (32, 32, 40)
     np.testing.assert_allclose(image.affine[:3, :3], affine[:3, :3] / (1, 1, 5), atol=1e-5)
     # The faces of the scanned range stay: a thick voxel's half before the first slice, a thin one's now.
-    np.testing.assert_allclose(
-        image.affine @ (0, 0, -0.5, 1), affine @ (0, 0, -0.5, 1), atol=1e-4
-    )
+    np.testing.assert_allclose(image.affine @ (0, 0, -0.5, 1), affine @ (0, 0, -0.5, 1), atol=1e-4)
     thin = read_nifti(found.folder / f"thin{suffix}").volume
     operator = slice_operator(SliceProfile("box", 5.0), 5.0 * np.arange(-7, 1), np.asarray(thin.geometry.z_mm))
     rms = np.sqrt(((operator.apply(thin.hu) - body().transpose(2, 1, 0)[::-1]) ** 2).mean())

@@ -39,7 +39,7 @@ def test_an_ordinary_series_raises_no_doubt() -> None:
         (thick(thickness=0.0), ("no slice thickness", "--fwhm-mm")),
         (replace(thick(), flags=("gantry-tilt",)), ("tilted",)),
         (replace(thick(8.0), flags=("gaps-between-slices",)), ("gaps",)),
-        (replace(thick(), hu=np.where(thick().hu < -500, 40, thick().hu).astype(np.int16) - 400), ("cropped",)),
+        (replace(thick(), hu=np.where(thick().hu < -500, 40, thick().hu).astype(np.int16)), ("cropped",)),
     ],
 )
 def test_what_lies_outside_is_named_with_what_to_do(volume: Volume, words: tuple[str, ...]) -> None:
