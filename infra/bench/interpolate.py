@@ -1,4 +1,4 @@
-"""One study by the shipped models, as `ctpipe interpolate` does it: stages, seconds and memory; cubic resampling beside.
+"""One study by the shipped models, as `ctpipe interpolate` does it: stages, seconds, memory; cubic resampling beside.
 
     python infra/bench/interpolate.py [--quick] [--models default,fast] [--device auto]
 
@@ -116,23 +116,23 @@ def resampled(name: str, thick: NDArray[np.int16]) -> dict[str, Any]:
     """A peer's cubic resampling along z to the thin positions, in memory."""
     count = FACTOR * len(thick)
     if name.startswith("SimpleITK"):
-        import SimpleITK as sitk
+        import SimpleITK
 
-        image = sitk.GetImageFromArray(thick)
+        image = SimpleITK.GetImageFromArray(thick)
         image.SetSpacing((PIXEL_MM, PIXEL_MM, SPACING_MM))
         size, spacing = (*thick.shape[:0:-1], count), (PIXEL_MM, PIXEL_MM, SPACING_MM / FACTOR)
         origin = (0.0, 0.0, -(SPACING_MM - SPACING_MM / FACTOR) / 2)
         start = time.perf_counter()
-        sitk.Resample(
+        SimpleITK.Resample(
             image,
             size,
-            sitk.Transform(),
-            sitk.sitkBSpline,
+            SimpleITK.Transform(),
+            SimpleITK.sitkBSpline,
             origin,
             spacing,
             image.GetDirection(),
             -1024,
-            sitk.sitkInt16,
+            SimpleITK.sitkInt16,
         )
         return {"seconds": round(time.perf_counter() - start, 2)}
     from scipy.interpolate import CubicSpline
