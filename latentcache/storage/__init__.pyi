@@ -2,6 +2,7 @@ from .atomic import (
     atomic_folder as atomic_folder,
     refuse_existing as refuse_existing,
     sync_file as sync_file,
+    sync_folder as sync_folder,
     write_text as write_text,
     written_aside as written_aside,
 )
