@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from latentcache.checks import check_key, check_latent, load_encoding
-from latentcache.errors import InputError, StoreError, StoreExistsError, missing_extra
+from latentcache.errors import InputError, StoreError, StoreExistsError
 from latentcache.moments import ROW, Moments, moments_of
 from latentcache.records import (
     FORMAT_VERSION,
@@ -148,17 +148,6 @@ def open_on_worker(url: str, fingerprint: str) -> LatentStore:
             remedy=f"The worker's has {store.secret_fingerprint}: mount the same volume on every node.",
         )
     return store
-
-
-def _zarr_view() -> Any:
-    """The module that needs zarr, imported where it is first asked for."""
-    try:
-        from latentcache import zarr_view
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "zarr":
-            raise
-        raise missing_extra("zarr", "zarr", "latents as Zarr arrays, export and import") from error
-    return zarr_view
 
 
 def training_moments(store: LatentStore, encode_key: str) -> Moments:
@@ -439,7 +428,9 @@ class LatentStore:
         Raises:
             InputError: zarr is not installed.
         """
-        return _zarr_view().open_array(self.location, record)
+        from latentcache.zarr_view import open_array
+
+        return open_array(self.location, record)
 
     def zarr_group(self, encode_key: str, role: LatentRole = "thin", split: Split | None = None) -> zarr.Group:
         """A split's latents (all of them by default) as one read-only Zarr group, an array for each key.
@@ -447,7 +438,9 @@ class LatentStore:
         Raises:
             InputError: zarr is not installed.
         """
-        return _zarr_view().open_group(self.location, self.select(encode_key, role, split))
+        from latentcache.zarr_view import open_group
+
+        return open_group(self.location, self.select(encode_key, role, split))
 
     def whitening(self, encode_key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and population std per channel over the training split's thin latents, merged from the rows.

@@ -13,21 +13,19 @@ from typing import Any, cast
 
 import google_crc32c
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import (
-    ByteRequest,
-    OffsetByteRequest,
-    RangeByteRequest,
-    Store,
-    SuffixByteRequest,
-)
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 
-from latentcache.errors import CorruptLatentError, InputError
+from latentcache.errors import CorruptLatentError, InputError, missing_extra
 from latentcache.records import LatentRecord
 from latentcache.shard import CRC_BYTES, METADATA, SHARD, Layout
 from latentcache.storage import Location
+
+try:
+    import zarr
+    from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+except ModuleNotFoundError as error:
+    raise missing_extra("zarr", "zarr", "latents as Zarr arrays, export and import") from error
 
 
 def open_array(location: Location, record: LatentRecord) -> zarr.Array[Any]:

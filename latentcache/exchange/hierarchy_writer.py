@@ -126,10 +126,7 @@ def codec_arguments(codec: str) -> dict[str, Any]:
 
 def require_zarr() -> None:
     """Raise InputError, with the extra's name, where zarr is not installed."""
-    try:
-        import zarr  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise missing_extra("zarr", "zarr", "latents as Zarr arrays, export and import") from error
+    import latentcache.zarr_view  # noqa: F401
 
 
 def require_pcodec() -> None:
