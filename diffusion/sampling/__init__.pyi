@@ -1,5 +1,6 @@
 from .depth_windows import DepthWindows as DepthWindows
 from .interpolator import Interpolator as Interpolator
+from .monai_bundle import BundleFacts as BundleFacts, export_bundle as export_bundle
 from .plan import (
     SampleSettings as SampleSettings,
     SampleTask as SampleTask,
