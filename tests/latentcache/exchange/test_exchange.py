@@ -143,7 +143,9 @@ def test_damage_on_the_way_is_found_before_it_is_committed(store: LatentStore, t
     else:
         text = (out / "zarr.json").read_text()
         (out / "zarr.json").write_text(text.replace('"z0_mm": 1.5', '"z0_mm": null'))
-    with pytest.raises(InputError, match="without its position" if damage == "position" else f"{key(0)} thin: (values|cannot)"):
+    with pytest.raises(
+        InputError, match="without its position" if damage == "position" else f"{key(0)} thin: (values|cannot)"
+    ):
         import_zarr(out, tmp_path / "back")
     assert LatentStore.open(tmp_path / "back").records() == []
 
