@@ -5,9 +5,9 @@
     OUT/models/model.pt           the averaged weights, a plain state dict
     OUT/docs/README.md            what goes in and what comes out
 
-MONAI Bundle Specification: https://docs.monai.io/en/stable/mb_specification.html. The configuration names functions of
-ctpipe, which must be installed where the bundle runs. The VAE is not in it: its weights have a licence of their own, and
-the encode key says which it was.
+MONAI Bundle Specification: https://docs.monai.io/en/stable/mb_specification.html. The configuration names functions
+of ctpipe, which must be installed where the bundle runs. The VAE is not in it: its weights have a licence of their own,
+and the encode key says which it was.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _metadata(card: RunCard, interpolator: Interpolator, facts: BundleFacts, mon
         "numpy_version": metadata.version("numpy"),
         "required_packages_version": {"ctpipe": metadata.version("ctpipe")},
         "task": "Thin-slice CT from thick-slice CT, in the latent space of a frozen VAE",
-        "description": f"A latent diffusion model ({card.preset}, objective {card.objective['name']}) that predicts a thin "
-        "series' latents from those of the thick series",
+        "description": f"A latent diffusion model ({card.preset}, objective {card.objective['name']}) that predicts "
+        "the latents of a thin series from those of the thick one",
         "authors": facts.authors,
         "copyright": facts.copyright,
         "data_type": "latents",
@@ -174,8 +174,8 @@ A U-Net of `ctpipe` and its sampler. Install what runs it: `pip install 'ctpipe[
         --condition_file condition.npy --output_file thin.npy
 
 - In: `condition.npy`, raw latents (4, depth, height, width) of the thick series on the thin grid (alignment
-  `{card.alignment}`), encode key `{card.encode_key}`: window {encoding.window_center:g}/{encoding.window_width:g}, VAE with
-  SHA-256 `{encoding.vae_sha256}`. `LatentStore.read` and `LatentStore.zarr_array` give such latents.
+  `{card.alignment}`), encode key `{card.encode_key}`: window {encoding.window_center:g}/{encoding.window_width:g},
+  VAE with SHA-256 `{encoding.vae_sha256}`. `LatentStore.read` and `LatentStore.zarr_array` give such latents.
 - Out: `thin.npy`, raw latents of the thin series, for the decoder of the same VAE.
 - Whitening, padding and windows along depth are inside. Options: `sampler`, `num_inference_steps`, `seed`, `samples`.
 - Weights: `models/model.pt`, a state dict; of the checkpoint with SHA-256 `{interpolator.checkpoint_sha256}`.
