@@ -9,11 +9,11 @@ WORKERS ?= 2
 	$(PYTHON) -c 'import sys; sys.exit("ctpipe needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Run make PYTHON=python3.12") if not (3, 11) <= sys.version_info < (3, 14) else None'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
 	touch $@
 
 .venv/.dev: .venv/.run
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ray,pacs,nifti]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,all,bench]'
 	touch $@
 
 demo: .venv/.run

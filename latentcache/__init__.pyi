@@ -5,6 +5,7 @@ from .errors import (
     NonFiniteError as NonFiniteError,
     StoreError as StoreError,
     StoreExistsError as StoreExistsError,
+    missing_extra as missing_extra,
     no_ray_cluster as no_ray_cluster,
 )
 from .host_memory import free_host_bytes as free_host_bytes

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentcache.errors import InputError
-from latentcache.records import PAIR_ROLES, LatentRecord, LatentRole, Split
+from latentcache.errors import InputError, missing_extra
+from latentcache.records import LatentRole, Split
 from latentcache.store import LatentStore
 
 if TYPE_CHECKING:
@@ -33,40 +33,27 @@ def to_dask(store: LatentStore, encode_key: str, role: LatentRole = "thin", spli
     Raises:
         InputError: None is there, or their in-plane sizes differ.
     """
-    import dask.array as da
-    from dask.base import tokenize
-    from dask.highlevelgraph import HighLevelGraph
+    try:
+        import dask.array as da
+    except ModuleNotFoundError as error:
+        raise missing_extra("dask", "dask", "a lazy array over a split") from error
 
-    rows = sorted(store.records(encode_key, role), key=lambda r: r.key)
-    if split is not None:
-        wanted = _keys_of_split(store, role, split)
-        rows = [r for r in rows if r.key in wanted]
-    planes = sorted({(r.shape[0], *r.shape[2:]) for r in rows})
+    group = store.zarr_group(encode_key, role, split)
+    keys = tuple(sorted(group.array_keys()))
+    arrays = [group[key] for key in keys]
+    planes = {(a.shape[0], *a.shape[2:]) for a in arrays}
     if len(planes) != 1:
         raise InputError(
-            f"{len(rows)} latents with {len(planes)} different in-plane shapes",
+            f"{len(arrays)} latents with {len(planes)} different in-plane shapes",
             expected="at least one latent, all of one shape but for the depth",
-            remedy="Choose another split or role, or view the latents one by one with store.read.",
+            remedy="Choose another split or role, or view the latents one by one with store.zarr_array.",
         )
-    depths = tuple(r.shape[1] for r in rows)
-    channels, height, width = planes[0]
-    name = f"latents-{tokenize(store.url, [r.path for r in rows])}"
-    graph = {(name, 0, i, 0, 0): (_read, store, row) for i, row in enumerate(rows)}
-    array = da.Array(
-        HighLevelGraph.from_collections(name, graph),
-        name,
-        chunks=((channels,), depths, (height,), (width,)),
-        dtype=np.float16,
-    )
+    # An attempt's path is of its own and never written again: as good a name as a hash over the bytes.
+    paths = {r.key: r.path for r in store.select(encode_key, role, split)}
+    parts = [
+        da.from_array(a, chunks=a.shape, name=f"latent-{store.url}-{paths[key]}")
+        for key, a in zip(keys, arrays, strict=True)
+    ]
+    depths = [a.shape[1] for a in arrays]
     starts = (0, *(int(n) for n in np.cumsum(depths)))
-    return LatentView(array, tuple(r.key for r in rows), starts)
-
-
-def _read(store: LatentStore, row: LatentRecord) -> Any:
-    return store.read(row)
-
-
-def _keys_of_split(store: LatentStore, role: LatentRole, split: Split) -> set[str]:
-    if role in PAIR_ROLES:
-        return {p.pair_key for p in store.pairs() if p.split == split}
-    return {s.series_key for s in store.series() if s.split == split}
+    return LatentView(da.concatenate(parts, axis=1), keys, starts)

@@ -46,6 +46,15 @@ class NonFiniteError(InputError):
     """A tensor holds NaN or infinity. Names the step, the series key and the tensor."""
 
 
+def missing_extra(package: str, extra: str, purpose: str) -> InputError:
+    """Return the error for a package that is not installed, with the extra of ctpipe that brings it."""
+    return InputError(
+        f"the package {package} is not installed",
+        expected=f"{package}, for {purpose}",
+        remedy=f"Install it: pip install 'ctpipe[{extra}]'.",
+    )
+
+
 def no_ray_cluster() -> InputError:
     """What training and every other stage say where nothing answers at a Ray address."""
     return InputError(

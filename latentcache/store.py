@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from latentcache.records import (
     LatentRole,
     PairRecord,
     SeriesRecord,
+    Split,
     valid_latents,
 )
 from latentcache.shard import Latent, read_latent, write_latent
@@ -43,6 +44,9 @@ from latentcache.tables import (
     snapshot_path,
 )
 from latentcache.writer import Writer
+
+if TYPE_CHECKING:
+    import zarr
 
 STORE = "store.json"
 
@@ -406,6 +410,39 @@ class LatentStore:
         """
         name = f"{record.key} {record.role}"
         return read_latent(self.location, record.path, record.shape, record.crc32c, depth, out, name=name)
+
+    def select(self, encode_key: str, role: LatentRole, split: Split | None = None) -> list[LatentRecord]:
+        """Committed latents of an encoding and role, optionally of one split, in order of key."""
+        rows = sorted(self.records(encode_key, role), key=lambda r: r.key)
+        if split is None:
+            return rows
+        table, name = (
+            (self.catalog_table(("series_key", "split")), "series_key")
+            if role in ("thin", "thick")
+            else (self.pairs_table(("pair_key", "split")), "pair_key")
+        )
+        wanted = set(table.filter(pc.equal(table["split"], split))[name].to_pylist())
+        return [row for row in rows if row.key in wanted]
+
+    def zarr_array(self, record: LatentRecord) -> zarr.Array[Any]:
+        """A latent as a plain, read-only Zarr array over the store's own file; position and keys are attributes.
+
+        Raises:
+            InputError: zarr is not installed.
+        """
+        from latentcache.zarr_view import open_array
+
+        return open_array(self.location, record)
+
+    def zarr_group(self, encode_key: str, role: LatentRole = "thin", split: Split | None = None) -> zarr.Group:
+        """A split's latents (all of them by default) as one read-only Zarr group, an array for each key.
+
+        Raises:
+            InputError: zarr is not installed.
+        """
+        from latentcache.zarr_view import open_group
+
+        return open_group(self.location, self.select(encode_key, role, split))
 
     def whitening(self, encode_key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and population std per channel over the training split's thin latents, merged from the rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import warnings
@@ -12,6 +13,7 @@ from typing import IO, Any
 
 from latentcache.storage import fresh_draft
 
+log = logging.getLogger("ctpipe.train")
 LOG = "log.jsonl"
 
 
@@ -28,12 +30,7 @@ class Journal:
         if self.path.exists():
             self._keep_until(step)
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        with warnings.catch_warnings():
-            # TensorBoard's import chain warns about its own dependencies, which no user can act on.
-            warnings.simplefilter("ignore")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(run_dir / "tb", purge_step=step + 1 if step else None)
+        self._board = _board(run_dir / "tb", step + 1 if step else None)
 
     def write(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
         """Record figures at a step; ``kind`` is train, validation, checkpoint or event. NaN becomes null."""
@@ -41,18 +38,34 @@ class Journal:
         self._file.write(json.dumps({"kind": kind, "step": step, **clean}, sort_keys=True, default=str) + "\n")
         self._file.flush()
         for name, value in clean.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if self._board is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     def _keep_until(self, step: int) -> None:
         kept = [line for line in read_log(self.path) if line["step"] <= step]
         aside = fresh_draft(self.path.with_suffix(".aside"))
         aside.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in kept), encoding="utf-8")
         os.replace(aside, self.path)
+
+
+def _board(folder: Path, purge_step: int | None) -> Any:
+    """A TensorBoard writer, or None where TensorBoard is not installed: the journal itself is whole without it."""
+    with warnings.catch_warnings():
+        # TensorBoard's import chain warns about its own dependencies, which no user can act on.
+        warnings.simplefilter("ignore")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "tensorboard":
+                raise
+            log.info("no curves for TensorBoard: pip install 'ctpipe[tensorboard]'; %s has the same figures", LOG)
+            return None
+        return SummaryWriter(folder, purge_step=purge_step)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

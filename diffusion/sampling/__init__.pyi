@@ -1,4 +1,5 @@
 from .interpolator import Interpolator as Interpolator
+from .monai_bundle import BundleFacts as BundleFacts, export_bundle as export_bundle
 from .plan import (
     SampleSettings as SampleSettings,
     SampleTask as SampleTask,

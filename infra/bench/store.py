@@ -120,14 +120,15 @@ def readers(root: Path, arrays: list[np.ndarray], rounds: int) -> dict[str, dict
 def codecs(array: np.ndarray) -> dict[str, dict[str, float]]:
     """Size against raw, and GB/s of decoding one inner-chunk-sized block after another."""
     from numcodecs import Blosc
-    from numcodecs.pcodec import PCodec
 
     blocks = [np.ascontiguousarray(array[c, z : z + 4]) for c in range(4) for z in range(0, SHAPE[1], 4)]
     candidates: dict[str, Any] = {
         "blosc-lz4-bitshuffle": Blosc("lz4", 5, Blosc.BITSHUFFLE),
         "blosc-zstd3-bitshuffle": Blosc("zstd", 3, Blosc.BITSHUFFLE),
     }
-    if importlib.util.find_spec("pcodec"):
+    if importlib.util.find_spec("pcodec"):  # the extra `bench` brings it
+        from numcodecs.pcodec import PCodec
+
         candidates["pcodec"] = PCodec()
     out = np.empty_like(blocks[0])
     result = {"raw (memcpy)": {"ratio": 1.0, "decode_gb_s": _rate(lambda: [np.copyto(out, b) for b in blocks], array)}}

@@ -13,13 +13,17 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-import obstore
 from numpy.typing import NDArray
-from obstore import exceptions
-from obstore.store import S3Store
 
-from latentcache import InputError, StoreError
+from latentcache import InputError, StoreError, missing_extra
 from latentcache.storage.base import Buffer, Entry
+
+try:
+    import obstore
+    from obstore import exceptions
+    from obstore.store import S3Store
+except ModuleNotFoundError as error:
+    raise missing_extra("obstore", "s3", "stores on s3://") from error
 
 log = logging.getLogger("ctpipe.s3")
 READ_ATTEMPTS = 5

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from latentcache import missing_extra
 from pipeline.archive.zip_directory import StorageError
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
@@ -15,10 +16,22 @@ READ_ATTEMPTS = 5
 _T = TypeVar("_T")
 
 
+def _obstore() -> Any:
+    """The package, imported where it is first needed.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        import obstore
+    except ModuleNotFoundError as error:
+        raise missing_extra("obstore", "s3", "archives behind a URL") from error
+    return obstore
+
+
 def _client(prefix: str) -> Any:
     """An obstore store; unencrypted HTTP only where the URL or the endpoint asks for it in so many words."""
-    import obstore
-
+    obstore = _obstore()
     plain = [prefix, *(os.environ.get(name, "") for name in _ENDPOINTS)]
     options: dict[str, Any] = {"timeout": timedelta(seconds=60)}
     if any(text.startswith("http://") for text in plain):
@@ -42,9 +55,7 @@ class ObjectFile:
     """
 
     def __init__(self, url: str, store: Any = None, path: str = "") -> None:
-        import obstore
-
-        self._obstore = obstore
+        self._obstore = obstore = _obstore()
         self._failures = (obstore.exceptions.BaseError, OSError)
         try:
             if store is None:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from latentcache import InputError
+from latentcache import InputError, missing_extra
 from pipeline.engines.contract import EngineOptions, Outcome, Stage, attempt, chain, check_nodes, node_facts
 from pipeline.engines.job_log import active, start
 
@@ -50,7 +50,10 @@ def cluster_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
     Raises:
         InputError: The scheduler cannot be reached, has no workers, or a node runs another version.
     """
-    from distributed import Client, Future, KilledWorker, as_completed
+    try:
+        from distributed import Client, Future, KilledWorker, as_completed
+    except ModuleNotFoundError as error:
+        raise missing_extra("distributed", "dask", "--dask-scheduler") from error
 
     try:
         client = Client(options.scheduler, set_as_default=False, timeout="20s")

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+from latentcache import missing_extra
 from pipeline.engines.contract import EngineOptions, Outcome, P, R, S, Stage, T, attempt, chain
 
 
@@ -22,7 +23,10 @@ def _embedded_dask(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
     ``devices * (1 + prefetch)`` prepared items exist. The graph is one task a thread, which takes items until there are
     no more: nothing grows with their number, and no thread waits for the slowest of a window.
     """
-    from dask.threaded import get
+    try:
+        from dask.threaded import get
+    except ModuleNotFoundError as error:
+        raise missing_extra("dask", "dask", "--engine dask; --engine inline needs nothing") from error
 
     states: queue.SimpleQueue[S] = queue.SimpleQueue()
     for device in options.devices:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latentcache import InputError, SeriesRecord
+from latentcache import InputError, SeriesRecord, missing_extra
 from pipeline.metrics import TISSUE_CLASSES_HU, bias_by_tissue, mean_absolute_error, psnr, ssim
 from pipeline.volume import NAMED_WINDOWS, Window
 
@@ -151,8 +151,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(scores: Sequence[Score], path: Path) -> None:
     """PSNR of every series and mean bias of every tissue, by window, as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise missing_extra("matplotlib", "report", "the picture of vae-check") from error
 
     rows = summarise(scores)
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -8,8 +8,14 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+
+from latentcache import missing_extra
+
+try:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    raise missing_extra("matplotlib", "report", "the report's pictures") from error
 
 INK, ACCENT, QUIET = "#1f2933", "#0b6e99", "#9aa5b1"
 MOST_POINTS = 400

@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from latentcache import missing_extra
 from pipeline.evaluation import CODE_KNOTS, CODE_KNOTS_HU, SPREAD_STEP_HU, CaseView, label, view_stride
+
+try:
+    from PIL import Image
+except ModuleNotFoundError as error:
+    raise missing_extra("pillow", "report", "the report's pictures") from error
 
 
 def encode_view(view: CaseView, quality: int | None = 86) -> dict[str, Any]:

@@ -6,22 +6,14 @@ Exact is the default and leaves no trace in the encode key. Windows change every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from latentcache import InputError
-
-
-def window_starts(length: int, window: int, step: int) -> list[int]:
-    """Starts of windows that cover ``length`` and stay inside it; the last one is moved back to end at the end."""
-    if length <= window:
-        return [0]
-    return [*range(0, length - window, step), length - window]
+from latentcache import InputError, missing_extra
 
 
 def blend(window: int, border: int) -> Tensor:
@@ -35,36 +27,37 @@ def sliding(
 ) -> Tensor:
     """Apply ``run``, a map of (1, C, d, h, w) to a grid ``scale`` times as fine, window by window, and blend.
 
+    MONAI's `SlidingWindowInferer` walks over the grid of the result, so that the weights are those of its samples and
+    not of a coarser grid repeated; each window's input is looked up by its coordinates.
+
     Args:
         window_zyx: Window in input samples; window times scale must be whole.
         overlap: Share of the window that neighbours share, 0 to below 1.
 
     Raises:
-        InputError: An overlap outside [0, 1).
+        InputError: An overlap outside [0, 1), or MONAI is not installed.
     """
     if not 0 <= overlap < 1:
         raise InputError(f"overlap {overlap}", expected="0 to below 1", remedy="0.4 is usual.")
+    try:
+        from monai.inferers import SlidingWindowInferer
+    except ModuleNotFoundError as error:
+        raise missing_extra("monai", "monai", "--tiling sliding and latents encoded with it") from error
+
     size = tuple(x_CDHW.shape[1:])
     x = reflect_to(x_CDHW, window_zyx)
-    padded = tuple(x.shape[1:])
-    total: Tensor | None = None
-    weight = torch.zeros([round(n * scale) for n in padded])
-    axes = [torch.ones(0)] * 3
-    for axis, w in enumerate(window_zyx):
-        axes[axis] = blend(round(w * scale), round(w * scale * overlap))
-    mask = axes[0][:, None, None] * axes[1][:, None] * axes[2]
-    for z, y, x0 in _corners(padded, window_zyx, overlap, scale):
-        part = x[:, z : z + window_zyx[0], y : y + window_zyx[1], x0 : x0 + window_zyx[2]]
-        out = run(part.unsqueeze(0))[0]
-        if total is None:
-            total = torch.zeros([len(out), *weight.shape])
-        place = tuple(
-            slice(round(o * scale), round(o * scale) + n) for o, n in zip((z, y, x0), out.shape[1:], strict=True)
-        )
-        total[(slice(None), *place)] += out * mask
-        weight[place] += mask
-    assert total is not None
-    total /= weight
+    windows = tuple(round(n * scale) for n in window_zyx)
+    grid = torch.zeros(1).expand(1, 1, *(round(n * scale) for n in x.shape[1:]))  # coordinates only: takes no memory
+
+    def at(_: Tensor, corners: list[list[slice]]) -> Tensor:
+        starts = [round(c.start / scale) for c in corners[0][2:]]
+        part = x[(slice(None), *(slice(o, o + n) for o, n in zip(starts, window_zyx, strict=True)))]
+        # MONAI weighs what it is given in place, and an inferred window may be a view of the input.
+        return run(part.unsqueeze(0)).clone()
+
+    inferer = SlidingWindowInferer(windows, 1, overlap=_overlaps(window_zyx, overlap, scale), with_coord=True)
+    inferer.roi_weight_map = _weights(windows, overlap)
+    total: Tensor = inferer(grid, at)[0]
     return total[:, : round(size[0] * scale), : round(size[1] * scale), : round(size[2] * scale)]
 
 
@@ -79,16 +72,21 @@ def reflect_to(x_CDHW: Tensor, least_zyx: tuple[int, int, int]) -> Tensor:
     return x
 
 
-def _corners(
-    size: tuple[int, ...], window: tuple[int, int, int], overlap: float, scale: float
-) -> Iterator[tuple[int, ...]]:
-    # Starts stay on the coarser grid, so that a window's output falls on whole samples.
-    grid = round(1 / scale) if scale < 1 else 1
-    starts = []
-    for length, w in zip(size, window, strict=True):
-        step = max(grid, int(w * (1 - overlap)) // grid * grid)
-        starts.append(window_starts(length, w, step))
-    return product(*starts)
+def _overlaps(window_zyx: tuple[int, int, int], overlap: float, scale: float) -> tuple[float, ...]:
+    """Overlaps from which MONAI's ``int(window * (1 - overlap))`` gives steps on whole samples of both grids."""
+    coarse = round(1 / scale) if scale < 1 else 1
+    shares = []
+    for n in window_zyx:
+        step = round(max(coarse, int(n * (1 - overlap)) // coarse * coarse) * scale)
+        shares.append(max(0.0, 1 - (step + 0.5) / round(n * scale)))
+    return tuple(shares)
+
+
+def _weights(windows: tuple[int, ...], overlap: float) -> Tensor:
+    """Trapezoids of the three axes multiplied, the smallest 1: MONAI would raise any below 0.001."""
+    z, y, x = (blend(n, round(n * overlap)) for n in windows)
+    weights = z[:, None, None] * y[:, None] * x
+    return weights / weights.min()
 
 
 @dataclass(frozen=True)
