@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-gpu lint real clean
+.PHONY: demo test test-all test-gpu lint docs real clean
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("ctpipe needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Run make PYTHON=python3.12") if not (3, 11) <= sys.version_info < (3, 14) else None'
@@ -37,6 +37,10 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, without a network; a broken link, a name that is gone or a docstring that contradicts its code fails it.
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file infra/mkdocs.yml
 
 clean:
 	rm -rf .venv demo-out dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

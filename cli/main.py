@@ -7,13 +7,12 @@ import logging
 import os
 import pkgutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 
 import cli.commands
-from cli.output import Exit, stderr
+from cli.output import Exit, package_version, stderr
 from latentcache import CtpipeError
 from pipeline.engines import job_log
 
@@ -42,14 +41,6 @@ def show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"ctpipe {package_version()}")
         raise typer.Exit
-
-
-def package_version() -> str:
-    """Return the version of the installed package, ``unknown`` when run from a bare tree."""
-    try:
-        return version("ctpipe")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @app.callback()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,6 +34,14 @@ class Exit(IntEnum):
     FAILED = 1
     USAGE = 2
     QUARANTINED = 3
+
+
+def package_version() -> str:
+    """Return the version of the installed package, ``unknown`` when run from a bare tree."""
+    try:
+        return version("ctpipe")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def progress_wanted() -> bool:

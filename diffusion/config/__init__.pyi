@@ -1,4 +1,9 @@
-from .load import check as check, check_precision as check_precision, load_config as load_config
+from .load import (
+    PRESETS as PRESETS,
+    check as check,
+    check_precision as check_precision,
+    load_config as load_config,
+)
 from .schema import (
     BudgetConfig as BudgetConfig,
     DataConfig as DataConfig,

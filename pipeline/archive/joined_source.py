@@ -8,11 +8,11 @@ from dataclasses import replace
 from itertools import accumulate
 
 from latentcache import InputError
-from pipeline.archive.source import Scratch, Source
+from pipeline.archive.source import ClosedAfterUse, Scratch, Source
 from pipeline.archive.zip_directory import Member
 
 
-class JoinedSource:
+class JoinedSource(ClosedAfterUse):
     """Members of several sources, numbered through. Satisfies :class:`pipeline.archive.source.Source`."""
 
     def __init__(self, sources: Sequence[Source]) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -108,6 +109,23 @@ class Source(Protocol):
 
     def close(self) -> None: ...
 
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class ClosedAfterUse(ABC):
+    """``with open_archive(...) as source``: the source is closed at the end of the block."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class LocalFile:
     """A file read by position (pread): safe for threads, and for network shares whose files vanish."""
@@ -141,7 +159,7 @@ class LocalFile:
             self._descriptor = -1
 
 
-class _MemberTable:
+class _MemberTable(ClosedAfterUse):
     """Members by index, and the digest over all of them."""
 
     def __init__(self, members: list[Member]) -> None:

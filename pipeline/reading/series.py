@@ -67,6 +67,11 @@ class ScannedSeries:
     instances: tuple[Instance, ...] = field(default=(), repr=False, compare=False)
     """Parsed headers, kept only on request, so that pixels can be read without parsing them again."""
 
+    @property
+    def pointer(self) -> SeriesPointer:
+        """Where the slices are, as `read_series` takes it."""
+        return pointer_of(self)
+
 
 @dataclass(frozen=True)
 class ScanResult:

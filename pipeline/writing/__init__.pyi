@@ -3,7 +3,7 @@ from .dataset import IMPLEMENTATION_UID as IMPLEMENTATION_UID, implementation_ve
 from .enhanced_ct import check_enhanced as check_enhanced, write_enhanced_ct as write_enhanced_ct
 from .nifti import write_nifti as write_nifti
 from .parametric_map import write_parametric_map as write_parametric_map
-from .pixel_data import transfer_syntax_uid as transfer_syntax_uid
+from .pixel_data import TRANSFER_SYNTAXES as TRANSFER_SYNTAXES, transfer_syntax_uid as transfer_syntax_uid
 from .provenance import (
     ALGORITHM as ALGORITHM,
     PRIVATE_CREATOR as PRIVATE_CREATOR,

@@ -31,7 +31,7 @@ INFRA = Path(__file__).resolve().parents[2] / "infra"
 BASE = INFRA / "k8s" / "base"
 OVERLAYS = ("a100", "s3")
 KUBERNETES = "1.31"
-RUNBOOK = (INFRA / "RUNBOOK.md").read_text()
+RUNBOOK = (INFRA / "docs" / "runbook.md").read_text()
 
 # What KubeRay's own definitions (CRDs) allow; infra/k8s/schemas/kuberay-v1.json says what was left out of them.
 KUBERAY = json.loads((INFRA / "k8s" / "schemas" / "kuberay-v1.json").read_text())
@@ -344,8 +344,7 @@ def test_dashboard_shows_what_the_engine_is_called() -> None:
 
 
 def test_the_runbook_names_what_exists() -> None:
-    text = (INFRA / "RUNBOOK.md").read_text()
-    for path in re.findall(r"`(infra/[\w./-]+)`", text):
+    for path in re.findall(r"`(infra/[\w./-]+)`", RUNBOOK):
         assert (INFRA.parent / path).exists(), path
 
 
