@@ -106,7 +106,7 @@ def draw(drawing: SampleWorker, prepared: PreparedSample) -> LatentRecord:
     """Sample one pair's thin latent and stage it (the stage's device part)."""
     grid = prepared.task.grid
     assert grid is not None
-    latent = drawing.model.generate(prepared.condition, **asdict(drawing.settings))
+    latent = drawing.model.generate_latent(prepared.condition, **asdict(drawing.settings))
     return drawing.out.stage(
         latent.astype(np.float16),
         encode_key=drawing.model.encode_key,

@@ -126,7 +126,7 @@ class SelfTest:
         _require(out.shape == batch["thin"].shape, f"an output of shape {tuple(out.shape)}", "the latents' own shape")
         raw = batch["condition"][0].cpu()
         model = Interpolator.from_parts(unet, build_objective("bridge"), [0.0] * 4, [1.0] * 4)
-        same = torch.allclose(torch.as_tensor(model.generate(raw)), raw, atol=1e-5)
+        same = torch.allclose(torch.as_tensor(model.generate_latent(raw)), raw, atol=1e-5)
         _require(same, "an untrained bridge that changes its condition", "the condition itself")
         return f"{seconds:.2f} s for {tuple(batch['thin'].shape)}; an untrained bridge returns its condition"
 

@@ -208,7 +208,7 @@ def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, 
     condition = condition_latent(thick, thin.geometry, window, vae, model.alignment)
     given, decoded = (
         window.from_unit(np.asarray(vae.decode(torch.from_numpy(z), thin.geometry.shape_zyx)))
-        for z in (condition, model.generate(condition))
+        for z in (condition, model.generate_latent(condition))
     )
     plain = ComposeSettings(consistency=False)
     guess, _ = compose(decoded, window, plain.measured(thick, thin.geometry), plain, condition_hu=given)

@@ -93,7 +93,7 @@ def _volume_model(
     def generate(thick: Any, thin: Any) -> Any:
         padding = encoding.pad_multiple_zyx
         condition = condition_latent(thick, thin, window, codec, model.alignment, padding)
-        latent = model.generate(condition, **choice)
+        latent = model.generate_latent(condition, **choice)
         seen = condition
         if model.alignment != "pixel" and composing.detail == "residual":
             seen = condition_latent(thick, thin, window, codec, "pixel", padding)

@@ -49,7 +49,7 @@ class Sampling:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of ``Interpolator.generate``."""
+        """The keyword arguments of ``Interpolator.generate_latent``."""
         return {"sampler": self.sampler, "num_inference_steps": self.steps, "seed": self.seed}
 
 
@@ -265,7 +265,7 @@ def estimate_seconds(
         work()
         return time.perf_counter() - begin
 
-    one_step = timed(lambda: model.generate(piece, **{**options, "num_inference_steps": 1}))
+    one_step = timed(lambda: model.generate_latent(piece, **{**options, "num_inference_steps": 1}))
     one_decode = timed(lambda: codec.decode(piece, (4 * depth, 4 * side, 4 * side)))
     times_larger = float(np.prod(shape_zyx)) / (64.0 * depth * side * side)
     steps = options["num_inference_steps"] or model.objective.default_steps
@@ -317,11 +317,11 @@ def generate_series(
 
     def generate(condition: Latent) -> Iterator[Latent]:
         if not settings.write.samples_apart:
-            yield model.generate(condition, samples=samples, **options)
+            yield model.generate_latent(condition, samples=samples, **options)
             return
         for number in range(samples):
             say(f"generate {number + 1}/{samples}")
-            yield model.generate(condition, **{**options, "seed": options["seed"] + number})
+            yield model.generate_latent(condition, **{**options, "seed": options["seed"] + number})
 
     on_progress(JobProgress("interpolate", 0, 2 + samples, "encode"))
     return interpolate(study.volume, study.scanned, study.keys, codec, generate, settings, progress=say)

@@ -109,7 +109,7 @@ def image_side(
         from diffusion.sampling import condition_of
 
         return held_out.figures(
-            lambda pair: interpolator.generate(
+            lambda pair: interpolator.generate_latent(
                 condition_of(latents, interpolator, pair)[0],
                 sampler=config.validation.sampler,
                 num_inference_steps=config.validation.sampling_steps,
