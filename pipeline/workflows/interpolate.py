@@ -28,6 +28,7 @@ from pipeline.decode import (
 from pipeline.encode import PAD_MULTIPLE_ZYX
 from pipeline.forward_model import SliceProfile, slice_operator
 from pipeline.identity import Keys, PrivateStore, is_placeholder_id
+from pipeline.vae import own_decoder
 from pipeline.volume import Geometry, SeriesPointer, Volume, Window, resample_z, z_weights
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts
@@ -473,6 +474,7 @@ def interpolate(
         spacing_mm=round(target.spacing_mm_zyx[0], 6),
         encode_key=settings.encode_key,
         vae_sha256=vae.sha256,
+        decoder_sha256=own_decoder(vae),
         notes=notes,
     )
     return write_derived(series_key, volume, target, thick.header, identity, provenance, settings.write)

@@ -102,7 +102,8 @@ def test_windows_leave_no_seam_in_a_generated_latent(objective: str) -> None:
     assert at_edges.mean() == pytest.approx(elsewhere.mean(), rel=0.1)
     # Independent windows put side by side do leave one: the test can fail.
     cut = np.concatenate(
-        [model.generate_latent(condition[:, z : z + 8], num_inference_steps=4, seed=100 + z) for z in range(0, 40, 8)], axis=1
+        [model.generate_latent(condition[:, z : z + 8], num_inference_steps=4, seed=100 + z) for z in range(0, 40, 8)],
+        axis=1,
     )
     assert cut.shape == found.shape
 
