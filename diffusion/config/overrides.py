@@ -25,29 +25,62 @@ def known_keys(kind: Any, prefix: str = "") -> list[str]:
     return keys
 
 
+SYNONYMS = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "grad": "clip",
+    "gradient": "clip",
+    "amp": "precision",
+    "optimizer": "optimiser",
+    "channels": "width",
+    "lambda": "weight",
+    "vgg": "vgg19",
+    "ssim": "ms_ssim",
+    "scheduler": "schedule",
+    "workers": "readers",
+    "ema": "ema_std",
+    "depth": "window",
+}
+"""What others call the words of our keys."""
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known key that looks most like an unknown one, its last part counting again."""
+    """The known key that most likely was meant: by the words that its last part stands for, then by letters."""
+    meant = _words(key.rsplit(".", 1)[-1], SYNONYMS)
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
         tails = (key.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1])
-        return 3 * whole + difflib.SequenceMatcher(None, *tails).ratio()
+        letters = 3 * whole + difflib.SequenceMatcher(None, *tails).ratio()
+        offered = _words(tails[1], {})
+        # Letters alone find misspellings; `lr` has too few to be found by, so what it stands for weighs more.
+        known_word = bool(meant & offered) and meant != _words(tails[0], {})
+        return letters + (4 * len(meant & offered) / len(meant | offered) if known_word else 0)
 
     return max(known, key=likeness)
 
 
-def apply(config: C, values: Mapping[str, Any], where: str, prefix: str = "") -> C:
+def _words(name: str, synonyms: Mapping[str, str]) -> set[str]:
+    """The words of a key's last part, each replaced by what it stands for."""
+    return {ours for word in name.lower().replace("-", "_").split("_") for ours in synonyms.get(word, word).split("_")}
+
+
+def apply(config: C, values: Mapping[str, Any], where: str, prefix: str = "", known: Sequence[str] | None = None) -> C:
     """A copy of a config with the values of a nested mapping put in.
 
     Args:
         values: Sections as mappings, e.g. ``{"data": {"window": 16}}``.
         where: What the values came from, for the message.
+        known: Keys among which the nearest to an unknown one is looked for; by default those of ``config``.
 
     Raises:
         InputError: An unknown key, or a value of the wrong kind.
     """
     kind: Any = type(config)
     hints = typing.get_type_hints(kind)
+    known = known or [f"{prefix}{k}" for k in known_keys(kind)]
     changes: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -55,7 +88,7 @@ def apply(config: C, values: Mapping[str, Any], where: str, prefix: str = "") ->
             while isinstance(value, Mapping) and value:
                 inner, value = next(iter(value.items()))
                 key = f"{key}.{inner}"
-            raise unknown(key, [f"{prefix}{k}" for k in known_keys(kind)], where)
+            raise unknown(key, known, where)
         if is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise InputError(
@@ -63,7 +96,7 @@ def apply(config: C, values: Mapping[str, Any], where: str, prefix: str = "") ->
                     expected=f"a section with keys such as {key}.{fields(hints[name])[0].name}",
                     remedy=f"Name the key within it, for example {known_keys(hints[name], key + '.')[0]}.",
                 )
-            changes[name] = apply(getattr(config, name), value, where, f"{key}.")
+            changes[name] = apply(getattr(config, name), value, where, f"{key}.", known)
         else:
             changes[name] = convert(value, hints[name], key, where)
     return typing.cast(C, replace(typing.cast(Any, config), **changes))

@@ -1,7 +1,8 @@
-"""A trained model as one object: raw latents of the thick series in, raw latents of the thin series out.
+"""A trained model as one object: a thick volume in, a thin one out; or raw latents in, raw latents out.
 
-    m = Interpolator.load("RUN")
-    thin = m.generate(condition, sampler="ddim", num_inference_steps=50)
+    m = Interpolator.load("RUN", codec=load_vae("tiny"))
+    thin = m.generate(thick, sampler="ddim", num_inference_steps=50, target_depth=300)  # (300, H, W) in [-1, 1]
+    latent = m.generate_latent(condition, sampler="ddim", num_inference_steps=50)
 
 Shapes: C latent channels, D depth, H height, W width.
 """
@@ -34,7 +35,7 @@ Latent = NDArray[Any] | Tensor
 
 
 class VolumeCodec(Protocol):
-    """A VAE as :meth:`Interpolator.generate_volume` needs it; volumes are (D, H, W) in [-1, 1]."""
+    """A VAE as :meth:`Interpolator.generate` needs it; volumes are (D, H, W) in [-1, 1]."""
 
     def encode(self, unit_DHW: Tensor) -> Tensor: ...
 
@@ -51,6 +52,7 @@ class Interpolator:
         refiner_sha256: The refiner whose slices, encoded, are the condition; empty: interpolated ones, by alignment.
         checkpoint_sha256: SHA-256 of the weights' file; empty for a model that was not loaded from one.
         depth_window: Latent slices that the network sees at once, by default; None: the whole volume.
+        codec: The VAE of the latents, for :meth:`generate` on volumes; None until one is handed in.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Interpolator:
         self.in_plane_multiple = in_plane_multiple
         self.refiner_sha256 = refiner_sha256
         self.card = card
+        self.codec: VolumeCodec | None = None
 
     @classmethod
     def from_parts(
@@ -98,12 +101,17 @@ class Interpolator:
 
     @classmethod
     def load(
-        cls, run_dir: str | Path, device: str | torch.device = "cpu", which: Literal["best", "last"] = "best"
+        cls,
+        run_dir: str | Path,
+        device: str | torch.device = "cpu",
+        which: Literal["best", "last"] = "best",
+        codec: VolumeCodec | None = None,
     ) -> Interpolator:
         """Loads a run's averaged weights (``ema.safetensors``, else ``model.safetensors``) in evaluation mode.
 
         ``best`` falls back to ``last`` where the run has no best checkpoint yet. On the device ``meta`` nothing is
         loaded: what it says of the run (keys, alignment, objective) is there without the memory that weights take.
+        ``codec``: the VAE that the run's latents were encoded with, for :meth:`generate`.
 
         Raises:
             InputError: No run there, no checkpoint yet, damaged weights, or weights of another architecture.
@@ -117,7 +125,7 @@ class Interpolator:
         if not described:
             model.load_state_dict(_checked_weights(model, path, which))
         model = for_generation(model.eval().requires_grad_(False), torch.device(device))
-        return cls.from_parts(
+        loaded = cls.from_parts(
             model,
             card.build_objective(),
             card.whitening["mean"],
@@ -130,6 +138,8 @@ class Interpolator:
             refiner_sha256=card.refiner_sha256,
             card=card,
         )
+        loaded.codec = codec
+        return loaded
 
     @property
     def told(self) -> bool:
@@ -146,6 +156,70 @@ class Interpolator:
         return next(self.model.parameters()).device
 
     def generate(
+        self, thick: Latent, *, target_depth: int, codec: VolumeCodec | None = None, **options: Any
+    ) -> NDArray[np.float32]:
+        """Return a thin volume (target_depth, H, W), float32 in [-1, 1], from a thick one of the same extent.
+
+        For volumes whose slices fill one extent evenly. Real series go by their own positions: use
+        ``pipeline.interpolate_study``, or align them first and call :meth:`generate_latent`.
+
+        Args:
+            thick: (D, H, W) or (1, 1, D, H, W) in [-1, 1], under the window that the latents were encoded with.
+            target_depth: Slices wanted (not latent slices).
+            codec: The VAE that the run's latents were encoded with; by default the one given to :meth:`load`.
+            options: As in :meth:`generate_latent`: ``sampler``, ``num_inference_steps``, ``seed``, ``samples``, ...
+
+        Raises:
+            InputError: Another shape or range of values, no VAE, or not the one of the run's latents.
+            NonFiniteError: NaN or infinity in the volume or in a sampler step.
+        """
+        if self.refiner_sha256:
+            raise InputError(
+                "a plain volume for a model that starts from refined slices",
+                expected=f"slices of the refiner {self.refiner_sha256[:12]}, encoded",
+                remedy="Use `ctpipe interpolate` or ctpipe.interpolate_study, which refine first; or generate_latent.",
+            )
+        codec = self._codec_of_run(codec)
+        thick_DHW = _checked_volume(thick)
+        depth, height, width = thick_DHW.shape
+        z_thick, z_thin = same_extent(depth, _positive(target_depth, "target_depth"))
+        if self.alignment == "pixel":
+            condition = codec.encode(align_depth(thick_DHW[None], z_thick, z_thin)[0])
+        else:
+            latent = codec.encode(thick_DHW)
+            count = -(-target_depth // COMPRESSION)
+            z_from = [(COMPRESSION * j + 2) / depth for j in range(latent.shape[1])]
+            z_to = [(COMPRESSION * k + 2) / target_depth for k in range(count)]
+            condition = align_depth(latent, z_from, z_to)
+        if self.told and "thick" not in options:
+            # One extent: in units of a thin slice of 1 mm where nobody says otherwise.
+            spacing = target_depth / depth
+            options["thick"] = ThickSlices(spacing / 2 - 0.5, spacing, depth, spacing)
+            options["z_mm"] = COMPRESSION * np.arange(condition.shape[1]) + (COMPRESSION - 1) / 2
+        thin = torch.from_numpy(self.generate_latent(condition, **options))
+        return np.asarray(codec.decode(thin, (target_depth, height, width)).cpu(), dtype=np.float32)
+
+    def _codec_of_run(self, codec: VolumeCodec | None) -> VolumeCodec:
+        """The VAE handed in, if it is the one that the run's latents were encoded with."""
+        codec = codec or self.codec
+        wanted = "" if self.encoding is None else self.encoding.vae_sha256
+        if codec is None:
+            raise InputError(
+                "a volume and no VAE to encode it with",
+                expected="the VAE of the run's latents" + (f" (SHA-256 begins {wanted[:12]})" if wanted else ""),
+                remedy="Hand it in: Interpolator.load(RUN, codec=load_vae(PATH)), or generate(..., codec=...). "
+                "For latents, call generate_latent.",
+            )
+        found = str(getattr(codec, "sha256", wanted))
+        if wanted and found != wanted:
+            raise InputError(
+                f"a VAE whose SHA-256 begins {found[:12]}",
+                expected=f"the one that encoded the run's latents, {wanted[:12]}",
+                remedy="Load that VAE with load_vae(PATH).",
+            )
+        return codec
+
+    def generate_latent(
         self,
         condition: Latent,
         *,
@@ -196,40 +270,10 @@ class Interpolator:
         return (total / samples).astype(np.float32)
 
     def generate_samples(self, condition: Latent, samples: int, **options: Any) -> NDArray[np.float32]:
-        """``samples`` independent draws, (N, C, D, H, W) float32; ``options`` as in :meth:`generate`."""
+        """``samples`` independent draws, (N, C, D, H, W) float32; ``options`` as in :meth:`generate_latent`."""
         return np.stack(
             [self._one_sample(condition, sample=n, **options) for n in range(_positive(samples, "samples"))]
         )
-
-    def generate_volume(self, thick_DHW: Tensor, codec: VolumeCodec, *, target_depth: int, **options: Any) -> Tensor:
-        """A thin volume (target_depth, H, W) in [-1, 1] from a thick one of the same extent, through a VAE.
-
-        For volumes whose slices fill one extent evenly. Real series go by their own positions: align first (HU along
-        z, or :func:`diffusion.data.z_alignment.align_depth`) and call :meth:`generate`.
-        """
-        if self.refiner_sha256:
-            raise InputError(
-                "a plain volume for a model that starts from refined slices",
-                expected=f"slices of the refiner {self.refiner_sha256[:12]}, encoded",
-                remedy="Use `ctpipe interpolate` or ctpipe.interpolate_study, which refine first; or call generate.",
-            )
-        depth, height, width = thick_DHW.shape
-        z_thick, z_thin = same_extent(depth, target_depth)
-        if self.alignment == "pixel":
-            condition = codec.encode(align_depth(thick_DHW[None], z_thick, z_thin)[0])
-        else:
-            latent = codec.encode(thick_DHW)
-            count = -(-target_depth // COMPRESSION)
-            z_from = [(COMPRESSION * j + 2) / depth for j in range(latent.shape[1])]
-            z_to = [(COMPRESSION * k + 2) / target_depth for k in range(count)]
-            condition = align_depth(latent, z_from, z_to)
-        if self.told and "thick" not in options:
-            # One extent: in units of a thin slice of 1 mm where nobody says otherwise.
-            spacing = target_depth / depth
-            options["thick"] = ThickSlices(spacing / 2 - 0.5, spacing, depth, spacing)
-            options["z_mm"] = COMPRESSION * np.arange(condition.shape[1]) + (COMPRESSION - 1) / 2
-        thin = torch.from_numpy(self.generate(condition, **options))
-        return codec.decode(thin, (target_depth, height, width))
 
     @torch.no_grad()
     def _one_sample(
@@ -315,6 +359,29 @@ class Interpolator:
         shape = (-1, 1, 1, 1)
         mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
         return mean.reshape(shape), std.reshape(shape)
+
+
+def _checked_volume(thick: Latent) -> Tensor:
+    """(D, H, W) float32 on the CPU, in [-1, 1]."""
+    volume = torch.as_tensor(thick).detach().to("cpu", torch.float32)
+    if volume.ndim == 5 and tuple(volume.shape[:2]) == (1, 1):
+        volume = volume[0, 0]
+    if volume.ndim != 3 or volume.numel() == 0:
+        raise InputError(
+            f"a volume of shape {tuple(volume.shape)}",
+            expected="(depth, height, width) or (1, 1, depth, height, width)",
+            remedy="Pass one volume; for raw latents (channels, depth, height, width) call generate_latent.",
+        )
+    low, high = float(volume.min()), float(volume.max())
+    if not np.isfinite([low, high]).all():
+        raise NonFiniteError("the volume holds NaN or infinity", expected="finite values", remedy="Check the source.")
+    if low < -1.001 or high > 1.001:
+        raise InputError(
+            f"a volume with values from {low:g} to {high:g}",
+            expected="intensities in [-1, 1]",
+            remedy="Bring HU into the window of the run first: Window.to_unit(hu), and from_unit on the result.",
+        )
+    return volume
 
 
 def _weights_file(run_dir: Path, which: Literal["best", "last"]) -> Path:

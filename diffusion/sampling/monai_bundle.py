@@ -113,7 +113,7 @@ def _inference(card: RunCard) -> dict[str, Any]:
             "alignment": card.alignment,
             "depth_window": card.depth_window,
         },
-        "thin": "$@interpolator.generate(numpy.load(@condition_file), sampler=@sampler, "
+        "thin": "$@interpolator.generate_latent(numpy.load(@condition_file), sampler=@sampler, "
         "num_inference_steps=@num_inference_steps, seed=@seed, samples=@samples)",
         "run": ["$numpy.save(@output_file, @thin)"],
     }

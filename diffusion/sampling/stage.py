@@ -108,7 +108,7 @@ def draw(drawing: SampleWorker, prepared: PreparedSample) -> LatentRecord:
     """Sample one pair's thin latent and stage it (the stage's device part)."""
     grid = prepared.task.grid
     assert grid is not None
-    latent = drawing.model.generate(
+    latent = drawing.model.generate_latent(
         prepared.condition, thick=prepared.task.thick, z_mm=_positions(grid), **asdict(drawing.settings)
     )
     return drawing.out.stage(
@@ -179,7 +179,7 @@ def generate_for(store: LatentStore, model: Interpolator, pair: PairRecord, **op
     """
     condition, grid = condition_of(store, model, pair)
     thick = thick_slices(store, [pair]).get(pair.thick_key) if model.told else None
-    return model.generate(condition, thick=thick, z_mm=_positions(grid), **options)
+    return model.generate_latent(condition, thick=thick, z_mm=_positions(grid), **options)
 
 
 def _aligned(store: LatentStore, condition: LatentRecord, grid: LatentRecord) -> NDArray[np.float32]:

@@ -147,7 +147,7 @@ class SelfTest:
         raw = batch["condition"][0].cpu()
         model = Interpolator.from_parts(unet, build_objective("bridge"), [0.0] * 4, [1.0] * 4)
         z_mm = 4.0 * np.arange(len(raw[0]))
-        found = model.generate(raw, thick=ThickSlices(0.0, 5.0, len(raw[0]), 5.0), z_mm=z_mm)
+        found = model.generate_latent(raw, thick=ThickSlices(0.0, 5.0, len(raw[0]), 5.0), z_mm=z_mm)
         same = torch.allclose(torch.as_tensor(found), raw, atol=1e-5)
         _require(same, "an untrained bridge that changes its condition", "the condition itself")
         return f"{seconds:.2f} s for {tuple(batch['thin'].shape)}; an untrained bridge returns its condition"

@@ -210,7 +210,7 @@ def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, 
     told = told_of(thick, latent_positions(thin.geometry))
     given, decoded = (
         window.from_unit(np.asarray(vae.decode(torch.from_numpy(z), thin.geometry.shape_zyx)))
-        for z in (condition, model.generate(condition, **told))
+        for z in (condition, model.generate_latent(condition, **told))
     )
     plain = ComposeSettings(consistency=False)
     guess, _ = compose(decoded, window, plain.measured(thick, thin.geometry), plain, condition_hu=given)

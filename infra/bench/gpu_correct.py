@@ -146,7 +146,7 @@ def generation(device: torch.device, small: bool) -> dict[str, Any]:
     """A few sampler steps in depth windows."""
     interpolator = Interpolator.from_parts(network(device).eval(), build_objective("epsilon"), [0.0] * 4, [1.0] * 4)
     condition = torch.randn(4, 10 if small else 20, 16, 24)
-    found = interpolator.generate(condition, num_inference_steps=2 if small else 4, depth_window=8)
+    found = interpolator.generate_latent(condition, num_inference_steps=2 if small else 4, depth_window=8)
     assert torch.as_tensor(found).isfinite().all()
     return {}
 

@@ -192,7 +192,7 @@ def scores(case: Case, vae: Vae, model: Interpolator, file: RefinerFile) -> dict
     target, truth = case.thin.geometry, case.thin.hu
     profile, noise = case.fit.profile, case.fit.noise_hu
     condition = condition_latent(case.thick, target, WINDOW, vae, model.alignment)
-    sample = model.generate(condition, **told_of(case.thick, latent_positions(target)))
+    sample = model.generate_latent(condition, **told_of(case.thick, latent_positions(target)))
 
     def decoded(latent: NDArray[np.float32]) -> NDArray[np.float32]:
         return WINDOW.from_unit(np.asarray(vae.decode(torch.from_numpy(latent), target.shape_zyx)))

@@ -17,7 +17,7 @@ from latentcache.storage import refuse_existing
 from pipeline.decode.compose import ComposeSettings, plain_round_trip
 from pipeline.decode.samples import DerivedSeries, DerivedVolume, WriteSettings, average_samples, write_derived
 from pipeline.forward_model import ProtocolFit, Protocols
-from pipeline.vae import Decoder
+from pipeline.vae import Decoder, own_decoder
 from pipeline.volume import Geometry, SeriesPointer, SourceHeader, Volume, Window, geometry_of, onto_field
 from pipeline.writing import Provenance, SeriesIdentity
 
@@ -221,6 +221,7 @@ def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettin
         spacing_mm=round(target.spacing_mm_zyx[0], 6),
         encode_key=row.encode_key,
         vae_sha256=vae.sha256,
+        decoder_sha256=own_decoder(vae),
         generation_key=row.source_digest if task.kind == "generated" else "",
     )
     identity = _identity(prepared, settings.restore_identity)

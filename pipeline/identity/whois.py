@@ -64,7 +64,7 @@ def whois(private: PrivateStore, key: str, store: LatentStore | None = None) -> 
         store: Needed for pair keys only.
 
     Raises:
-        InputError: Nobody here has this key; the question is written down all the same.
+        InputError: Nothing in this store has this key; the question is written down all the same.
     """
     columns = [*(f"{kind}_key" for kind in _KINDS), "patient_id", "issuer", "study_uid", "series_uid", "identity"]
     series_keys = _pair_members(store, key)
@@ -82,8 +82,8 @@ def whois(private: PrivateStore, key: str, store: LatentStore | None = None) -> 
     private.log_whois(key, bool(found))
     if not found:
         raise InputError(
-            "nobody here has this key",
-            expected="a patient, study, series, pair or archive key of this store",
+            f"no patient, study, series, pair or archive of this store has the key {key}",
+            expected="a key of this store, as `ctpipe status` and the logs name them",
             remedy="Check the key, and that --private is the private part of this very store.",
         )
     return Answer(

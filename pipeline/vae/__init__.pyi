@@ -6,7 +6,15 @@ from .architecture import (
     Upsample as Upsample,
     VaeArchitecture as VaeArchitecture,
 )
-from .finetune import PRESETS as PRESETS, Perceptual as Perceptual, random_crops as random_crops, train_vae as train_vae
+from .finetune import (
+    PRESETS as PRESETS,
+    CropSource as CropSource,
+    Perceptual as Perceptual,
+    VaeInTraining as VaeInTraining,
+    VaeTrainConfig as VaeTrainConfig,
+    reconstruction_losses as reconstruction_losses,
+    save_weights as save_weights,
+)
 from .sliding_window import (
     SlidingVae as SlidingVae,
     Tiling as Tiling,
@@ -20,5 +28,11 @@ from .vae import (
     decoder_on_shapes as decoder_on_shapes,
     load_decoder as load_decoder,
     load_vae as load_vae,
+    own_decoder as own_decoder,
 )
-from .weights import VaeWeights as VaeWeights
+from .weights import (
+    VaeWeights as VaeWeights,
+    encoder_metadata as encoder_metadata,
+    load_weights as load_weights,
+    tuned_decoder as tuned_decoder,
+)

@@ -7,11 +7,9 @@ distance and a patch discriminator with hinge loss (Isola et al., 2017; Esser et
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from latentcache import InputError, NonFiniteError
+from latentcache import InputError
 from latentcache.storage import fresh_draft
 from pipeline.vae.architecture import KlAutoencoder, VaeArchitecture
 from pipeline.vae.weights import VaeWeights, load_weights
@@ -35,11 +34,12 @@ class VaeTrainConfig:
     """How the VAE is trained.
 
     Attributes:
-        part: ``decoder`` keeps the encoder, and so every cached latent and encode key's meaning but the weights' hash;
-            ``all`` trains both.
+        part: ``decoder`` keeps the encoder, and so every cached latent and its encode key; ``all`` trains both.
         crop_zyx: Voxels of a training crop, multiples of 4; in-plane wide, since GroupNorm sees the crop's statistics.
         final_phase: Share of the run, at its end, under squared error alone, which is what PSNR measures.
         discriminator_after: Share of the run after which the patch discriminator counts.
+        ema_std: Relative width of the averaged weights' profile; see `diffusion.runs.PowerEma`.
+        validate_every: Steps between looks at the validation volumes; ``validation_crops`` are looked at.
     """
 
     part: Literal["decoder", "all"] = "decoder"
@@ -53,7 +53,9 @@ class VaeTrainConfig:
     discriminator_weight: float = 0.0
     discriminator_after: float = 0.3
     final_phase: float = 0.2
-    ema_half_life: int = 200
+    ema_std: float = 0.05
+    validate_every: int = 200
+    validation_crops: int = 16
     seed: int = 0
     architecture: VaeArchitecture = field(default_factory=VaeArchitecture)
 
@@ -92,140 +94,106 @@ class PatchDiscriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv3d(4 * width, 1, 3, 1, 1))
 
 
-def random_crops(
-    volumes: Iterator[NDArray[Any]], crop_zyx: tuple[int, int, int], seed: int, per_volume: int = 16, pool: int = 8
-) -> Iterator[Tensor]:
-    """Endless flipped crops (1, 1, d, h, w) in [0, 1] of an endless stream of volumes (D, H, W) in [-1, 1].
+class CropSource:
+    """Flipped crops of a sequence of volumes; each follows from its number alone, so that a run can go on anywhere.
 
-    A pool of volumes is held, and one replaced after ``per_volume`` crops. Volumes smaller than the crop are extended
-    by their edge values.
+    Crop ``n`` is cut from one of the ``pool`` volumes that end at volume ``n // per_volume``. Crops without contrast
+    (air, or what the window clips to one value) are drawn anew: GroupNorm has no bounded gradient there.
+
+    Args:
+        volume_of: A volume's name and its (D, H, W) intensities in [-1, 1], by number. Volumes smaller than the crop
+            are extended by their edge values.
     """
-    rng = np.random.default_rng(seed)
-    held: list[NDArray[Any]] = []
-    while True:
-        if len(held) < pool:
-            held.append(next(volumes))
-        else:
-            held[int(rng.integers(pool))] = next(volumes)
-        for _ in range(per_volume):
-            volume = held[int(rng.integers(len(held)))]
-            short = [max(0, least - n) for least, n in zip(crop_zyx, volume.shape, strict=True)]
+
+    def __init__(
+        self,
+        volume_of: Callable[[int], tuple[str, NDArray[Any]]],
+        crop_zyx: tuple[int, int, int],
+        seed: int,
+        per_volume: int = 16,
+        pool: int = 8,
+    ) -> None:
+        self.volume_of, self.crop_zyx, self.seed = volume_of, crop_zyx, seed
+        self.per_volume, self.pool = per_volume, pool
+        self._held: dict[int, tuple[str, NDArray[Any]]] = {}
+
+    def crop(self, number: int) -> tuple[str, Tensor]:
+        """Return the volume's name and the crop (1, d, h, w) in [0, 1].
+
+        Raises:
+            InputError: Volumes of one intensity.
+        """
+        newest = number // self.per_volume
+        wanted = range(max(0, newest - self.pool + 1), newest + 1)
+        self._held = {n: self._held[n] if n in self._held else self.volume_of(n) for n in wanted}
+        rng = np.random.default_rng((self.seed, number))
+        for _ in range(MOST_DRAWS):
+            name, volume = self._held[int(rng.choice(wanted))]
+            short = [max(0, least - n) for least, n in zip(self.crop_zyx, volume.shape, strict=True)]
             volume = np.pad(volume, [(0, n) for n in short], mode="edge") if any(short) else volume
-            start = [int(rng.integers(n - c + 1)) for n, c in zip(volume.shape, crop_zyx, strict=True)]
-            crop = volume[tuple(slice(o, o + c) for o, c in zip(start, crop_zyx, strict=True))]
+            start = [int(rng.integers(n - c + 1)) for n, c in zip(volume.shape, self.crop_zyx, strict=True)]
+            crop = volume[tuple(slice(o, o + c) for o, c in zip(start, self.crop_zyx, strict=True))]
             flipped = crop[tuple(slice(None, None, int(rng.choice([-1, 1]))) for _ in range(3))]
-            yield torch.from_numpy(np.ascontiguousarray(flipped, dtype=np.float32) * 0.5 + 0.5)[None, None]
+            unit = np.ascontiguousarray(flipped, dtype=np.float32) * 0.5 + 0.5
+            if not float(unit.std()) < LEAST_CONTRAST:  # NaN passes, and stops the run at its step
+                return name, torch.from_numpy(unit)[None]
+        raise InputError(
+            f"{MOST_DRAWS} crops in a row without contrast, from {len(wanted)} volumes",
+            expected="volumes with structure under the window",
+            remedy="Check the window, or take larger crops with --crop.",
+        )
 
 
-def train_vae(
-    config: VaeTrainConfig,
-    crops: Iterator[Tensor],
-    out: Path,
-    *,
-    start: Path | None = None,
-    device: torch.device | str = "cpu",
-    perceptual: Perceptual | None = None,
-    on_step: Callable[[int, dict[str, float]], None] = lambda *_: None,
-) -> VaeWeights:
-    """Train and write ``out`` (safetensors that `vae.load_vae` reads); returns the weights as loaded back.
+MOST_DRAWS = 100
+LEAST_CONTRAST = 0.005
+"""Standard deviation of a crop in [0, 1]: 2 HU under a window of 400 HU."""
+
+
+class VaeInTraining(nn.Module):
+    """The autoencoder and, where there is one, its discriminator: one module, so that both are in every checkpoint.
+
+    Gradients are on for the part that is trained.
 
     Args:
         start: Weights to start from; their architecture then replaces the configuration's.
-        perceptual: Needed where ``perceptual_weight`` is positive.
 
     Raises:
-        InputError: A decoder alone without weights to start from; a perceptual weight without its network.
-        NonFiniteError: The loss is not finite; names the step.
+        InputError: A decoder alone without weights to start from.
     """
-    if config.part == "decoder" and start is None:
-        raise InputError("a decoder to tune and no weights", expected="--vae PATH", remedy="Or use --preset tiny.")
-    if config.perceptual_weight > 0 and perceptual is None:
-        raise InputError(
-            "a perceptual weight and no perceptual network", expected="VGG19 weights", remedy="Give --vgg PATH."
-        )
-    torch.manual_seed(config.seed)
-    network = _network(config, start).to(device)
-    trained = _trained(network, config.part)
-    average = copy.deepcopy(network)
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=1e-4)
-    judge = PatchDiscriminator().to(device) if config.discriminator_weight > 0 else None
-    judge_optimizer = torch.optim.AdamW(judge.parameters(), lr=config.learning_rate) if judge is not None else None
-    keep = 0.5 ** (1 / config.ema_half_life)
-    for step in range(config.steps):
-        progress = step / config.steps
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1, (step + 1) / config.warmup) * math.cos(progress * math.pi / 2)
-        x = next(crops).to(device)
-        judging = judge if progress >= config.discriminator_after and progress < 1 - config.final_phase else None
-        image, loss, terms = _losses(network, x, progress, config, perceptual, judging)
-        if not math.isfinite(terms["loss"]):
-            raise NonFiniteError(
-                f"a loss of {terms['loss']} at step {step}", expected="a number", remedy="Lower --learning-rate."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        # GroupNorm of a nearly constant crop has a gradient without bound: such a step is left out.
-        if torch.isfinite(nn.utils.clip_grad_norm_(trained, 1.0)):
-            optimizer.step()
-        if judging is not None and judge_optimizer is not None:
-            terms["judge"] = _judge_step(judging, judge_optimizer, x, image.detach())
-        with torch.no_grad():
-            weight = 1 - min(keep, (1 + step) / (10 + step))
-            for target, source in zip(average.parameters(), network.parameters(), strict=True):
-                target.lerp_(source, weight)
-        on_step(step, terms)
-    return save_weights(average, out, {"recipe": json.dumps(_facts(config), sort_keys=True)})
+
+    def __init__(self, config: VaeTrainConfig, start: VaeWeights | None = None) -> None:
+        super().__init__()
+        if config.part == "decoder" and start is None:
+            raise InputError("a decoder to tune and no weights", expected="--vae PATH", remedy="Or use --preset tiny.")
+        self.network = _fresh_network(config) if start is None else start.build()
+        self.network.requires_grad_(config.part == "all")
+        for module in (self.network.post_quant_conv, self.network.decoder):
+            module.requires_grad_(True)
+        self.judge = PatchDiscriminator() if config.discriminator_weight > 0 else None
 
 
-def save_weights(network: KlAutoencoder, out: Path, metadata: dict[str, str]) -> VaeWeights:
-    """Write float32 safetensors with the architecture in the metadata, aside and renamed; read them back."""
-    from safetensors.torch import save_file
-
-    tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = fresh_draft(out.with_suffix(".partial"))
-    save_file(tensors, aside, metadata={"architecture": json.dumps(network.architecture.to_dict()), **metadata})
-    aside.replace(out)
-    return load_weights(out)
-
-
-def _network(config: VaeTrainConfig, start: Path | None) -> KlAutoencoder:
-    if start is not None:
-        return load_weights(start).build()
-    network = KlAutoencoder(config.architecture)
-    with torch.no_grad():  # near a linear network at first: quiet residual branches, mid-grey, a narrow posterior
-        for name, parameter in network.named_parameters():
-            if name.endswith("conv2.weight"):
-                parameter.mul_(0.05)
-        list(network.decoder.parameters())[-1].fill_(0.4)
-        network.quant_conv_log_sigma.weight.zero_()
-        assert network.quant_conv_log_sigma.bias is not None
-        network.quant_conv_log_sigma.bias.fill_(-6.0)
-    return network
-
-
-def _trained(network: KlAutoencoder, part: str) -> list[nn.Parameter]:
-    """Switch gradients on for a part; returns its parameters."""
-    modules = [network] if part == "all" else [network.post_quant_conv, network.decoder]
-    network.requires_grad_(False)
-    for module in modules:
-        module.requires_grad_(True)
-    return [p for p in network.parameters() if p.requires_grad]
-
-
-def _losses(
-    network: KlAutoencoder,
+def reconstruction_losses(
+    module: VaeInTraining,
     x: Tensor,
+    noise: Tensor,
     progress: float,
     config: VaeTrainConfig,
     perceptual: Perceptual | None,
-    judge: nn.Module | None,
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """The reconstruction, the loss and its terms for a crop (1, 1, d, h, w) in [0, 1]."""
+) -> dict[str, Tensor]:
+    """Return the loss of one crop and its summands, as scalars; ``loss`` is what is minimised.
+
+    The discriminator's own hinge loss is one summand: it sees a detached reconstruction, and the reconstruction sees
+    the discriminator with its weights held, so that one backward pass serves both.
+
+    Args:
+        x: (1, 1, d, h, w) in [0, 1].
+        noise: Standard normal, of the posterior's shape.
+        progress: Share of the run that is done.
+    """
     device = x.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        mean, log_variance = network.encode(x)
-        image = network.decode(mean + torch.exp(log_variance / 2) * torch.randn_like(mean)).float()
+        mean, log_variance = module.network.encode(x)
+        image = module.network.decode(mean + torch.exp(log_variance / 2) * noise).float()
     l1, mse = (image - x).abs().mean(), (image - x).square().mean()
     final = progress >= 1 - config.final_phase
     terms = {"l1": l1, "mse": mse}
@@ -237,20 +205,36 @@ def _losses(
         ours, theirs = (t[0].transpose(0, 1) * 2 - 1 for t in (image, x))
         terms["perceptual"] = perceptual(ours, theirs)
         loss = loss + config.perceptual_weight * terms["perceptual"]
-    if judge is not None:
-        terms["adversarial"] = -judge(image).mean()
-        loss = loss + config.discriminator_weight * terms["adversarial"]
-    return image, loss, {name: float(t.detach()) for name, t in {**terms, "loss": loss}.items()}
+    if module.judge is not None and progress >= config.discriminator_after and not final:
+        held = {name: parameter.detach() for name, parameter in module.judge.named_parameters()}
+        terms["adversarial"] = -functional_call(module.judge, held, (image,)).mean()
+        terms["judge"] = F.relu(1 - module.judge(x)).mean() + F.relu(1 + module.judge(image.detach())).mean()
+        loss = loss + config.discriminator_weight * terms["adversarial"] + terms["judge"]
+    return {**terms, "loss": loss}
 
 
-def _judge_step(judge: nn.Module, optimizer: torch.optim.Optimizer, real: Tensor, made: Tensor) -> float:
-    """One hinge step of the discriminator; returns its loss."""
-    loss = F.relu(1 - judge(real)).mean() + F.relu(1 + judge(made)).mean()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return float(loss.detach())
+def save_weights(
+    state: Mapping[str, Tensor], architecture: VaeArchitecture, out: Path, metadata: Mapping[str, str]
+) -> VaeWeights:
+    """Write float32 safetensors with the architecture in the metadata, aside and renamed; read them back."""
+    from safetensors.torch import save_file
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = fresh_draft(out.with_suffix(".partial"))
+    save_file(tensors, aside, metadata={"architecture": json.dumps(architecture.to_dict()), **metadata})
+    aside.replace(out)
+    return load_weights(out)
 
 
-def _facts(config: VaeTrainConfig) -> dict[str, Any]:
-    return {**asdict(config), "architecture": config.architecture.to_dict()}
+def _fresh_network(config: VaeTrainConfig) -> KlAutoencoder:
+    network = KlAutoencoder(config.architecture)
+    with torch.no_grad():  # near a linear network at first: quiet residual branches, mid-grey, a narrow posterior
+        for name, parameter in network.named_parameters():
+            if name.endswith("conv2.weight"):
+                parameter.mul_(0.05)
+        list(network.decoder.parameters())[-1].fill_(0.4)
+        network.quant_conv_log_sigma.weight.zero_()
+        assert network.quant_conv_log_sigma.bias is not None
+        network.quant_conv_log_sigma.bias.fill_(-6.0)
+    return network

@@ -126,6 +126,7 @@ class SlidingVae:
 
     def __init__(self, vae: WindowedVae, tiling: Tiling) -> None:
         self.sha256 = vae.sha256
+        self.file_sha256 = str(getattr(vae, "file_sha256", vae.sha256))
         self.architecture = vae.architecture
         self.vae = vae
         self.tiling = tiling

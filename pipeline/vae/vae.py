@@ -23,7 +23,7 @@ from pipeline.vae.weights import TINY, VaeWeights, load_weights
 
 
 class Decoder(Protocol):
-    """The part of the VAE that decoding needs."""
+    """The part of the VAE that decoding needs; ``sha256`` names the encoder of the latents that it decodes."""
 
     sha256: str
 
@@ -65,6 +65,12 @@ def load_decoder(
             remedy="Give its path with --vae.",
         )
     return vae
+
+
+def own_decoder(vae: Any) -> str:
+    """SHA-256 of a VAE file whose decoder was trained apart from its encoder; empty where they belong together."""
+    found = str(getattr(vae, "file_sha256", ""))
+    return found if found != vae.sha256 else ""
 
 
 class Encoder(Protocol):
@@ -126,7 +132,9 @@ class Vae:
     """A frozen autoencoder.
 
     Attributes:
-        sha256: Of the weights' file.
+        sha256: Of the weights' file that the encoder came with: what an encode key hashes. A decoder that was trained
+            since decodes the same latents.
+        file_sha256: Of the weights' file itself, and so of the decoder.
         architecture: JSON-able; with ``sha256`` it says which function this is.
     """
 
@@ -140,6 +148,7 @@ class Vae:
         slab_bytes: int | None = None,
     ) -> None:
         self.sha256 = weights.sha256
+        self.file_sha256 = weights.file_sha256 or weights.sha256
         self.layout = weights.architecture
         self.architecture: dict[str, Any] = weights.architecture.to_dict()
         self.compression = self.layout.compression

@@ -28,11 +28,18 @@ _WRAPPED_CONV = re.compile(r"\.(?:conv|postconv)(?=\.)")
 
 @dataclass(frozen=True)
 class VaeWeights:
-    """A checked state dict under our names, with the architecture it fits and the SHA-256 of the file's bytes."""
+    """A checked state dict under our names, with the architecture it fits.
+
+    Attributes:
+        sha256: Names the encoder, and so the latents: SHA-256 of the file that the encoder came with. That is this very
+            file, unless only its decoder was trained since (see `encoder_metadata`).
+        file_sha256: SHA-256 of this file's bytes, and so of the decoder.
+    """
 
     state: dict[str, Tensor]
     architecture: VaeArchitecture
     sha256: str
+    file_sha256: str = ""
 
     def build(self) -> KlAutoencoder:
         """The network with these weights, in evaluation mode, with gradients off."""
@@ -40,6 +47,37 @@ class VaeWeights:
             model = KlAutoencoder(self.architecture)
         model.load_state_dict(self.state, strict=True, assign=True)
         return model.eval().requires_grad_(False)
+
+
+ENCODER_OF, ENCODER_TENSORS = "encoder_of", "encoder_tensors_sha256"
+"""Metadata of a file whose decoder alone was trained: the file its encoder came with, and a hash of that encoder."""
+
+
+def encoder_metadata(start: VaeWeights) -> dict[str, str]:
+    """What a file with the encoder of ``start`` and another decoder says of it, so that latents stay usable."""
+    return {ENCODER_OF: start.sha256, ENCODER_TENSORS: encoder_tensors_sha256(start.state)}
+
+
+def encoder_tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and float32 bytes of the tensors that make a latent: all but the decoder's."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if not name.startswith(DECODER_PARTS):
+            digest.update(name.encode() + b"\0")
+            digest.update(state[name].detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+DECODER_PARTS = ("decoder.", "post_quant_conv.")
+
+
+def tuned_decoder(spec: str | Path) -> str:
+    """SHA-256 of a VAE file whose decoder was trained alone; empty for any other, ``tiny`` included."""
+    path = Path(spec)
+    if str(spec) == "tiny" or path.suffix != ".safetensors" or not path.is_file():
+        return ""
+    weights = load_weights(path)
+    return weights.file_sha256 if weights.file_sha256 != weights.sha256 else ""
 
 
 def canonical_name(name: str) -> str:
@@ -56,7 +94,8 @@ def load_weights(path: Path) -> VaeWeights:
     one is expected. Upsampling, where it is not named, is what the class that wrote the names does.
 
     Raises:
-        InputError: No such file; not a state dict; tensors missing, extra, of other shapes, or not finite.
+        InputError: No such file; not a state dict; tensors missing, extra, of other shapes, or not finite; an encoder
+            other than the one that the metadata names.
     """
     if not path.is_file():
         raise InputError(
@@ -77,7 +116,11 @@ def load_weights(path: Path) -> VaeWeights:
     architecture = VaeArchitecture.from_dict(described, default)
     state = _checked(named, architecture)
     log.info("%d/%d tensors loaded, sha256 %s", len(state), len(state), sha256[:16])
-    return VaeWeights(state, architecture, sha256)
+    if ENCODER_OF not in metadata:
+        return VaeWeights(state, architecture, sha256, sha256)
+    if encoder_tensors_sha256(state) != metadata.get(ENCODER_TENSORS):
+        raise _refusal("an encoder that is not the one its metadata names", "an unchanged encoder beside its decoder")
+    return VaeWeights(state, architecture, metadata[ENCODER_OF], sha256)
 
 
 def _read(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:

@@ -47,3 +47,8 @@ from .train_refiner import (
     squared_error as squared_error,
 )
 from .train_regression import seconds_of as seconds_of, train_regression_network as train_regression_network
+from .train_vae import (
+    TrainedVae as TrainedVae,
+    VaeTrainingJob as VaeTrainingJob,
+    run_vae_training as run_vae_training,
+)

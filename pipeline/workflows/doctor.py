@@ -30,6 +30,9 @@ REMEDIES = {
 """The README's troubleshooting table; error messages say the same."""
 
 
+NOTED_EPOCH_S, HOPELESS_EPOCH_S = 6 * 3600.0, 48 * 3600.0
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the report: ``level`` is ok, note or problem."""
@@ -169,8 +172,30 @@ def epoch_time(config: TrainConfig, latents: list[LatentStore]) -> tuple[str, st
     rate = measured_matmul_rate(world.device, torch.bfloat16 if on_gpu else torch.float32) * (0.4 if on_gpu else 0.2)
     seconds = passes * flops * (samples or 250) / rate
     whose = f"{samples} samples of this store" if samples else "250 volumes"
-    length = f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
-    return "ok", f"about {length} for {whose}, {flops / 1e12:.2f} TFLOP forward each"
+    level, judged = judge_epoch(seconds, config)
+    return level, f"about {spelled(seconds)} for {whose}, {flops / 1e12:.2f} TFLOP forward each{judged}"
+
+
+def judge_epoch(seconds: float, config: TrainConfig) -> tuple[str, str]:
+    """Return whether a run of such epochs is practicable, and what to change where it is not.
+
+    An epoch is a note from 6 hours on (100 of them are a month) and a problem from 2 days on.
+    """
+    if seconds < NOTED_EPOCH_S:
+        return "ok", ""
+    whole = f"{config.optimiser.epochs} epochs would take {spelled(seconds * config.optimiser.epochs)}"
+    if config.optimiser.steps is not None or config.budget.max_seconds is not None:
+        whole = "the run's limits end it within an epoch or few"
+    remedy = "train on GPUs (`ctpipe train --gpus N`), or choose --preset tiny, data.window or a smaller model.width"
+    return ("note" if seconds < HOPELESS_EPOCH_S else "problem"), f"; {whole}: {remedy}"
+
+
+def spelled(seconds: float) -> str:
+    """Minutes, hours, days or years, whichever a person would say."""
+    for unit, length, until in (("min", 60.0, 7200.0), ("h", 3600.0, 2 * 86400.0), ("days", 86400.0, 2 * 31_557_600.0)):
+        if seconds < until:
+            return f"{seconds / length:.{1 if unit == 'min' else 0}f} {unit}"
+    return f"{seconds / 31_557_600:.0f} years"
 
 
 def decoder_of(latents: list[LatentStore], config: TrainConfig, bf16: bool) -> Callable[[Any], Any]:

@@ -45,7 +45,7 @@ def evaluate_run(
     from pipeline.engines import EngineOptions, Progress, dashboard_of, watched
     from pipeline.evaluation import SCORES_VERSION, EvaluationSettings, evaluate_pairs, failed, finish, log_test_use
     from pipeline.identity import PrivateStore
-    from pipeline.vae import load_decoder
+    from pipeline.vae import load_decoder, tuned_decoder
     from pipeline.volume import Window
     from pipeline.workflows.sample import Spread, own_refiner, refiner_of, sample_for_scoring, start_of
 
@@ -72,6 +72,8 @@ def evaluate_run(
         latents, run, model, pairs, evaluation.views, settings, Spread(spread, threads), on_progress
     )
     scored_by = f"{sampled.generation_key}|{compose}|{SCORES_VERSION}|{network_facts}|{features_facts}"
+    tuned = tuned_decoder(vae)
+    scored_by += f"|{tuned}" if tuned else ""
     evaluation = replace(evaluation, identity=hashlib.sha256(scored_by.encode()).hexdigest()[:16])
     folder = run / "evaluation" / split
     looks = None
@@ -105,6 +107,7 @@ def evaluate_run(
             "consistency": consistency,
             "refiner_sha256": corrects.sha256 if corrects else "",
             "start_refiner_sha256": model.refiner_sha256,
+            "decoder_sha256": tuned,
         },
         "not_encoded": not_encoded,
         "test_evaluations": looks,

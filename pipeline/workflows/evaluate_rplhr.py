@@ -95,7 +95,7 @@ def _volume_model(
     def generate(thick: Any, thin: Any) -> Any:
         padding = encoding.pad_multiple_zyx
         condition = condition_latent(thick, thin, window, codec, model.alignment, padding, composing.start)
-        latent = model.generate(condition, **told_of(thick, latent_positions(thin)), **choice)
+        latent = model.generate_latent(condition, **told_of(thick, latent_positions(thin)), **choice)
         seen = condition
         if model.condition_role == "thick" and composing.detail == "residual":
             seen = condition_latent(thick, thin, window, codec, "pixel", padding)

@@ -31,6 +31,7 @@ from pipeline.engines import resolve_device
 from pipeline.forward_model import SliceProfile, slice_operator
 from pipeline.identity import Keys, PrivateStore
 from pipeline.refiner import DEFAULT, PretrainedModel, load_pretrained
+from pipeline.vae import own_decoder
 from pipeline.volume import Geometry, Volume, Window, resample_z, z_weights
 from pipeline.workflows.interpolate_job import Interpolated, InterpolateJob, Sampling
 from pipeline.workflows.interpolate_shipped import interpolate_shipped
@@ -206,7 +207,7 @@ def estimate_seconds(
         work()
         return time.perf_counter() - begin
 
-    one_step = timed(lambda: model.generate(piece, **told, **{**options, "num_inference_steps": 1}))
+    one_step = timed(lambda: model.generate_latent(piece, **told, **{**options, "num_inference_steps": 1}))
     one_decode = timed(lambda: codec.decode(piece, (4 * depth, 4 * side, 4 * side)))
     times_larger = float(np.prod(shape_zyx)) / (64.0 * depth * side * side)
     steps = options["num_inference_steps"] or model.objective.default_steps
@@ -249,11 +250,11 @@ def generate_series(
 
     def generate(condition: Latent) -> Iterator[Latent]:
         if not settings.write.samples_apart:
-            yield model.generate(condition, samples=samples, **told, **options)
+            yield model.generate_latent(condition, samples=samples, **told, **options)
             return
         for number in range(samples):
             say(f"generate {number + 1}/{samples}")
-            yield model.generate(condition, **told, **{**options, "seed": options["seed"] + number})
+            yield model.generate_latent(condition, **told, **{**options, "seed": options["seed"] + number})
 
     on_progress(JobProgress("interpolate", 0, 2 + samples, "encode"))
     return interpolate(study.volume, study.scanned, study.keys, codec, generate, settings, progress=say)
@@ -375,6 +376,7 @@ def interpolate(
         spacing_mm=round(target.spacing_mm_zyx[0], 6),
         encode_key=settings.encode_key,
         vae_sha256=vae.sha256,
+        decoder_sha256=own_decoder(vae),
         notes=notes,
     )
     return write_derived(series_key, volume, target, thick.header, identity, provenance, settings.write)

@@ -41,6 +41,8 @@ class Provenance:
         source_key: Series key of the source.
         window: (centre, width) in HU of what the latents hold.
         encode_key: The latents' encode key; with ``vae_sha256`` it fixes the autoencoder.
+        decoder_sha256: Of the VAE file that decoded, where its decoder was trained apart from the encoder that
+            ``vae_sha256`` names; empty where they came in one file.
         checkpoint_sha256: Of the diffusion model, empty when none was used.
         refiner_sha256: Of the pixel-space refiner's weights and settings, empty when none was used.
         sampling: Sampler, steps, seeds, samples.
@@ -63,11 +65,15 @@ class Provenance:
     consistency: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     answer: Literal["", "mean", "sample"] = ""
+    decoder_sha256: str = ""
     algorithm_version: str = field(default_factory=package_version)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no white space."""
-        return json.dumps({"algorithm": ALGORITHM, **asdict(self)}, sort_keys=True, separators=(",", ":"), default=str)
+        values = asdict(self)
+        if not self.decoder_sha256:  # series of an untouched VAE keep the UIDs that follow from this text
+            del values["decoder_sha256"]
+        return json.dumps({"algorithm": ALGORITHM, **values}, sort_keys=True, separators=(",", ":"), default=str)
 
     def summary(self) -> str:
         """One paragraph for a reader at a workstation, at most 1024 characters (VR ST, DICOM PS3.5 6.2)."""
@@ -86,6 +92,7 @@ class Provenance:
         parts.append(f"window {self.window[0]:g}/{self.window[1]:g} HU")
         for label, value in (
             ("VAE", self.vae_sha256),
+            ("decoder", self.decoder_sha256),
             ("model", self.checkpoint_sha256),
             ("refiner", self.refiner_sha256),
             ("encoding", self.encode_key),

@@ -24,9 +24,8 @@ DOCS = ROOT / "infra" / "docs"
 SEQUENCES = {
     "README": [ROOT / "README.md"],
     "quickstart": [DOCS / "quickstart.md"],
-    "how-to": [
-        DOCS / "how-to" / name for name in ("build-a-cache.md", "train.md", "evaluate.md", "thin-one-study.md")
-    ] + [DOCS / "store-format.md"],
+    "how-to": [DOCS / "how-to" / name for name in ("build-a-cache.md", "train.md", "evaluate.md", "thin-one-study.md")]
+    + [DOCS / "store-format.md"],
 }
 PARSED = [DOCS / name for name in ("how-to/run-on-ray.md", "how-to/run-on-kubernetes.md", "serve.md")]
 OTHER_PROGRAMS = {"pip", "ray", "docker", "kubectl", "make"}
@@ -111,7 +110,7 @@ def test_every_how_to_page_is_run_or_parsed() -> None:
     assert set((DOCS / "how-to").glob("*.md")) <= covered
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")) + [ROOT / "README.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda page: page.stem)
 def test_commands_mentioned_in_the_text_exist(page: Path) -> None:
     """Command and options of inline code such as `ctpipe gc STORE`; the words in capitals are the reader's."""
     group: Any = typer.main.get_command(app)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from diffusion.config import TrainConfig, from_dict, load_config, to_dict
 from diffusion.config.load import PRESETS, train_preset
@@ -62,6 +62,25 @@ def test_an_unknown_key_names_the_nearest(override: str, nearest: str) -> None:
     assert nearest in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("optimiser.lr=3", "optimiser.learning_rate"),
+        ("lr=3", "optimiser.learning_rate"),
+        ("model.lr=3", "optimiser.learning_rate"),
+        ("training.wd=3", "optimiser.weight_decay"),
+        ("optimiser.grad_clip=1", "optimiser.clip_norm"),
+        ("data.bs=4", "data.batch_size"),
+        ("trainer.amp=1", "optimiser.precision"),
+    ],
+)
+def test_another_librarys_word_names_the_key_that_it_stands_for(override: str, nearest: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config("tiny", None, [override])
+    assert str(caught.value).endswith(f"The nearest known key is {nearest}.")
+
+
+@settings(deadline=None)
 @given(st.sampled_from(known_keys(TrainConfig)), st.integers(0, 30), st.sampled_from("qzx"))
 def test_no_misspelt_key_passes(key: str, place: int, letter: str) -> None:
     wrong = key[:place] + letter + key[place:]

@@ -96,8 +96,8 @@ def test_windows_are_told_of_their_own_slices() -> None:
     model = Interpolator.from_parts(lively(), build_objective("bridge"), [0.0] * 4, [1.0] * 4)
     condition, z = torch.randn(4, 8, 8, 8), 4.0 * np.arange(8)
     thick = ThickSlices(0.0, 5.0, 8, 5.0)
-    whole = model.generate(condition, depth_window=4, overlap=0, thick=thick, z_mm=z)
-    last = model.generate(condition[:, 4:], thick=thick, z_mm=z[4:])
+    whole = model.generate_latent(condition, depth_window=4, overlap=0, thick=thick, z_mm=z)
+    last = model.generate_latent(condition[:, 4:], thick=thick, z_mm=z[4:])
     assert np.allclose(whole[:, 4:], last, atol=1e-5)
 
 
@@ -105,7 +105,7 @@ def test_windows_are_told_of_their_own_slices() -> None:
 def test_a_model_that_is_not_told_refuses(more: dict[str, object]) -> None:
     model = Interpolator.from_parts(lively(), build_objective("bridge"), [0.0] * 4, [1.0] * 4)
     with pytest.raises(InputError, match="told where the thick slices lie"):
-        model.generate(torch.randn(4, 8, 8, 8), **more)  # type: ignore[arg-type]
+        model.generate_latent(torch.randn(4, 8, 8, 8), **more)  # type: ignore[arg-type]
 
 
 def test_sampling_from_a_store_tells_what_training_told(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_monais_config_parser_builds_and_runs_it(bundle: Path, tmp_path: Path) -
     parser["seed"] = 5
     parser.parse()
     parser.get_parsed_content("run")
-    wanted = Interpolator.load(tmp_path / "run").generate(latents(), num_inference_steps=3, seed=5)
+    wanted = Interpolator.load(tmp_path / "run").generate_latent(latents(), num_inference_steps=3, seed=5)
     np.testing.assert_array_equal(np.load(tmp_path / "thin.npy"), wanted)
 
 
@@ -64,7 +64,7 @@ def test_monais_command_runs_it_in_a_process_of_its_own(bundle: Path, tmp_path: 
     path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
     subprocess.run([*command, "--num_inference_steps", "2"], cwd=bundle, env=environment, check=True)
-    wanted = Interpolator.load(tmp_path / "run").generate(latents(), num_inference_steps=2)
+    wanted = Interpolator.load(tmp_path / "run").generate_latent(latents(), num_inference_steps=2)
     np.testing.assert_array_equal(np.load(bundle / "thin.npy"), wanted)
 
 

@@ -96,7 +96,7 @@ def test_the_loss_falls_and_the_run_directory_is_whole(undisturbed: Path, store:
     assert list((undisturbed / "tb").iterdir())
     model = Interpolator.load(undisturbed)
     condition = np.random.default_rng(0).standard_normal((4, 6, 8, 8)).astype(np.float32)
-    found = model.generate(condition, thick=ThickSlices(0.0, 4.0, 6, 4.0), z_mm=4.0 * np.arange(6))
+    found = model.generate_latent(condition, thick=ThickSlices(0.0, 4.0, 6, 4.0), z_mm=4.0 * np.arange(6))
     assert np.isfinite(found).all()
 
 

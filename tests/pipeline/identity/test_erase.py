@@ -153,7 +153,7 @@ def test_whois_answers_for_every_kind_of_key(archive: Archive) -> None:
 
 
 def test_every_question_is_written_down_even_without_an_answer(archive: Archive) -> None:
-    with pytest.raises(InputError, match="nobody here"):
+    with pytest.raises(InputError, match="of this store has the key"):
         whois(archive.private, "f" * 16)
     whois(archive.private, archive.patient)
     log = archive.private.whois_log()
