@@ -105,4 +105,7 @@ def _text(result: dict[str, Any], out: Path) -> str:
     )
     if result.get("rms_after_hu") is not None:
         text += f"\nRMS against the measured slices {result['rms_before_hu']:.1f} -> {result['rms_after_hu']:.1f} HU"
+    for name in ("certificate", "sample_certificate"):
+        if said := result.get(name, {}).get("said"):
+            text += f"\n{'of the sample: ' if name != 'certificate' else ''}{said}"
     return text + (f"\nwarning: {result['warning']}" if result.get("warning") else "")

@@ -5,6 +5,7 @@ The model comes in as a callable on latents, so that this module knows nothing o
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from pipeline.decode import (
     DerivedSeries,
     WriteSettings,
     average_samples,
+    note_certificates,
     parse_answer,
     parse_detail,
     write_derived,
@@ -32,6 +34,9 @@ from pipeline.volume import Geometry, SeriesPointer, Volume, Window, resample_z,
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts
 from pipeline.writing import Provenance, SeriesIdentity
+
+
+log = logging.getLogger("ctpipe.interpolate")
 
 
 @dataclass(frozen=True)
@@ -475,7 +480,9 @@ def interpolate(
         vae_sha256=vae.sha256,
         notes=notes,
     )
-    return write_derived(series_key, volume, target, thick.header, identity, provenance, settings.write)
+    written = write_derived(series_key, volume, target, thick.header, identity, provenance, settings.write)
+    note_certificates(log, written, "interpolate")
+    return written
 
 
 def condition_latent(
