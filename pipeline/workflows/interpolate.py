@@ -35,7 +35,6 @@ from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts
 from pipeline.writing import Provenance, SeriesIdentity
 
-
 log = logging.getLogger("ctpipe.interpolate")
 
 
