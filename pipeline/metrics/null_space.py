@@ -43,7 +43,7 @@ def null_projector(operator: SliceOperator) -> NDArray[np.float64]:
 
 
 def null_part(volume: NDArray[Any], operator: SliceOperator) -> NDArray[np.float32]:
-    """N x of a volume (z, y, x): what of it no thick slice shows, which an answer can hold and still agree with them."""
+    """N x of a volume (z, y, x): what of it no thick slice shows, and an answer can hold and still agree."""
     n = null_projector(operator).astype(np.float32)
     return np.asarray((n @ np.asarray(volume, np.float32).reshape(len(n), -1)).reshape(volume.shape))
 
