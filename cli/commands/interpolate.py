@@ -138,8 +138,9 @@ def _text(result: dict[str, Any], out: Path) -> str:
         text += f"; slice profile assumed: {result['profile']}"
     if result.get("rms_after_hu") is not None:
         text += f"\nRMS against the measured slices {result['rms_before_hu']:.1f} -> {result['rms_after_hu']:.1f} HU"
-    if result.get("certificate"):
-        text += f"\n{result['certificate']['said']}"
+    for name in ("certificate", "sample_certificate"):
+        if said := result.get(name, {}).get("said"):
+            text += f"\n{'of the sample: ' if name != 'certificate' else ''}{said}"
     if result.get("page"):
         text += f"\nopen {result['page']}"
     return text + "".join(f"\nwarning: {one}" for one in result["warnings"])

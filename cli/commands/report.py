@@ -25,6 +25,10 @@ def report(
     split: Annotated[str, typer.Option(help="The evaluated split to report.")] = "test",
     private: Annotated[str | None, typer.Option(help="Where a store's private part is, if not STORE/private.")] = None,
     thumbnails: Annotated[int, typer.Option(min=0, help="Series that a store's report shows.")] = 12,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Option("--run", help="Of a store: an evaluated run whose certificates are shown by scanner; repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Write the report of a run's evaluation, or of a store's data, in one file without network.
@@ -39,6 +43,8 @@ def report(
         ctpipe report RUN --split val --out val.html
 
         ctpipe report STORE --out store.html
+
+        ctpipe report STORE --run RUN --split val
     """
     from latentcache import InputError, LatentStore
     from pipeline.workflows import write_dataset_report, write_run_report
@@ -48,7 +54,7 @@ def report(
     elif LatentStore.exists(run):
         if "://" in run and out is None:
             raise InputError("a store at a URL", expected="a place for the page", remedy="Give --out store.html.")
-        path = write_dataset_report(run, private, out or Path(run) / "report.html", thumbnails)
+        path = write_dataset_report(run, private, out or Path(run) / "report.html", thumbnails, runs or (), split)
     else:
         raise InputError(
             "a folder that is neither a run nor a store",

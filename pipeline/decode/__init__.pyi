@@ -14,5 +14,10 @@ from .samples import (
     parse_answer as parse_answer,
     write_derived as write_derived,
 )
-from .store import decode_store as decode_store, only_encoding as only_encoding, window_of as window_of
+from .store import (
+    decode_store as decode_store,
+    note_certificates as note_certificates,
+    only_encoding as only_encoding,
+    window_of as window_of,
+)
 from .task import DecodeSettings as DecodeSettings, condition_of as condition_of, decoded_hu as decoded_hu

@@ -205,6 +205,8 @@ def write_derived(
         write(volume.sample, target, header, settings.out_dir / name, provenance=sample, **common)
         folders.append(name)
     hu, figures, own = volume.hu, volume.figures, mean
+    if volume.sample is not None and settings.answer == "both" and "certificate" in volume.sample_figures:
+        figures = {**figures, "sample_certificate": volume.sample_figures["certificate"]}
     if volume.sample is not None and settings.answer == "sample":
         hu, figures, own = volume.sample, volume.sample_figures, sample
     written = write(hu, target, header, settings.out_dir / key, provenance=own, **common)

@@ -173,6 +173,15 @@ def decode_store(
     return summary
 
 
+def note_certificates(log: logging.Logger, done: DerivedSeries, stage: str) -> None:
+    """Warn of every certificate of a written series that fails, or that could not be computed in some tissue."""
+    for name, kind in (("certificate", ""), ("sample_certificate", " (its sample)")):
+        judged = done.figures.get(name, {})
+        if judged.get("failing") or judged.get("missing"):
+            text = f"series {done.key}{kind}: {judged['said']}"
+            note(log, "certificate", logging.WARNING, text, series_key=done.key, stage=stage)
+
+
 def _enter(outcome: Outcome[DecodeTask, DerivedSeries], summary: DecodeSummary) -> None:
     """Enter one outcome in the summary and the log; keys and figures only."""
     key = outcome.item.key
@@ -190,9 +199,7 @@ def _enter(outcome: Outcome[DecodeTask, DerivedSeries], summary: DecodeSummary) 
             **done.figures,
         }
         took = round(sum(outcome.seconds.values()), 6)
-        judged = done.figures.get("certificate", {})
-        if judged.get("failing") or judged.get("missing"):
-            note(log, "certificate", logging.WARNING, f"series {key}: {judged['said']}", series_key=key, stage="decode")
+        note_certificates(log, done, "decode")
         note(log, "decoded", series_key=key, stage="decode", seconds=took, outcome="ok", slices=done.n_slices)
     for name, value in outcome.seconds.items():
         summary.seconds[name] = summary.seconds.get(name, 0.0) + value

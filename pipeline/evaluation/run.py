@@ -38,7 +38,7 @@ from pipeline.forward_model import ProtocolFit, Protocols
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.vae import Encoder
-from pipeline.volume import SeriesPointer, common_slices
+from pipeline.volume import SeriesPointer, SourceHeader, common_slices
 
 log = logging.getLogger("ctpipe.evaluate")
 
@@ -207,6 +207,7 @@ def _lost(outcome: Outcome[CaseTask, CaseScores]) -> CaseScores:
 def _evaluate(work: CaseWork, pair: PairRecord, fit: ProtocolFit | None, view_folder: Path | None) -> CaseScores:
     pointers = [work.private.pointer(key) for key in (pair.thick_key, pair.thin_key)]
     thick, thin = (read_series(pointer) for pointer in pointers)
+    scanner = scanner_of(thick.header)
     thick, remarks = on_one_grid(thick, thin.geometry)
     inside = common_slices(thick.geometry, thin.geometry)
     geometry = thin.geometry.with_z(np.array(thin.geometry.z_mm)[inside])
@@ -227,7 +228,7 @@ def _evaluate(work: CaseWork, pair: PairRecord, fit: ProtocolFit | None, view_fo
         if view_folder is not None and output.name in VIEWED:
             view[output.name] = _for_viewer(output.hu, stride)
         if output.name == "model":
-            misfit = {"rms_hu": output.figures.get("rms_after_hu"), **output.figures}
+            misfit = {"scanner": scanner, "rms_hu": output.figures.get("rms_after_hu"), **output.figures}
         try:
             scores[output.name] = score_method(output.hu, case, work.settings.window, whole_range=output.whole_range)
         except InputError as error:
@@ -243,6 +244,11 @@ def _evaluate(work: CaseWork, pair: PairRecord, fit: ProtocolFit | None, view_fo
         pair.pair_key, pair.category, len(case.truth), scores, failures, dict(misfit),
         pair.patient_key, (*remarks, *notes_on(case.truth)),
     )  # fmt: skip
+
+
+def scanner_of(header: SourceHeader) -> str:
+    """Maker and model of the scanner, as far as they are known names; empty where neither is."""
+    return " ".join(str(header.public[k]) for k in ("Manufacturer", "ManufacturerModelName") if header.public.get(k))
 
 
 def _for_viewer(hu: NDArray[Any], stride: int) -> NDArray[np.int16]:

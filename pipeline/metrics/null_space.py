@@ -42,6 +42,12 @@ def null_projector(operator: SliceOperator) -> NDArray[np.float64]:
     return np.asarray(np.eye(a.shape[1]) - np.linalg.pinv(a, rcond=1e-8) @ a)
 
 
+def null_part(volume: NDArray[Any], operator: SliceOperator) -> NDArray[np.float32]:
+    """N x of a volume (z, y, x): what of it no thick slice shows, and an answer can hold and still agree."""
+    n = null_projector(operator).astype(np.float32)
+    return np.asarray((n @ np.asarray(volume, np.float32).reshape(len(n), -1)).reshape(volume.shape))
+
+
 def null_space_figures(prediction: NDArray[Any], truth: NDArray[Any], operator: SliceOperator) -> NullSpaceFigures:
     """Split an answer and its error (z, y, x) by what the thick series determines."""
     check(prediction, truth)

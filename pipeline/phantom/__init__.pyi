@@ -5,4 +5,5 @@ from .patient import (
     make_patient as make_patient,
     write_dataset as write_dataset,
 )
+from .planting import Site as Site, choose_sites as choose_sites, nodule as nodule
 from .trees import Segment as Segment

@@ -11,6 +11,7 @@ from typing import Any
 
 from latentcache.storage import write_text
 from pipeline.evaluation import CODE_KNOTS, CODE_KNOTS_HU, SPREAD_STEP_HU, CaseView, label, ordered
+from pipeline.report.certificates import certificate_section, judged_cases
 from pipeline.report.charts import bar_chart, curves_chart, dot_chart, line_chart
 from pipeline.report.images import encode_view
 from pipeline.report.tables import (
@@ -83,6 +84,7 @@ def _measures(document: Mapping[str, Any]) -> str:
     """What a radiologist or physicist measures, each with its heading; what was not measured has none."""
     parts = (
         ("Agreement with the measured slices", agreement_table(document)),
+        ("Certificate by scanner", certificate_section(judged_cases(document))),
         ("HU by tissue", tissue_table(document)),
         ("Lung density", lung_table(document)),
         ("Nodules and vessels", volume_table(document)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from latentcache import CtpipeError, LatentStore
 from latentcache.maintenance import summarise
+from pipeline.report.certificates import certificate_section, judged_cases
 from pipeline.report.charts import histogram
 from pipeline.report.images import data_url
 from pipeline.report.run_page import write_page
@@ -29,12 +30,19 @@ SAMPLED_LATENTS = 16
 ReadSeries = Callable[[str], Volume]
 
 
-def write_store_report(path: Path, store: LatentStore, read: ReadSeries | None, thumbnails: int = 12) -> None:
+def write_store_report(
+    path: Path,
+    store: LatentStore,
+    read: ReadSeries | None,
+    thumbnails: int = 12,
+    evaluated: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write the page, whole or not at all.
 
     Args:
         read: Gives a series by key for its thumbnail; None where the private part is out of reach.
         thumbnails: Thin series shown, the first by key.
+        evaluated: Evaluations of runs on this store, whose certificates are shown by scanner.
     """
     columns = ("series_key", "role", "status", "reason", "category", "split", "kernel", "flags", "n_slices",
                "spacing_mm_zyx", "patient_key")  # fmt: skip
@@ -48,6 +56,7 @@ def write_store_report(path: Path, store: LatentStore, read: ReadSeries | None, 
         "ASIDE": _aside(rows, pairs),
         "GEOMETRY": _geometry(rows),
         "LATENTS": _latents(store),
+        "CERTIFICATES": _certificates(evaluated),
         "THUMBNAILS": _thumbnails(rows, read, thumbnails),
     }
     write_page(path, page, fields)
@@ -132,6 +141,11 @@ def _latents(store: LatentStore) -> str:
     else:
         out += "<p>No round trip was measured.</p>"
     return out
+
+
+def _certificates(evaluated: Sequence[Mapping[str, Any]]) -> str:
+    judged = [one for document in evaluated for one in judged_cases(document)]
+    return certificate_section(judged) or "<p>No evaluated run was named, so no generated series is judged here.</p>"
 
 
 def _thumbnails(rows: Sequence[dict[str, Any]], read: ReadSeries | None, count: int) -> str:

@@ -5,6 +5,7 @@ The model comes in as a callable on latents, so that this module knows nothing o
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from pipeline.decode import (
     WriteSettings,
     average_samples,
     base_volume,
+    note_certificates,
     parse_answer,
     parse_detail,
     write_derived,
@@ -39,6 +41,8 @@ from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts, start_of
 from pipeline.workflows.thick_study import Scanned, ThickStudy, identity_of, read_thick
 from pipeline.writing import Provenance
+
+log = logging.getLogger("ctpipe.interpolate")
 
 if TYPE_CHECKING:
     from pipeline.refiner import RefinerFile
@@ -379,7 +383,9 @@ def interpolate(
         decoder_sha256=own_decoder(vae),
         notes=notes,
     )
-    return write_derived(series_key, volume, target, thick.header, identity, provenance, settings.write)
+    written = write_derived(series_key, volume, target, thick.header, identity, provenance, settings.write)
+    note_certificates(log, written, "interpolate")
+    return written
 
 
 def condition_latent(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,37 @@ def write_run_report(run: Path, split: str, path: Path) -> Path:
     return path
 
 
-def write_dataset_report(store_url: str, private_url: str | None, path: Path, thumbnails: int) -> Path:
-    """Build a store's page; without its private part it has no images."""
+def write_dataset_report(
+    store_url: str,
+    private_url: str | None,
+    path: Path,
+    thumbnails: int,
+    runs: Sequence[Path] = (),
+    split: str = "test",
+) -> Path:
+    """Build a store's page; without its private part it has no images.
+
+    Args:
+        runs: Evaluated runs whose certificates are shown by scanner.
+        split: The evaluated split that they are taken from.
+
+    Raises:
+        InputError: A run was not evaluated on the split.
+    """
     from latentcache import CtpipeError, LatentStore
+    from pipeline.evaluation import load_metrics
     from pipeline.identity import PrivateStore
     from pipeline.reading import read_series
     from pipeline.report import write_store_report
 
+    evaluated = [load_metrics(run / "evaluation" / split, split) for run in runs]
     store = LatentStore.open(store_url)
     try:
         identities = PrivateStore.open(store_url, private_url)
     except CtpipeError:
-        write_store_report(path, store, None, thumbnails)
+        write_store_report(path, store, None, thumbnails, evaluated)
     else:
-        write_store_report(path, store, lambda key: read_series(identities.pointer(key)), thumbnails)
+        write_store_report(path, store, lambda key: read_series(identities.pointer(key)), thumbnails, evaluated)
     return path
 
 

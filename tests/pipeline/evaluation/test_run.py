@@ -131,6 +131,8 @@ def test_every_method_is_scored_on_every_pair(done: tuple[Path, dict[str, Any]])
     assert document["methods"]["vae_ceiling"].get("psnr_3072_db") is None, "outside its window a latent means nothing"
     assert document["against_cubic"]["model"]["patients"] == 3
     assert {"APE", "non-APE"} >= set(document["by_category"])
+    said = [case["consistency"] for case in document["by_case"]]
+    assert all("certificate" in one and isinstance(one["scanner"], str) for one in said), "judged by scanner"
 
 
 def test_a_case_that_is_done_is_not_done_again(

@@ -26,3 +26,15 @@ def test_the_stores_page_works_on_a_desk_and_on_a_phone(tmp_path: Path) -> None:
             assert beyond == [], "half of a histogram would mislead"
             assert grave_violations(page) == []
             assert complaints == []
+
+
+def test_a_run_that_was_evaluated_on_the_store_shows_its_certificates_by_scanner(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", splits=("train",), depths=(8,), side=16)
+    judged = {"shift_hu": {"lung": 2.5}, "missing": [], "failing": ["lung"], "said": "certificate FAILS: lung +2.5 HU"}
+    case = {"key": "aa01", "consistency": {"scanner": "ACME One", "certificate": judged}}
+    store = LatentStore.open(tmp_path / "s")
+    write_store_report(tmp_path / "judged.html", store, None, evaluated=[{"by_case": [case]}])
+    text = (tmp_path / "judged.html").read_text(encoding="utf-8")
+    assert "aa01 (ACME One): certificate FAILS: lung +2.5 HU" in text
+    write_store_report(tmp_path / "plain.html", store, None)
+    assert "no generated series is judged here" in (tmp_path / "plain.html").read_text(encoding="utf-8")

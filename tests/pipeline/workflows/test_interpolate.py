@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from diffusion.data import align_depth
 from latentcache import InputError
 from pipeline.archive import open_archive
-from pipeline.decode import WriteSettings
+from pipeline.decode import ComposeSettings, WriteSettings
 from pipeline.identity import Keys
 from pipeline.phantom import write_dataset
 from pipeline.reading import read_series, scan
@@ -153,3 +154,21 @@ def test_a_taken_folder_is_refused_before_the_model_runs(study: Study, tmp_path:
 
     with pytest.raises(InputError, match="exists"):
         interpolate(study.thick, study.scanned, KEYS, AverageCodec(), never, settings(tmp_path))
+
+
+def test_a_certificate_that_fails_or_is_missing_is_logged(
+    study: Study, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that shifts everything by 40 HU, never made consistent: the log names the series and the tissue."""
+    wide = Window.parse("maisi")
+    wanted = InterpolateSettings(
+        WriteSettings(tmp_path, wide), ComposeSettings(detail="absolute", consistency=False, profile=None)
+    )
+    with caplog.at_level(logging.WARNING, logger="ctpipe.interpolate"):
+        done = interpolate(
+            study.thick, study.scanned, KEYS, AverageCodec(), lambda z: [z + np.float32(80 / wide.width)], wanted
+        )
+    judged = done.figures["certificate"]
+    assert judged["failing"] or judged["missing"]
+    assert judged["shift_hu"] == {} or min(judged["shift_hu"].values()) > 1
+    assert f"series {done.key}: {judged['said']}" in caplog.text

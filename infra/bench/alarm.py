@@ -1,0 +1,252 @@
+"""Fabrication alarm: nodules of 3 to 8 mm planted in, or deleted from, the null space of A on phantoms.
+
+    python infra/bench/alarm.py [--quick] [--phantoms 8] [--samples 8]
+
+Per phantom, sites are drawn in even lung (the same for the same seed). At half of the empty ones a nodule's part in
+ker A is added to one sample; at half of those where the truth holds a nodule (which the thick series sees) its part
+in ker A is taken away from that sample. The other sites stay as they are. The alarm of that sample against the other
+samples is read at every site: AUC of planted against empty sites, and of deleted against kept ones, by diameter too.
+The same plants in every sample show what no alarm can find. Intervals (mean +- scale * spread) are calibrated on
+other phantoms; their 90% coverage of the noisy true thin series is measured, overall and by tissue.
+
+The samples are a STAND-IN, not a trained model's: drawn from the Gaussian of the error prior about cubic
+interpolation made consistent (sigma from the steps between thick slices and the noise, correlated along z and in-
+plane), conditioned on the thick slices by the same solver as consistency. So what is shown is that the alarm finds
+what stands out from samples whose spread is about right, and that the intervals can be calibrated. How a trained
+model's samples spread, and how much they invent alike, is not shown. Prints a table, then one JSON object, also kept
+in infra/bench/results/ (not with --quick).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter1d
+
+from pipeline.evaluation import Intervals, OtherSamples, alarm_map, auc, score_at
+from pipeline.forward_model import SliceProfile, ThickMeasurement, project
+from pipeline.forward_model.column_solver import ColumnSolver, hat_correlation
+from pipeline.forward_model.error_prior import error_prior, steps
+from pipeline.metrics import null_part
+from pipeline.phantom import Site, choose_sites, make_patient, nodule
+from pipeline.volume import Window, interpolated
+
+Array = NDArray[np.float32]
+SITES = {"planted": 34, "empty": 34, "deleted": 34, "kept": 34}
+"""A phantom: two kinds of plant and as many places without."""
+CALIBRATION_SEED, TEST_SEED = 700, 800
+TISSUES_HU = {"lung": (-1000.0, -700.0), "fat": (-150.0, -50.0), "soft tissue": (0.0, 100.0), "bone": (300.0, 1500.0)}
+DIAMETERS = ((3.0, 4.5), (4.5, 6.0), (6.0, 8.0))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A phantom's noisy truth (z, y, x) HU with the nodules that are real, its measurement, and all sites by kind."""
+
+    truth: Array
+    measured: ThickMeasurement
+    spacing: tuple[float, float, float]
+    sites: dict[str, tuple[Site, ...]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small phantom of each kind: shows that it runs")
+    parser.add_argument("--phantoms", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--size", type=int, default=176)
+    parser.add_argument("--slices", type=int, default=110)
+    options = parser.parse_args()
+    counts = dict(SITES)
+    if options.quick:
+        options.phantoms, options.size, options.slices, options.samples = 1, 112, 70, 4
+        counts = dict.fromkeys(SITES, 4)
+    start = time.process_time()
+    intervals = calibrated(options, counts)
+    scores: dict[str, list[float]] = {kind: [] for kind in (*SITES, "planted in every sample")}
+    diameters: dict[str, list[float]] = {kind: [] for kind in SITES}
+    coverage: dict[str, list[float]] = {}
+    for number in range(options.phantoms):
+        one = scene(TEST_SEED + number, options, counts)
+        drawn = samples_of(one, options.samples, number)
+        for name, share in covered(one, drawn, intervals).items():
+            coverage.setdefault(name, []).append(share)
+        judge(one, drawn, scores, diameters)
+        print(f"phantom {number + 1}: {time.process_time() - start:.0f} CPU s", flush=True)
+    report(scores, diameters, coverage, intervals, options, time.process_time() - start)
+
+
+def scene(seed: int, options: argparse.Namespace, counts: dict[str, int]) -> Scene:
+    """A phantom whose "deleted" and "kept" nodules are real: in the thin series, and in the thick one through A."""
+    patient = make_patient(seed, options.size, options.slices)
+    thick, thin = patient.thick, patient.thin
+    spacing = thin.geometry.spacing_mm_zyx
+    measured = ThickMeasurement.of(thick, thin.geometry.z_mm, SliceProfile("box", thick.geometry.thickness_mm))
+    covered = np.flatnonzero(measured.operator.matrix[measured.operator.judged].any(axis=0))
+    lung = np.where(_within(len(thin.hu), covered)[:, None, None], patient.thin_truth, 0)
+    chosen = choose_sites(np.random.default_rng([seed, 77]), lung, spacing, sum(counts.values()))
+    sites, first = {}, 0
+    for kind, count in counts.items():
+        sites[kind], first = chosen[first : first + count], first + count
+    real = rendered((*sites["deleted"], *sites["kept"]), measured, spacing)
+    seen = replace(thick, hu=(thick.hu + measured.operator.apply(real)).astype(np.float32))
+    return Scene((thin.hu + real).astype(np.float32), replace(measured, volume=seen), spacing, sites)
+
+
+def _within(count: int, covered: NDArray[np.intp]) -> NDArray[np.bool_]:
+    inside = np.zeros(count, bool)
+    inside[covered.min() : covered.max() + 1] = True
+    return inside
+
+
+def rendered(sites: tuple[Site, ...], measured: ThickMeasurement, spacing: tuple[float, float, float]) -> Array:
+    """What the nodules add, (z, y, x) HU."""
+    added = np.zeros(measured.shape_zyx, np.float32)
+    for site in sites:
+        block, hu = nodule(site, added.shape, spacing)
+        added[block] += hu
+    return added
+
+
+def samples_of(one: Scene, count: int, seed: int) -> Array:
+    """The stand-in's samples, (count, z, y, x) HU: x + e, with e of the error prior, conditioned on A e = 0."""
+    measured, operator = one.measured, one.measured.operator
+    mean = interpolated(measured.volume, replace_z(measured), "cubic")
+    project(mean, measured, floor_hu=-1024)
+    covered = operator.covered
+    prior = error_prior(mean, measured, Window.parse("maisi"))
+    thick = np.asarray(measured.hu[covered], np.float32).reshape(int(covered.sum()), -1)
+    # A thin slice is noisier than a thick one by the root of the thin slices that it averages.
+    noise = measured.noise_hu * np.sqrt(measured.profile.fwhm_mm / measured.spacing_mm)
+    sigma = np.hypot(prior.interpolation_error(steps(thick), len(mean)), np.float32(noise))
+    a = operator.matrix[covered]
+    solver = ColumnSolver(a, operator.thin_z_mm, np.full(len(a), 1e-3))
+    root = np.linalg.cholesky(hat_correlation(operator.thin_z_mm) + 1e-6 * np.eye(len(mean))).astype(np.float32)
+    rng = np.random.default_rng([seed, 5])
+    out = np.empty((count, *mean.shape), np.float32)
+    for k in range(count):
+        white = rng.standard_normal(mean.shape, dtype=np.float32)
+        white = gaussian_filter1d(gaussian_filter1d(white, 0.6, axis=1), 0.6, axis=2)
+        error = sigma * (root @ (white / white.std()).reshape(len(mean), -1))
+        wanted = (-(a.astype(np.float32) @ error)).astype(np.float32)
+        unbounded = np.float32(np.inf)
+        error = solver.solve(error, wanted, sigma, -unbounded, unbounded, measured.noise_hu**2)
+        out[k] = mean + error.reshape(mean.shape)
+    return out
+
+
+def replace_z(measured: ThickMeasurement) -> Any:
+    """The thin grid of a measurement."""
+    geometry = measured.volume.geometry.with_z(measured.thin_z_mm, thickness_mm=measured.spacing_mm)
+    return replace(geometry, shape_zyx=measured.shape_zyx)
+
+
+def others_of(samples: Array) -> OtherSamples:
+    return OtherSamples(samples.mean(axis=0), samples.std(axis=0, ddof=1), len(samples))
+
+
+def judge(one: Scene, drawn: Array, scores: dict[str, list[float]], diameters: dict[str, list[float]]) -> None:
+    """Plant and delete in the first sample, and read the alarm at every site."""
+    operator = one.measured.operator
+    planted = null_part(rendered(one.sites["planted"], one.measured, one.spacing), operator)
+    deleted = null_part(rendered(one.sites["deleted"], one.measured, one.spacing), operator)
+    others = others_of(drawn[1:])
+    alarm = alarm_map(drawn[0] + planted - deleted, others, one.measured)
+    for kind, sites in one.sites.items():
+        scores[kind] += [score_at(alarm, site.center_zyx, one.spacing) for site in sites]
+        diameters[kind] += [site.diameter_mm for site in sites]
+    alike = alarm_map(drawn[0] + planted, replace(others, mean=others.mean + planted), one.measured)
+    scores["planted in every sample"] += [score_at(alike, s.center_zyx, one.spacing) for s in one.sites["planted"]]
+
+
+def inside_of(one: Scene) -> NDArray[np.bool_]:
+    """Thin slices that the judged thick slices see."""
+    return np.asarray(one.measured.operator.matrix[one.measured.operator.judged].any(axis=0))
+
+
+def calibrated(options: argparse.Namespace, counts: dict[str, int]) -> Intervals:
+    """Intervals from phantoms that nothing else is measured on."""
+    errors, spreads = [], []
+    for number in range(max(1, options.phantoms // 2)):
+        one = scene(CALIBRATION_SEED + number, options, counts)
+        drawn = samples_of(one, options.samples, 1000 + number)
+        inside = inside_of(one)
+        errors.append((one.truth - drawn.mean(axis=0))[inside, ::3, ::3].ravel())
+        spreads.append(drawn.std(axis=0, ddof=1)[inside, ::3, ::3].ravel())
+    return Intervals.calibrated(np.concatenate(errors), np.concatenate(spreads))
+
+
+def covered(one: Scene, drawn: Array, intervals: Intervals) -> dict[str, float]:
+    """Coverage of the truth, overall and by tissue of the truth."""
+    inside = inside_of(one)
+    error, spread = (one.truth - drawn.mean(axis=0))[inside], drawn.std(axis=0, ddof=1)[inside]
+    truth = one.truth[inside]
+    found = {"all": intervals.coverage(error, spread)}
+    for name, (low, high) in TISSUES_HU.items():
+        chosen = (truth >= low) & (truth < high)
+        found[name] = intervals.coverage(error[chosen], spread[chosen])
+    return found
+
+
+def report(
+    scores: dict[str, list[float]],
+    diameters: dict[str, list[float]],
+    coverage: dict[str, list[float]],
+    intervals: Intervals,
+    options: argparse.Namespace,
+    seconds: float,
+) -> None:
+    at = {kind: np.asarray(values) for kind, values in scores.items()}
+    size = {kind: np.asarray(values) for kind, values in diameters.items()}
+    found: dict[str, Any] = {
+        "bench": "alarm",
+        "samples": "stand-in: Gaussian of the error prior about consistent cubic, conditioned on the thick slices",
+        "plants": len(at["planted"]) + len(at["deleted"]),
+        "auc": {
+            "planted": round(auc(at["planted"], at["empty"]), 4),
+            "deleted": round(auc(at["deleted"], at["kept"]), 4),
+            "both": round(auc(np.r_[at["planted"], at["deleted"]], np.r_[at["empty"], at["kept"]]), 4),
+            "planted in every sample": round(auc(at["planted in every sample"], at["empty"]), 4),
+        },
+        "auc_by_diameter_mm": {
+            f"{low:g} to {high:g}": {
+                kind: round(auc(at[kind][(size[kind] >= low) & (size[kind] <= high)], at[rest]), 4)
+                for kind, rest in (("planted", "empty"), ("deleted", "kept"))
+            }
+            for low, high in DIAMETERS
+            if all(((size[k] >= low) & (size[k] <= high)).any() for k in ("planted", "deleted"))
+        },
+        "coverage_90": {
+            name: {"mean": round(float(np.mean(v)), 4), "least": round(min(v), 4), "most": round(max(v), 4)}
+            for name, v in coverage.items()
+        },
+        "interval_scale": [round(float(v), 3) for v in intervals.scale],
+        "settings": {k: v for k, v in vars(options).items() if k != "quick"},
+        "cpu_s": round(seconds, 1),
+        "device": f"cpu-{platform.machine()}",
+        "versions": {name: version(name) for name in ("numpy", "scipy")},
+    }
+    print(
+        f"{found['plants']} plants, samples from the stand-in; AUC "
+        + ", ".join(f"{k} {v:.3f}" for k, v in found["auc"].items())
+    )
+    for name, one in found["auc_by_diameter_mm"].items():
+        print(f"  {name} mm: planted {one['planted']:.3f}, deleted {one['deleted']:.3f}")
+    for name, one in found["coverage_90"].items():
+        print(f"  90% interval, {name:12s} {one['mean']:.1%} ({one['least']:.1%} to {one['most']:.1%} by phantom)")
+    if not options.quick:
+        (Path(__file__).parent / "results" / "alarm-cpu.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
