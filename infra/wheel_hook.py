@@ -102,25 +102,23 @@ def _weights(path: Path, root: Path) -> dict[str, Any]:
 
 def _libraries(required: list[str], optional: dict[str, list[str]], own: str) -> list[dict[str, Any]]:
     """Declared dependencies; one that is required stays so whatever extra names it again."""
+    extras: dict[str, set[str]] = {}
+    ranges: dict[str, str] = {}
+    groups = {extra: texts for extra, texts in optional.items() if extra != "dev"} | {"": required}
+    for extra, texts in sorted(groups.items(), reverse=True):
+        for text in sorted(texts):
+            match = re.match(r"([A-Za-z0-9._-]+)(\[[^\]]*\])?\s*([^;]*)", text)
+            assert match is not None, text
+            name = re.sub(r"[-_.]+", "-", match[1]).lower()
+            if name != own:
+                ranges[name] = match[3].strip() or "*"
+                extras.setdefault(name, set()).add(extra)
     found = []
-    wanted = [(text, extra) for extra in sorted(optional) for text in sorted(optional[extra])]
-    for text, extra in [*wanted, *((text, "") for text in sorted(required))]:
-        match = re.match(r"([A-Za-z0-9._-]+)(\[[^\]]*\])?\s*([^;]*)", text)
-        assert match is not None, text
-        name = re.sub(r"[-_.]+", "-", match[1]).lower()
-        if name == own or extra == "dev":
-            continue
-        properties = [{"name": "ctpipe:requirement", "value": match[3].strip() or "*"}]
-        if extra:
-            properties.append({"name": "ctpipe:extra", "value": extra})
-        found.append(
-            {
-                "type": "library",
-                "bom-ref": f"pkg:pypi/{name}",
-                "name": name,
-                "purl": f"pkg:pypi/{name}",
-                "scope": "optional" if extra else "required",
-                "properties": properties,
-            }
-        )
+    for name, wanted in extras.items():
+        properties = [{"name": "ctpipe:requirement", "value": ranges[name]}]
+        properties += [{"name": "ctpipe:extra", "value": extra} for extra in sorted(wanted) if extra]
+        purl = f"pkg:pypi/{name}"
+        scope = "required" if "" in wanted else "optional"
+        about = {"type": "library", "bom-ref": purl, "name": name, "purl": purl, "scope": scope}
+        found.append({**about, "properties": properties})
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,8 +39,8 @@ def to_dask(store: LatentStore, encode_key: str, role: LatentRole = "thin", spli
         raise missing_extra("dask", "dask", "a lazy array over a split") from error
 
     group = store.zarr_group(encode_key, role, split)
-    keys = tuple(sorted(group.array_keys()))
-    arrays = [group[key] for key in keys]
+    named: dict[str, Any] = dict(sorted(group.arrays()))
+    keys, arrays = tuple(named), list(named.values())
     planes = {(a.shape[0], *a.shape[2:]) for a in arrays}
     if len(planes) != 1:
         raise InputError(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -30,8 +30,7 @@ except ModuleNotFoundError as error:
 
 def open_array(location: Location, record: LatentRecord) -> zarr.Array[Any]:
     """Open one committed latent as a read-only array (C, d, h, w) float16 with its position as attributes."""
-    array = zarr.open_array(LatentNodes(location, {"": record}), mode="r")
-    return cast("zarr.Array[Any]", array)
+    return zarr.open_array(LatentNodes(location, {"": record}), mode="r")
 
 
 def open_group(location: Location, records: Iterable[LatentRecord]) -> zarr.Group:
@@ -87,8 +86,9 @@ class LatentNodes(Store):
         self.nodes = dict(nodes)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, LatentNodes) and other.location.url == self.location.url
-        return same and other.nodes == self.nodes  # type: ignore[union-attr]
+        if not isinstance(other, LatentNodes):
+            return False
+        return other.location.url == self.location.url and other.nodes == self.nodes
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -106,7 +106,7 @@ class LatentNodes(Store):
         if name != SHARD or node not in self.nodes:
             return None
         read = await asyncio.to_thread(self._read, self.nodes[node], byte_range)
-        return prototype.buffer.from_array_like(read.view("B"))  # type: ignore[arg-type]
+        return prototype.buffer.from_array_like(read.view("B"))
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
@@ -149,7 +149,7 @@ class LatentNodes(Store):
         for name in dict.fromkeys(k[len(below) :].split("/")[0] for k in self._keys() if k.startswith(below)):
             yield name
 
-    def _keys(self) -> list[str]:
+    def _keys(self) -> Sequence[str]:
         prefixes = [f"{name}/" if name else "" for name in self.nodes]
         root = [] if "" in self.nodes else [METADATA]
         return root + [prefix + name for prefix in prefixes for name in (METADATA, SHARD)]

@@ -71,7 +71,8 @@ def import_zarr(
     """
     root = _open(source)
     store = _matching_store(root.attrs, place)
-    for key, text in root.attrs["encodings"].items():
+    encodings: Any = root.attrs["encodings"]
+    for key, text in encodings.items():
         if store.register_encoding(_encoding(key, text)) != key:
             raise _not_an_export(f"an encoding that does not hash to its key {key}")
     series, pairs = _rows(root, "series", SeriesRecord), _rows(root, "pairs", PairRecord)
@@ -195,11 +196,12 @@ def _rows(root: zarr.Group, table: str, kind: type[Row]) -> list[Row]:
     names = {f.name for f in fields(kind)}
     rows = []
     for _, group in sorted(root[table].groups()):  # type: ignore[union-attr]
-        said = dict(group.attrs)
+        said: dict[str, Any] = dict(group.attrs)
         if set(said) != names:
             odd = ", ".join(sorted(set(said) ^ names))
             raise _not_an_export(f"a row of {table} with other columns ({odd})")
-        rows.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}))
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+        rows.append(kind(**values))
         for column in (f"{table.removesuffix('s') if table == 'pairs' else table}_key", "patient_key", "study_key"):
             check_key(column, str(said[column]))
     try:
