@@ -24,9 +24,8 @@ DOCS = ROOT / "infra" / "docs"
 SEQUENCES = {
     "README": [ROOT / "README.md"],
     "quickstart": [DOCS / "quickstart.md"],
-    "how-to": [
-        DOCS / "how-to" / name for name in ("build-a-cache.md", "train.md", "evaluate.md", "thin-one-study.md")
-    ] + [DOCS / "store-format.md"],
+    "how-to": [DOCS / "how-to" / name for name in ("build-a-cache.md", "train.md", "evaluate.md", "thin-one-study.md")]
+    + [DOCS / "store-format.md"],
 }
 PARSED = [DOCS / name for name in ("how-to/run-on-ray.md", "how-to/run-on-kubernetes.md", "serve.md")]
 OTHER_PROGRAMS = {"pip", "ray", "docker", "kubectl", "make"}

@@ -43,9 +43,7 @@ def test_defaults_are_those_that_the_command_line_uses(found: dict[str, Any]) ->
     for command in found["commands"]:
         if command["name"] not in group.commands:
             continue  # a command below a group
-        for described, parameter in zip(
-            command["parameters"], group.commands[command["name"]].params, strict=True
-        ):
+        for described, parameter in zip(command["parameters"], group.commands[command["name"]].params, strict=True):
             if isinstance(parameter.default, bool | int | float | str):
                 assert described["default"] == parameter.default
 
