@@ -2,19 +2,19 @@
 
     python infra/bench/alarm.py [--quick] [--phantoms 8] [--samples 8]
 
-Per phantom, sites are drawn in even lung (the same for the same seed). At half of the empty ones a nodule's part in
-ker A is added to one sample; at half of those where the truth holds a nodule (which the thick series sees) its part
-in ker A is taken away from that sample. The other sites stay as they are. The alarm of that sample against the other
-samples is read at every site: AUC of planted against empty sites, and of deleted against kept ones, by diameter too.
-The same plants in every sample show what no alarm can find. Intervals (mean +- scale * spread) are calibrated on
-other phantoms; their 90% coverage of the noisy true thin series is measured, overall and by tissue.
+Per phantom, sites are drawn in even lung (the same for the same seed). At half of the empty ones a nodule's part in ker
+A is added to one sample; at half of those where the truth holds a nodule (which the thick series sees) its part in ker
+A is taken away from that sample. The other sites stay as they are. The alarm of that sample against the other samples
+is read at every site: AUC of planted against empty sites, and of deleted against kept ones, by diameter too. The same
+plants in every sample show what no alarm can find. Intervals (mean +- scale * spread) are calibrated on other phantoms;
+their 90% coverage of the noisy true thin series is measured, overall and by tissue.
 
-The samples are a STAND-IN, not a trained model's: drawn from the Gaussian of the error prior about cubic
-interpolation made consistent (sigma from the steps between thick slices and the noise, correlated along z and in-
-plane), conditioned on the thick slices by the same solver as consistency. So what is shown is that the alarm finds
-what stands out from samples whose spread is about right, and that the intervals can be calibrated. How a trained
-model's samples spread, and how much they invent alike, is not shown. Prints a table, then one JSON object, also kept
-in infra/bench/results/ (not with --quick).
+The samples are a STAND-IN, not a trained model's: drawn from the Gaussian of the error prior about cubic interpolation
+made consistent (sigma from the steps between thick slices and the noise, correlated along z and in-plane), conditioned
+on the thick slices by the same solver as consistency. So what is shown is that the alarm finds what stands out from
+samples whose spread is about right, and that the intervals can be calibrated. How a trained model's samples spread, and
+how much they invent alike, is not shown. Prints a table, then one JSON object, also kept in infra/bench/results/ (not
+with --quick).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 from .dicom import patient_zip as patient_zip
+from .emphysema import Emphysema as Emphysema, with_emphysema as with_emphysema
 from .patient import (
     PhantomPatient as PhantomPatient,
     PhantomSettings as PhantomSettings,
