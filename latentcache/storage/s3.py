@@ -206,8 +206,8 @@ class S3Location:
         return _repeated(prefix, lambda: obstore.list_with_delimiter(self._store, prefix or None))
 
     def delete(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _errors(path):
-            obstore.delete(self._store, path)
+        with contextlib.suppress(FileNotFoundError):
+            _repeated(path, lambda: obstore.delete(self._store, path))
 
     def child(self, path: str) -> S3Location:
         return S3Location(f"{self._url}/{path}")
