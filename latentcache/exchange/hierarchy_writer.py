@@ -63,6 +63,11 @@ def export_zarr(
         StoreError: An unknown encode key.
         CorruptLatentError: A latent differs from its checksum; nothing is left behind.
     """
+    try:
+        import zarr
+        from zarr.storage import LocalStore
+    except ImportError as error:
+        raise missing_extra("zarr", "zarr", "latents as Zarr arrays, export and import") from error
     arguments = codec_arguments(codec)
     if encode_key is not None:
         store.encoding(encode_key)
@@ -70,11 +75,7 @@ def export_zarr(
     series, pairs = store.series(), store.pairs()
     records = [r for key in keys for role in get_args(LatentRole) for r in store.select(key, role)]
     affine_of = {s.series_key: s for s in series} | _pairs_on_thin(series, pairs)
-    from zarr.storage import LocalStore
-
     with atomic_folder(out) as folder, zarr_warnings():
-        import zarr
-
         root = zarr.create_group(LocalStore(folder), attributes=_root_attributes(store, keys, codec))
         for name, rows in (("series", {s.series_key: s for s in series}), ("pairs", {p.pair_key: p for p in pairs})):
             for key, row in sorted(rows.items()):
