@@ -75,6 +75,7 @@ class InterpolateJob:
         memory_gib: Memory budget of the VAE.
         private: Where the secret of the pseudonyms is kept; by default ``out``.
         answer: ``mean`` of the samples for viewing, one ``sample`` for measuring, or ``both``.
+        alarm_map: Where the written sample stands out from the others, as a Parametric Map.
     """
 
     source: str
@@ -97,6 +98,7 @@ class InterpolateJob:
     memory_gib: float | None = None
     private: Path | None = None
     answer: str = "mean"
+    alarm_map: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ def _settings(job: InterpolateJob, model: Any, encoding: Encoding) -> Interpolat
             transfer_syntax=job.transfer_syntax,
             uncertainty=job.uncertainty or job.uncertainty_map,
             uncertainty_map=job.uncertainty_map,
+            alarm_map=job.alarm_map,
             enhanced=job.enhanced,
             answer=parse_answer(job.answer, job.sampling.samples),
             checkpoint_sha256=model.checkpoint_sha256,
@@ -469,7 +472,10 @@ def interpolate(
 
     condition_hu = decoded(condition) if settings.compose.detail == "residual" else None
     measured = settings.compose.measured(thick, target)
-    volume = average_samples((decoded(x) for x in latents), window, measured, target, settings.compose, condition_hu)
+    volume = average_samples(
+        (decoded(x) for x in latents), window, measured, target, settings.compose, condition_hu,
+        alarm=settings.write.alarm_map,
+    )  # fmt: skip
     provenance = Provenance(
         kind="generated",
         source_key=series_key,
