@@ -81,6 +81,14 @@ class WriteSettings:
     answer: Answer = "mean"
     alarm_map: bool = False
 
+    def __post_init__(self) -> None:
+        if self.alarm_map and self.answer == "mean":
+            raise InputError(
+                "an alarm map beside a mean",
+                expected="the sample that the map judges",
+                remedy="Give --answer sample or both with --alarm-map.",
+            )
+
     @property
     def samples_apart(self) -> bool:
         """Whether every sample is wanted as a volume, not only their mean."""

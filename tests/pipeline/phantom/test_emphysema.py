@@ -41,7 +41,7 @@ def test_none_is_the_lung_as_it_was_and_what_cannot_be_is_refused(chest: tuple[n
     made = with_emphysema(truth, lung, SPACING, min(0.4, own), seed=1)
     np.testing.assert_array_equal(made.hu, truth)
     assert made.laa950 == own
-    with pytest.raises(InputError, match="LAA-950 of 0.5"):
+    with pytest.raises(InputError, match=r"LAA-950 of 0\.5"):
         with_emphysema(truth, lung, SPACING, 0.5, seed=1)
     with pytest.raises(InputError, match="without any hole"):
         with_emphysema(np.where(lung, np.float32(-990), truth), lung, SPACING, 0.1, seed=1)
