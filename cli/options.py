@@ -105,6 +105,10 @@ Uncertainty = Annotated[
 UncertaintyMap = Annotated[
     bool, typer.Option("--uncertainty-map", help="The same as a Parametric Map instead of a second CT series.")
 ]
+AlarmMap = Annotated[
+    bool,
+    typer.Option("--alarm-map", help="Also write where the sample stands out from the others, as a Parametric Map."),
+]
 TransferSyntax = Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")]
 Enhanced = Annotated[
     bool, typer.Option("--enhanced", help="Write one Enhanced CT instance instead of one CT instance a slice.")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.options import (
+    AlarmMap,
     Answer,
     DaskScheduler,
     Detail,
@@ -58,6 +59,7 @@ def decode(
     seed: Seed = 0,
     uncertainty: Uncertainty = False,
     uncertainty_map: UncertaintyMap = False,
+    alarm_map: AlarmMap = False,
     detail: Detail = "residual",
     consistency: Annotated[
         bool | None,
@@ -145,7 +147,7 @@ def decode(
         else:
             from pipeline.workflows import Spread, sample_pairs
 
-            apart = uncertainty or wanted != "mean"
+            apart = uncertainty or alarm_map or wanted != "mean"
             options = {"sampler": sampler, "num_inference_steps": steps, "seed": seed}
             sampled = sample_pairs(
                 latents, checkpoint, split, series, options, samples, apart, Spread(spread, threads), show
@@ -160,6 +162,7 @@ def decode(
             transfer_syntax=transfer_syntax,
             uncertainty=uncertainty,
             uncertainty_map=uncertainty_map,
+            alarm_map=alarm_map,
             enhanced=enhanced,
             answer=wanted,
             store_snapshot=latents.snapshot,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.options import (
+    AlarmMap,
     Answer,
     Consistency,
     Detail,
@@ -52,6 +53,7 @@ def interpolate(
     seed: Seed = 0,
     uncertainty: Uncertainty = False,
     uncertainty_map: UncertaintyMap = False,
+    alarm_map: AlarmMap = False,
     detail: Detail = "residual",
     consistency: Consistency = True,
     fwhm_mm: Annotated[
@@ -92,7 +94,7 @@ def interpolate(
     job = InterpolateJob(
         source, out, model or checkpoint, spacing_mm, trained_spacing_mm, vae, Sampling(sampler, steps, samples, seed),
         uncertainty, uncertainty_map, detail, consistency, fwhm_mm, refiner, transfer_syntax, enhanced,
-        restore_identity, device, memory_gib, answer=answer, page=page,
+        restore_identity, device, memory_gib, answer=answer, page=page, alarm_map=alarm_map,
     )  # fmt: skip
 
     def estimate(seconds: float, shape: tuple[int, ...]) -> None:

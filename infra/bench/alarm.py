@@ -32,11 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from pipeline.evaluation import Intervals, OtherSamples, alarm_map, auc, score_at
+from pipeline.evaluation import Intervals, auc
 from pipeline.forward_model import SliceProfile, ThickMeasurement, project
 from pipeline.forward_model.column_solver import ColumnSolver, hat_correlation
 from pipeline.forward_model.error_prior import error_prior, steps
-from pipeline.metrics import null_part
+from pipeline.metrics import OtherSamples, alarm_map, null_part, score_at
 from pipeline.phantom import Site, choose_sites, make_patient, nodule
 from pipeline.volume import Window, interpolated
 

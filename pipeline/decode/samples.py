@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from latentcache import InputError
 from pipeline.decode.compose import ComposeSettings, agreement, base_volume, compose, plain_round_trip
 from pipeline.forward_model import ThickMeasurement
+from pipeline.metrics import OtherSamples, alarm_map
 from pipeline.volume import Geometry, NiftiLayout, SourceHeader, Window
 from pipeline.writing import (
     Provenance,
@@ -46,7 +47,7 @@ def parse_answer(text: str, samples: int) -> Answer:
 class DerivedVolume:
     """A finished volume: (z, y, x) int16 HU; ``spread`` is the standard deviation over samples in HU, if there were
     several; ``figures`` is JSON-ready. ``sample`` is the first of several, with figures of its own; ``hu`` is
-    then their mean."""
+    then their mean. ``alarm`` says where the first sample stands out from the others, if that was asked for."""
 
     hu: NDArray[np.int16]
     spread: NDArray[np.float32] | None
@@ -54,6 +55,7 @@ class DerivedVolume:
     figures: Mapping[str, Any]
     sample: NDArray[np.int16] | None = None
     sample_figures: Mapping[str, Any] = field(default_factory=dict)
+    alarm: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class WriteSettings:
         answer: Of several samples the ``mean``, for viewing; one ``sample``, for measuring density and texture, which
             a mean smooths away; or ``both``, the sample in a folder of its own.
         layout: Write NIfTI, laid out so, instead of DICOM, all volumes in one folder.
+        alarm_map: Where the written sample stands out from the others, as a Parametric Map beside it.
     """
 
     out_dir: Path
@@ -79,11 +82,20 @@ class WriteSettings:
     store_snapshot: int | None = None
     answer: Answer = "mean"
     layout: NiftiLayout | None = None
+    alarm_map: bool = False
+
+    def __post_init__(self) -> None:
+        if self.alarm_map and self.answer == "mean":
+            raise InputError(
+                "an alarm map beside a mean",
+                expected="the sample that the map judges",
+                remedy="Give --answer sample or both with --alarm-map.",
+            )
 
     @property
     def samples_apart(self) -> bool:
         """Whether every sample is wanted as a volume, not only their mean."""
-        return self.uncertainty or self.answer != "mean"
+        return self.uncertainty or self.alarm_map or self.answer != "mean"
 
 
 @dataclass(frozen=True)
@@ -105,11 +117,16 @@ def average_samples(
     settings: ComposeSettings,
     condition_hu: NDArray[np.float32] | None = None,
     base_hu: NDArray[np.float32] | None = None,
+    *,
+    alarm: bool = False,
 ) -> DerivedVolume:
     """Compose every decoded sample (z, y, x) float32 HU with the measurement, and average what comes out.
 
     The mean errs least (it is the posterior mean in the limit); the spread is that of the composed samples, so that
-    what the measurement fixes shows no uncertainty.
+    what the measurement fixes shows no uncertainty. With ``alarm`` the first sample is held against the others.
+
+    Raises:
+        InputError: An alarm of fewer than three samples, or without a thick series.
     """
     first = mean = squares = None
     base = base_hu
@@ -132,6 +149,12 @@ def average_samples(
         mean += delta / number
         squares += delta * (hu - mean)
     assert first is not None
+    if alarm and (measured is None or number < 3):
+        raise InputError(
+            f"an alarm map of {number} samples" + ("" if measured is not None else " without a thick series"),
+            expected="three samples or more and what was measured",
+            remedy="Give --samples 8, or leave --alarm-map away.",
+        )
     if mean is None or squares is None:
         return DerivedVolume(first, None, 1, figures)
     out = np.rint(mean).astype(np.int16)
@@ -139,7 +162,20 @@ def average_samples(
         figures = {**figures, **agreement(out, measured, residual=settings.consistency)}
     spread = np.sqrt(squares / (number - 1))
     figures = {**figures, "uncertainty_mean_hu": round(float(spread.mean()), 3)}
-    return DerivedVolume(out, spread, number, figures, first, first_figures)
+    found = None
+    if alarm and measured is not None:
+        found = alarm_map(first, _all_but(first, mean, squares, number), measured)
+    return DerivedVolume(out, spread, number, figures, first, first_figures, found)
+
+
+def _all_but(
+    first: NDArray[np.int16], mean: NDArray[np.float32], squares: NDArray[np.float32], number: int
+) -> OtherSamples:
+    """Mean and spread of all samples but the first, from those of all: Welford's update backwards."""
+    delta = first - mean
+    rest = squares - np.square(delta) * np.float32(number / (number - 1))
+    spread = np.sqrt(np.maximum(rest, 0) / np.float32(number - 2))
+    return OtherSamples(mean - delta / np.float32(number - 1), spread, number - 1)
 
 
 def _composed(
@@ -198,6 +234,13 @@ def write_derived(
         described = replace(mean, kind="uncertainty", answer="")
         _write_uncertainty(volume.spread, target, header, settings.out_dir / name, identity, described, settings)
         folders.append(name)
+    if settings.alarm_map and volume.alarm is not None:
+        name = f"{key}-alarm"
+        _clear_orphan(settings.out_dir / name, "alarm")
+        described = replace(sample, kind="alarm", answer="")
+        folder = settings.out_dir / name
+        write_parametric_map(volume.alarm, target, header, folder, uids=identity, provenance=described)
+        folders.append(name)
     write = write_enhanced_ct if settings.enhanced else write_ct_series
     if volume.sample is not None and settings.answer == "both":
         name = f"{key}-sample"
@@ -243,7 +286,7 @@ def _with_figures(
     return replace(provenance, consistency=figures, answer=answer, notes=(*provenance.notes, *warnings))
 
 
-def _clear_orphan(folder: Path, what: Literal["uncertainty", "sample"]) -> None:
+def _clear_orphan(folder: Path, what: Literal["uncertainty", "sample", "alarm"]) -> None:
     """Remove such a series of ours; the series that it belongs to is known to be absent."""
     names = sorted(folder.glob("*.dcm")) if folder.is_dir() else []
     if not names or len(names) != len(list(folder.iterdir())):

@@ -255,7 +255,7 @@ def _composed(
     condition = None
     if composing.detail == "residual" and task.condition is not None and thick is not None:
         condition = decoded_hu(vae, window, *task.condition)[kept]
-    volume = average_samples(samples, window, measured, target, composing, condition)
+    volume = average_samples(samples, window, measured, target, composing, condition, alarm=settings.write.alarm_map)
     if task.fit is None or not task.fit.stated_is_wrong:
         return volume
     return replace(volume, figures={**volume.figures, "stated_profile": task.fit.stated_is_wrong})

@@ -1,11 +1,5 @@
 from .case import failed as failed
-from .fabrication import (
-    Intervals as Intervals,
-    OtherSamples as OtherSamples,
-    alarm_map as alarm_map,
-    auc as auc,
-    score_at as score_at,
-)
+from .fabrication import Intervals as Intervals, auc as auc
 from .held_out import HeldOutImages as HeldOutImages, check_same_vae as check_same_vae
 from .methods import EvaluationSettings as EvaluationSettings
 from .results import (

@@ -1,3 +1,10 @@
+from .fabrication_alarm import (
+    LEAST_SPREAD_HU as LEAST_SPREAD_HU,
+    OtherSamples as OtherSamples,
+    alarm_map as alarm_map,
+    residual_map as residual_map,
+    score_at as score_at,
+)
 from .intensity import (
     TISSUE_CLASSES_HU as TISSUE_CLASSES_HU,
     bias_by_tissue as bias_by_tissue,

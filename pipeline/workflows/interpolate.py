@@ -166,6 +166,7 @@ def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
             transfer_syntax=job.transfer_syntax,
             uncertainty=job.uncertainty or job.uncertainty_map,
             uncertainty_map=job.uncertainty_map,
+            alarm_map=job.alarm_map,
             enhanced=job.enhanced,
             answer=parse_answer(job.answer, job.sampling.samples),
             checkpoint_sha256=model.checkpoint_sha256,
@@ -371,8 +372,9 @@ def interpolate(
         base = base_volume(thick, np.asarray(trained.z_mm), settings.compose, window)
         base = onto_spacing(base, trained, target) if notes else base
     volume = average_samples(
-        (decoded(x) for x in latents), window, measured, target, settings.compose, condition_hu, base
-    )
+        (decoded(x) for x in latents), window, measured, target, settings.compose, condition_hu, base,
+        alarm=settings.write.alarm_map,
+    )  # fmt: skip
     provenance = Provenance(
         kind="generated",
         source_key=series_key,

@@ -47,6 +47,7 @@ class InterpolateJob:
         private: Where the secret of the pseudonyms is kept; by default ``out``.
         answer: ``mean`` of the samples for viewing, one ``sample`` for measuring, or ``both``.
         page: Write a page for people beside the series.
+        alarm_map: Where the written sample stands out from the others, as a Parametric Map.
     """
 
     source: str
@@ -70,6 +71,7 @@ class InterpolateJob:
     private: Path | None = None
     answer: str = "mean"
     page: bool = True
+    alarm_map: bool = False
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,8 @@ def described(provenance: Provenance) -> tuple[str, tuple[str, ...]]:
     axial = ("DERIVED", "SECONDARY", "AXIAL")
     if provenance.kind == "uncertainty":
         return f"{ALGORITHM} uncertainty (SD in HU) {spacing}"[:64], (*axial, "UNCERTAINTY")
+    if provenance.kind == "alarm":
+        return f"{ALGORITHM} fabrication alarm {spacing}"[:64], (*axial, "ALARM")
     word = "synthetic" if provenance.kind == "generated" else "latent round trip"
     answer = f" ({provenance.answer})" if provenance.answer else ""
     return f"{ALGORITHM} {word}{answer} {spacing}"[:64], axial

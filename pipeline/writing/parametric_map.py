@@ -1,8 +1,9 @@
-"""A map of standard deviations as one Parametric Map Storage instance (DICOM PS3.3 A.75): 32-bit floats, in HU."""
+"""A map as one Parametric Map Storage instance (DICOM PS3.3 A.75), 32-bit floats: standard deviations or the alarm."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,45 @@ from pipeline.writing.provenance import ALGORITHM, Provenance, coded, mark_compr
 from pipeline.writing.series_identity import SeriesIdentity, derived_uid
 
 PARAMETRIC_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.30"
-FRAME_TYPE = ("DERIVED", "PRIMARY", "VOLUME", "STD_DEVIATION")
+ALARM_SERIES_NUMBER = 9003
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a map's values are, in DICOM's terms.
+
+    Attributes:
+        contrast: Value 4 of Image Type (PS3.3 C.8.16.1.4).
+        content_label, label: Of the content and of the real world value mapping.
+        unit: A UCUM code and its meaning.
+        window: Centre and width that a viewer opens it with.
+    """
+
+    series_number: int
+    contrast: str
+    content_label: str
+    label: str
+    explanation: str
+    unit: tuple[str, str]
+    window: tuple[str, str]
+
+    @property
+    def frame_type(self) -> list[str]:
+        return ["DERIVED", "PRIMARY", "VOLUME", self.contrast]
+
+
+SPREAD = Quantity(
+    UNCERTAINTY_SERIES_NUMBER, "STD_DEVIATION", "UNCERTAINTY", "SD", "standard deviation over samples in HU",
+    ("[hnsf'U]", "Hounsfield unit"), ("25", "50"),
+)  # fmt: skip
+ALARM = Quantity(
+    ALARM_SERIES_NUMBER, "QUANTITY", "ALARM", "ALARM", "how far a sample stands out from the others, in their spread",
+    ("1", "no units"), ("3", "6"),
+)  # fmt: skip
 
 
 def write_parametric_map(
-    spread_hu: NDArray[np.float32],
+    values: NDArray[np.float32],
     geometry: Geometry,
     header: SourceHeader,
     out_dir: Path,
@@ -41,12 +76,14 @@ def write_parametric_map(
     uids: SeriesIdentity,
     provenance: Provenance,
 ) -> WrittenSeries:
-    """Write the standard deviation over samples, (z, y, x) float32 HU, as one file in a new folder, whole or absent.
+    """Write a map (z, y, x) float32 as one file in a new folder, whole or absent.
+
+    The provenance's kind says what it is: ``uncertainty`` in HU, or ``alarm`` without a unit.
 
     Raises:
         InputError: ``out_dir`` exists, or the pixels exceed 4 GiB.
     """
-    values = np.ascontiguousarray(spread_hu, dtype="<f4")
+    values = np.ascontiguousarray(values, dtype="<f4")
     if values.shape != geometry.shape_zyx:
         raise AssertionError(f"{values.shape} does not fit {geometry.shape_zyx}")
     refuse_existing(out_dir)
@@ -80,9 +117,10 @@ def _dataset(
     largest: float,
 ) -> Dataset:
     """Everything but the pixels. The map is ctpipe's own product, so the equipment named is ctpipe."""
+    quantity = ALARM if provenance.kind == "alarm" else SPREAD
     ds = multi_frame_dataset(identity, provenance)
     ds.SOPClassUID, ds.SOPInstanceUID = PARAMETRIC_MAP_STORAGE, sop_uid
-    ds.Modality, ds.SeriesInstanceUID, ds.SeriesNumber = "CT", series_uid, UNCERTAINTY_SERIES_NUMBER
+    ds.Modality, ds.SeriesInstanceUID, ds.SeriesNumber = "CT", series_uid, quantity.series_number
     ds.SeriesDescription, ds.InstanceNumber = described(provenance)[0], 1
     ds.PositionReferenceIndicator = ""
     part = str(header.public.get("BodyPartExamined", ""))
@@ -93,10 +131,10 @@ def _dataset(
     ds.Manufacturer, ds.ManufacturerModelName, ds.DeviceSerialNumber = ALGORITHM, ALGORITHM, "NONE"
     ds.SoftwareVersions = provenance.algorithm_version
     ds.ContentDate, ds.ContentTime = time.strftime("%Y%m%d"), time.strftime("%H%M%S")
-    ds.ContentLabel, ds.ContentDescription, ds.ContentCreatorName = "UNCERTAINTY", described(provenance)[0], ""
+    ds.ContentLabel, ds.ContentDescription, ds.ContentCreatorName = quantity.content_label, described(provenance)[0], ""
     ds.ContentQualification, ds.RecognizableVisualFeatures = "RESEARCH", "YES"
     ds.AcquisitionContextSequence = DicomSequence([])
-    ds.ImageType = list(FRAME_TYPE)
+    ds.ImageType = quantity.frame_type
     ds.NumberOfFrames, ds.Rows, ds.Columns = geometry.shape_zyx
     ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.BitsAllocated = 1, "MONOCHROME2", 32
     ds.PresentationLUTShape, ds.BurnedInAnnotation = "IDENTITY", "NO"
@@ -108,16 +146,16 @@ def _dataset(
         del item.ReferencedSOPSequence
     groups = lattice_groups(geometry)
     frame_type = Dataset()
-    frame_type.FrameType = list(FRAME_TYPE)
+    frame_type.FrameType = quantity.frame_type
     groups.ParametricMapFrameTypeSequence = DicomSequence([frame_type])
     identity_values = Dataset()
     identity_values.RescaleIntercept, identity_values.RescaleSlope, identity_values.RescaleType = "0", "1", "US"
     groups.PixelValueTransformationSequence = DicomSequence([identity_values])
     window = Dataset()
-    window.WindowCenter, window.WindowWidth = "25", "50"
+    window.WindowCenter, window.WindowWidth = quantity.window
     groups.FrameVOILUTSequence = DicomSequence([window])
     groups.DerivationImageSequence = DicomSequence([derivation_item(identity, provenance)])
-    groups.RealWorldValueMappingSequence = DicomSequence([_mapping(largest)])
+    groups.RealWorldValueMappingSequence = DicomSequence([_mapping(largest, quantity)])
     ds.SharedFunctionalGroupsSequence = DicomSequence([groups])
     ds.PerFrameFunctionalGroupsSequence = DicomSequence(
         [frame_groups(geometry, i) for i in range(geometry.shape_zyx[0])]
@@ -125,12 +163,12 @@ def _dataset(
     return ds
 
 
-def _mapping(largest: float) -> Dataset:
-    """Real World Value Mapping (C.7.6.16.2.11): a stored value is a standard deviation in HU."""
+def _mapping(largest: float, quantity: Quantity) -> Dataset:
+    """Real World Value Mapping (C.7.6.16.2.11): a stored value is the quantity itself."""
     item = Dataset()
-    item.LUTExplanation, item.LUTLabel = "standard deviation over samples in HU", "SD"
+    item.LUTExplanation, item.LUTLabel = quantity.explanation, quantity.label
     item.DoubleFloatRealWorldValueFirstValueMapped = 0.0
     item.DoubleFloatRealWorldValueLastValueMapped = largest
     item.RealWorldValueIntercept, item.RealWorldValueSlope = 0.0, 1.0
-    item.MeasurementUnitsCodeSequence = coded("[hnsf'U]", "UCUM", "Hounsfield unit")
+    item.MeasurementUnitsCodeSequence = coded(quantity.unit[0], "UCUM", quantity.unit[1])
     return item

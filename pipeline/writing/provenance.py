@@ -37,7 +37,7 @@ class Provenance:
 
     Attributes:
         kind: ``decoded``: the round trip of a stored latent; ``generated``: sampled from a thick series;
-            ``uncertainty``: standard deviation over samples.
+            ``uncertainty``: standard deviation over samples; ``alarm``: where a sample stands out from others.
         source_key: Series key of the source.
         window: (centre, width) in HU of what the latents hold.
         encode_key: The latents' encode key; with ``vae_sha256`` it fixes the autoencoder.
@@ -51,7 +51,7 @@ class Provenance:
         notes: Anything a reader must know, e.g. that spacing was resampled.
     """
 
-    kind: Literal["decoded", "generated", "uncertainty"]
+    kind: Literal["decoded", "generated", "uncertainty", "alarm"]
     source_key: str
     window: tuple[float, float]
     spacing_mm: float
@@ -82,6 +82,8 @@ class Provenance:
             "generated": "SYNTHETIC thin slices predicted from the thick source series by "
             + ("a latent diffusion model" if self.checkpoint_sha256 or self.vae_sha256 else "a trained network (mean)"),
             "uncertainty": "Standard deviation in HU over samples of a latent diffusion model",
+            "alarm": "Fabrication alarm: how far the written sample of a latent diffusion model stands out from the "
+            "other samples, in their own spread, and from the measured slices; what all samples invent does not show",
         }[self.kind]
         if self.answer:
             what += {

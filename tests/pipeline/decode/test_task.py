@@ -305,3 +305,27 @@ def test_every_generated_series_carries_a_certificate(world: World, tmp_path: Pa
     assert judged["said"] in ds.DerivationDescription
     if judged["missing"]:
         assert "certificate not computed: too little" in ds.DerivationDescription
+
+
+def test_an_alarm_map_lies_beside_the_sample_that_it_judges(world: World, tmp_path: Path) -> None:
+    """The first of four samples is 16 HU off where the others differ by 4: a map in their spread, said in DICOM."""
+    stores = [world.generated(f"alarm{k}", bias) for k, bias in enumerate((0.08, -0.02, 0.0, 0.02))]
+    (task,) = world.plan(generated=stores, split="test")
+    off = ComposeSettings(consistency=False)
+    done = run(world, task, tmp_path, answer="sample", alarm_map=True, compose=off)
+    assert done.folders == (f"{task.key}-alarm", task.key)
+    (path,) = (tmp_path / f"{task.key}-alarm").iterdir()
+    ds = pydicom.dcmread(path)
+    assert read_provenance(ds)["kind"] == "alarm"
+    assert "Fabrication alarm" in ds.DerivationDescription
+    assert "fabrication alarm" in ds.SeriesDescription
+    files = [pydicom.dcmread(f) for f in sorted((tmp_path / task.key).glob("*.dcm"))]
+    hu = np.stack([f.pixel_array * float(f.RescaleSlope) + float(f.RescaleIntercept) for f in files])
+    assert ds.pixel_array.shape == hu.shape
+    # 16 HU over the hypot of a spread of 4 HU from three samples and the 2 HU of rounding.
+    assert 2 < np.median(ds.pixel_array[np.abs(hu - 56) < 40]) < 6
+    with pytest.raises(InputError, match="alarm map beside a mean"):
+        run(world, task, tmp_path / "mean", answer="mean", alarm_map=True, compose=off)
+    (few,) = world.plan(generated=stores[:2], split="test")
+    with pytest.raises(InputError, match="alarm map of 2 samples"):
+        run(world, few, tmp_path / "few", answer="sample", alarm_map=True, compose=off)

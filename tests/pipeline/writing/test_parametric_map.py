@@ -34,3 +34,17 @@ def test_the_validator_and_highdicom_read_the_map(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.sort(volume.array.ravel()), np.sort(spread.ravel()), rtol=1e-6)
     with pytest.raises(InputError, match="exists"):
         write_parametric_map(spread, at, HEADER, tmp_path / "s", uids=IDENTITY, provenance=MAP)
+
+
+def test_the_alarm_is_a_map_without_a_unit_that_the_validator_accepts(tmp_path: Path) -> None:
+    at = geometry()
+    alarm = np.random.default_rng(1).gamma(1.0, 1.0, at.shape_zyx).astype(np.float32)
+    described = replace(PROVENANCE, kind="alarm")
+    (path,) = write_parametric_map(alarm, at, HEADER, tmp_path / "s", uids=IDENTITY, provenance=described).paths
+    assert validator_errors(path) == []
+    ds = pydicom.dcmread(path)
+    np.testing.assert_array_equal(ds.pixel_array, alarm)
+    unit = ds.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence[0].MeasurementUnitsCodeSequence[0]
+    assert (unit.CodeValue, unit.CodeMeaning) == ("1", "no units")
+    assert ds.ContentLabel == "ALARM"
+    assert ds.ImageType[3] == "QUANTITY"
