@@ -172,7 +172,7 @@ def condition_of(store: LatentStore, model: Interpolator, pair: PairRecord) -> t
 
 
 def generate_for(store: LatentStore, model: Interpolator, pair: PairRecord, **options: Any) -> NDArray[np.float32]:
-    """A pair's thin latent, raw, from its stored condition; ``options`` as of ``Interpolator.generate``.
+    """A pair's thin latent, raw, from its stored condition; ``options`` as of ``Interpolator.generate_latent``.
 
     Raises:
         InputError: A latent that is needed is not stored.
