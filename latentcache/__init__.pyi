@@ -25,6 +25,7 @@ from .records import (
     LATENT_ROLES as LATENT_ROLES,
     PAIR_ROLES as PAIR_ROLES,
     Encoding as Encoding,
+    LatentMeta as LatentMeta,
     LatentRecord as LatentRecord,
     LatentRole as LatentRole,
     PairRecord as PairRecord,

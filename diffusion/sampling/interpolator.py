@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -41,16 +42,35 @@ class VolumeCodec(Protocol):
     def decode(self, latent_CDHW: Tensor, valid_zyx: tuple[int, int, int]) -> Tensor: ...
 
 
-class Interpolator:
-    """Predicts thin-slice latents from the condition's. Whitening, padding, windows and sampling are inside.
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of a trained model that its user needs.
 
     Attributes:
         encode_key, encoding: What the latents must have been encoded with.
         alignment: How the condition must be brought onto the thin grid: ``pixel`` (interpolated in HU, then encoded)
             or ``latent`` (encoded, then interpolated along z).
         refiner_sha256: The refiner whose slices, encoded, are the condition; empty: interpolated ones, by alignment.
+        refiner_sha256: The refiner whose slices, encoded, are the condition; empty: interpolated ones, by alignment.
         checkpoint_sha256: SHA-256 of the weights' file; empty for a model that was not loaded from one.
         depth_window: Latent slices that the network sees at once, by default; None: the whole volume.
+        in_plane_multiple: Height and width of a sample are padded to multiples of this.
+    """
+
+    encode_key: str = ""
+    encoding: Encoding | None = None
+    alignment: Alignment = "pixel"
+    checkpoint_sha256: str = ""
+    depth_window: int | None = None
+    in_plane_multiple: int = 1
+    refiner_sha256: str = ""
+    card: RunCard | None = None
+
+
+class Interpolator:
+    """Predicts thin-slice latents from the condition's. Whitening, padding, windows and sampling are inside.
+
+    Its attributes are those of :class:`ModelFacts`, and the network, the objective and the whitening.
     """
 
     def __init__(
@@ -60,14 +80,7 @@ class Interpolator:
         mean: Sequence[float],
         std: Sequence[float],
         *,
-        encode_key: str = "",
-        encoding: Encoding | None = None,
-        alignment: Alignment = "pixel",
-        checkpoint_sha256: str = "",
-        depth_window: int | None = None,
-        in_plane_multiple: int = 1,
-        refiner_sha256: str = "",
-        card: RunCard | None = None,
+        facts: ModelFacts | None = None,
     ) -> None:
         if len(mean) != len(std) or not all(np.isfinite([*mean, *std])) or min(std) <= 0:
             raise InputError(
@@ -78,13 +91,14 @@ class Interpolator:
         self.model = model
         self.objective = objective
         self.mean, self.std = list(map(float, mean)), list(map(float, std))
-        self.encode_key, self.encoding = encode_key, encoding
-        self.alignment: Alignment = alignment
-        self.checkpoint_sha256 = checkpoint_sha256
-        self.depth_window = depth_window
-        self.in_plane_multiple = in_plane_multiple
-        self.refiner_sha256 = refiner_sha256
-        self.card = card
+        facts = facts or ModelFacts()
+        self.encode_key, self.encoding = facts.encode_key, facts.encoding
+        self.alignment: Alignment = facts.alignment
+        self.checkpoint_sha256 = facts.checkpoint_sha256
+        self.depth_window = facts.depth_window
+        self.in_plane_multiple = facts.in_plane_multiple
+        self.refiner_sha256 = facts.refiner_sha256
+        self.card = facts.card
 
     @classmethod
     def from_parts(
@@ -92,9 +106,10 @@ class Interpolator:
     ) -> Interpolator:
         """An interpolator around a model in memory, as the trainer validates it; the model is used, not copied.
 
-        ``described``: the keyword arguments of the constructor; the in-plane multiple is the U-Net's own.
+        ``described``: fields of :class:`ModelFacts`; the in-plane multiple is the U-Net's own.
         """
-        return cls(model, objective, mean, std, in_plane_multiple=model.config.in_plane_multiple, **described)
+        facts = ModelFacts(in_plane_multiple=model.config.in_plane_multiple, **described)
+        return cls(model, objective, mean, std, facts=facts)
 
     @classmethod
     def load(

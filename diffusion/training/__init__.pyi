@@ -7,7 +7,7 @@ from .launch import (
     is_worker as is_worker,
     train_on_ray as train_on_ray,
 )
-from .loop import LoopConfig as LoopConfig, Terms as Terms, Trainer as Trainer
+from .loop import LoopConfig as LoopConfig, Terms as Terms, Trainer as Trainer, Watch as Watch
 from .optimiser import build_adamw as build_adamw
 from .regional import compile_blocks as compile_blocks
 from .resources import (

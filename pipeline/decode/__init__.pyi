@@ -12,5 +12,16 @@ from .samples import (
     parse_answer as parse_answer,
     write_derived as write_derived,
 )
-from .store import decode_store as decode_store, only_encoding as only_encoding, window_of as window_of
-from .task import DecodeSettings as DecodeSettings, condition_of as condition_of, decoded_hu as decoded_hu
+from .store import (
+    DecodeSummary as DecodeSummary,
+    VaeSettings as VaeSettings,
+    decode_store as decode_store,
+    only_encoding as only_encoding,
+    window_of as window_of,
+)
+from .task import (
+    DecodeSelection as DecodeSelection,
+    DecodeSettings as DecodeSettings,
+    condition_of as condition_of,
+    decoded_hu as decoded_hu,
+)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,8 +17,10 @@ from pipeline.decode.compose import ComposeSettings, agreement, base_volume, com
 from pipeline.forward_model import ThickMeasurement
 from pipeline.volume import Geometry, SourceHeader, Window
 from pipeline.writing import (
+    FileOptions,
     Provenance,
     SeriesIdentity,
+    WrittenSeries,
     check_enhanced,
     kinds_of_file,
     write_ct_series,
@@ -183,7 +186,6 @@ def write_derived(
     )
     mean = _with_figures(provenance, volume.figures, "mean" if volume.n_samples > 1 else "")
     sample = _with_figures(provenance, volume.sample_figures, "sample")
-    common: dict[str, Any] = {"uids": identity, "transfer_syntax": settings.transfer_syntax}
     folders = [key]
     if settings.enhanced:
         check_enhanced(header)
@@ -193,17 +195,24 @@ def write_derived(
         described = replace(mean, kind="uncertainty", answer="")
         _write_uncertainty(volume.spread, target, header, settings.out_dir / name, identity, described, settings)
         folders.append(name)
-    write = write_enhanced_ct if settings.enhanced else write_ct_series
+    write = _writer(settings)
     if volume.sample is not None and settings.answer == "both":
         name = f"{key}-sample"
         _clear_orphan(settings.out_dir / name, "sample")
-        write(volume.sample, target, header, settings.out_dir / name, provenance=sample, **common)
+        write(volume.sample, target, header, settings.out_dir / name, uids=identity, provenance=sample)
         folders.append(name)
     hu, figures, own = volume.hu, volume.figures, mean
     if volume.sample is not None and settings.answer == "sample":
         hu, figures, own = volume.sample, volume.sample_figures, sample
-    written = write(hu, target, header, settings.out_dir / key, provenance=own, **common)
+    written = write(hu, target, header, settings.out_dir / key, uids=identity, provenance=own)
     return DerivedSeries(key, written.series_uid, tuple(folders), len(hu), figures)
+
+
+def _writer(settings: WriteSettings) -> Callable[..., WrittenSeries]:
+    """The function that writes a volume in the form that the settings ask for."""
+    if settings.enhanced:
+        return partial(write_enhanced_ct, transfer_syntax=settings.transfer_syntax)
+    return partial(write_ct_series, files=FileOptions(settings.transfer_syntax))
 
 
 def _with_figures(
@@ -245,6 +254,5 @@ def _write_uncertainty(
         out_dir,
         uids=identity,
         provenance=provenance,
-        transfer_syntax=settings.transfer_syntax,
-        slope=UNCERTAINTY_SLOPE,
+        files=FileOptions(transfer_syntax=settings.transfer_syntax, slope=UNCERTAINTY_SLOPE),
     )

@@ -1,7 +1,7 @@
 from .compare import compare_runs as compare_runs
+from .decoding import DecodeJob as DecodeJob, decode as decode
 from .doctor import REMEDIES as REMEDIES, Finding as Finding, examine as examine
-from .evaluate import evaluate_run as evaluate_run
-from .evaluate_rplhr import evaluate_rplhr as evaluate_rplhr
+from .evaluate import EvaluationJob as EvaluationJob, evaluate_run as evaluate_run
 from .interpolate import (
     Interpolated as Interpolated,
     InterpolateJob as InterpolateJob,
@@ -24,8 +24,29 @@ from .interpolate import (
 )
 from .job_progress import JobProgress as JobProgress, OnProgress as OnProgress
 from .refiner_cases import RefinerSource as RefinerSource, Sampled as Sampled, held_out_figures as held_out_figures
-from .report import write_dataset_report as write_dataset_report, write_run_report as write_run_report
+from .refiner_training import (
+    HELD_OUT_PAIRS as HELD_OUT_PAIRS,
+    PatchStream as PatchStream,
+    RefinerJob as RefinerJob,
+    keep as keep,
+    optimiser as optimiser,
+    prepare_run as prepare_run,
+    squared_error as squared_error,
+    train_refiner as train_refiner,
+)
+from .regression_training import (
+    RegressionJob as RegressionJob,
+    seconds_of as seconds_of,
+    train_regression as train_regression,
+)
+from .report import (
+    write_dataset_report as write_dataset_report,
+    write_report as write_report,
+    write_run_report as write_run_report,
+)
+from .rplhr import RplhrJob as RplhrJob, evaluate_rplhr as evaluate_rplhr
 from .sample import (
+    SampleJob as SampleJob,
     Spread as Spread,
     load_codec as load_codec,
     own_refiner as own_refiner,
@@ -36,13 +57,3 @@ from .sample import (
     start_of as start_of,
 )
 from .train import configuration as configuration, describe as describe, run_training as run_training
-from .train_refiner import (
-    HELD_OUT_PAIRS as HELD_OUT_PAIRS,
-    PatchStream as PatchStream,
-    keep as keep,
-    optimiser as optimiser,
-    prepare_run as prepare_run,
-    sampled as sampled,
-    squared_error as squared_error,
-)
-from .train_regression import seconds_of as seconds_of, train_regression_network as train_regression_network
