@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -65,6 +65,43 @@ class ModelFacts:
     in_plane_multiple: int = 1
     refiner_sha256: str = ""
     card: RunCard | None = None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of :meth:`Interpolator.generate`.
+
+    Attributes:
+        sampler: One of ``objective.samplers``; the objective's default otherwise, and so for ``num_inference_steps``.
+        seed: Noise follows from it, the sample's number and the absolute latent slice alone.
+        target_depth: Latent slices wanted; the condition is interpolated along z over the same extent.
+        depth_window: Latent slices that the network sees at once; by default as in training.
+        overlap: Slices that neighbouring windows share; half a window by default.
+        thick, z_mm: The thick series' slices and the positions of the D latent slices, in mm along one axis; needed by
+            a model that is ``told``.
+    """
+
+    sampler: str | None
+    num_inference_steps: int | None
+    seed: int
+    target_depth: int | None
+    depth_window: int | None
+    overlap: int | None
+    thick: ThickSlices | None
+    z_mm: ArrayLike | None
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """:class:`GenerateOptions` with their defaults; an unknown one is a TypeError."""
+
+    sampler: str | None = None
+    num_inference_steps: int | None = None
+    seed: int = 0
+    target_depth: int | None = None
+    depth_window: int | None = None
+    overlap: int | None = None
+    thick: ThickSlices | None = None
+    z_mm: ArrayLike | None = None
 
 
 class Interpolator:
@@ -161,60 +198,32 @@ class Interpolator:
         return next(self.model.parameters()).device
 
     def generate(
-        self,
-        condition: Latent,
-        *,
-        sampler: str | None = None,
-        num_inference_steps: int | None = None,
-        seed: int = 0,
-        samples: int = 1,
-        target_depth: int | None = None,
-        depth_window: int | None = None,
-        overlap: int | None = None,
-        thick: ThickSlices | None = None,
-        z_mm: ArrayLike | None = None,
+        self, condition: Latent, *, samples: int = 1, **options: Unpack[GenerateOptions]
     ) -> NDArray[np.float32]:
         """Thin-slice latents, raw, (C, D, H, W) float32; with ``samples`` > 1 their mean, which errs least.
 
         Args:
             condition: (C, D, H, W) raw latents on the thin grid; or on any grid of the same extent, with
                 ``target_depth``.
-            sampler: One of ``objective.samplers``; the objective's default otherwise, and so for
-                ``num_inference_steps``.
-            seed: Noise follows from it, the sample's number and the absolute latent slice alone.
-            target_depth: Latent slices wanted; the condition is interpolated along z over the same extent.
-            depth_window: Latent slices that the network sees at once; by default as in training.
-            overlap: Slices that neighbouring windows share; half a window by default.
-            thick, z_mm: The thick series' slices and the positions of the D latent slices, in mm along one axis; needed
-                by a model that is ``told``.
+            options: Sampler, seed and windows: see :class:`GenerateOptions`.
 
         Raises:
             InputError: A model that is not told what it needs, a condition of another shape, an unknown sampler, a
                 window that is not larger than its overlap.
             NonFiniteError: NaN or infinity in the condition or in a sampler step.
         """
-        options: dict[str, Any] = {
-            "sampler": sampler,
-            "num_inference_steps": num_inference_steps,
-            "seed": seed,
-            "target_depth": target_depth,
-            "depth_window": depth_window,
-            "overlap": overlap,
-            "thick": thick,
-            "z_mm": z_mm,
-        }
         total: NDArray[np.float64] | None = None
         for number in range(_positive(samples, "samples")):
-            one = self._one_sample(condition, sample=number, **options)
+            one = self._one_sample(condition, number, **options)
             total = one.astype(np.float64) if total is None else total + one
         assert total is not None
         return (total / samples).astype(np.float32)
 
-    def generate_samples(self, condition: Latent, samples: int, **options: Any) -> NDArray[np.float32]:
+    def generate_samples(
+        self, condition: Latent, samples: int, **options: Unpack[GenerateOptions]
+    ) -> NDArray[np.float32]:
         """``samples`` independent draws, (N, C, D, H, W) float32; ``options`` as in :meth:`generate`."""
-        return np.stack(
-            [self._one_sample(condition, sample=n, **options) for n in range(_positive(samples, "samples"))]
-        )
+        return np.stack([self._one_sample(condition, n, **options) for n in range(_positive(samples, "samples"))])
 
     def generate_volume(self, thick_DHW: Tensor, codec: VolumeCodec, *, target_depth: int, **options: Any) -> Tensor:
         """A thin volume (target_depth, H, W) in [-1, 1] from a thick one of the same extent, through a VAE.
@@ -247,37 +256,25 @@ class Interpolator:
         return codec.decode(thin, (target_depth, height, width))
 
     @torch.no_grad()
-    def _one_sample(
-        self,
-        condition: Latent,
-        *,
-        sample: int,
-        sampler: str | None = None,
-        num_inference_steps: int | None = None,
-        seed: int = 0,
-        target_depth: int | None = None,
-        depth_window: int | None = None,
-        overlap: int | None = None,
-        thick: ThickSlices | None = None,
-        z_mm: ArrayLike | None = None,
-    ) -> NDArray[np.float32]:
+    def _one_sample(self, condition: Latent, sample: int, **options: Unpack[GenerateOptions]) -> NDArray[np.float32]:
         whitened = self._whiten(condition)
-        if target_depth is not None and target_depth != whitened.shape[1]:
-            whitened = align_depth(whitened, *same_extent(whitened.shape[1], target_depth))
-        told = self._told(thick, z_mm, whitened.shape[1])
+        how = _Generation(**options)
+        if how.target_depth is not None and how.target_depth != whitened.shape[1]:
+            whitened = align_depth(whitened, *same_extent(whitened.shape[1], how.target_depth))
+        told = self._told(how.thick, how.z_mm, whitened.shape[1])
         height, width = whitened.shape[2:]
         pad_h, pad_w = -height % self.in_plane_multiple, -width % self.in_plane_multiple
         padded = F.pad(whitened[None], (0, pad_w, 0, pad_h, 0, 0), mode="replicate")
-        noise = DepthNoise(seed, sample)
+        noise = DepthNoise(how.seed, sample)
         shape = tuple(padded.shape[1:])
         was_training = self.model.training
         self.model.eval()
         try:
             clean = self.objective.sample(
-                self._network(padded.shape[2], depth_window, overlap, told),
+                self._network(padded.shape[2], how.depth_window, how.overlap, told),
                 padded,
-                sampler=sampler,
-                num_inference_steps=num_inference_steps,
+                sampler=how.sampler,
+                num_inference_steps=how.num_inference_steps,
                 noise=lambda draw: noise(draw, shape)[None],
             )[0, :, :, :height, :width]
         finally:
