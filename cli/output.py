@@ -96,11 +96,22 @@ def training_bar(wanted: bool) -> Iterator[Callable[[Progress], None]]:
         task = bars.add_task("", total=None)
 
         def show(now: Progress) -> None:
-            mfu = "" if now.mfu is None else f" mfu {now.mfu:.0%}"
-            text = (
-                f"loss {now.loss:.4f} {now.samples_per_s:.1f} samples/s data wait {now.data_wait_fraction:.1%}"
-                f" {now.memory_gib:.1f} GiB{mfu}"
-            )
-            bars.update(task, total=now.total_steps, completed=now.step, description=text)
+            bars.update(task, total=now.total_steps, completed=now.step, description=_figures(now))
 
         yield show
+
+
+def training_steps(show: OnProgress) -> Callable[[Progress], None]:
+    """Show training steps among the bars of a workflow that does more than train."""
+    from pipeline.workflows import JobProgress
+
+    return lambda now: show(JobProgress("training", now.step, now.total_steps, f"training {_figures(now)}"))
+
+
+def _figures(now: Progress) -> str:
+    """The figures of a training step that show whether the run is well."""
+    mfu = "" if now.mfu is None else f" mfu {now.mfu:.0%}"
+    return (
+        f"loss {now.loss:.4f} {now.samples_per_s:.1f} samples/s data wait {now.data_wait_fraction:.1%}"
+        f" {now.memory_gib:.1f} GiB{mfu}"
+    )

@@ -83,6 +83,11 @@ def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or 0) - node.lineno + 1 - docstring
 
 
+def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function is a Triton kernel: those take pointers, strides and sizes one by one."""
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+
+
 def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Parameters of a function, ``self`` and ``cls`` not counted."""
     names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
@@ -224,7 +229,7 @@ def count() -> House:
         for name, node in functions(module.tree, module.name):
             if library and body_lines(node) > MAX_LINES:
                 house.long_functions.append((name, body_lines(node)))
-            if library and parameters(node) > MAX_PARAMETERS:
+            if library and not is_kernel(node) and parameters(node) > MAX_PARAMETERS:
                 house.long_parameter_lists.append((name, parameters(node)))
     house.circles = circles(edges(found))
     house.into_rooms = into_rooms(found)

@@ -27,6 +27,7 @@ from .records import (
     PAIR_ROLES as PAIR_ROLES,
     SIMULATED as SIMULATED,
     Encoding as Encoding,
+    LatentMeta as LatentMeta,
     LatentRecord as LatentRecord,
     LatentRole as LatentRole,
     PairRecord as PairRecord,

@@ -129,6 +129,27 @@ class LatentRecord:
     """What it was computed in and on: two of these differ by 6e-3, where the pixels and the weights are the same."""
 
 
+@dataclass(frozen=True)
+class LatentMeta:
+    """Description of a latent that is to be staged: its key, its place in the body and its source.
+
+    Attributes:
+        z0_mm: Position of latent slice 0's centre; ``dz_mm`` is the distance between latent slices.
+        valid_zyx: Shape of the volume before padding, in voxels.
+        source_digest: Digest of the archive members, or the generation key of a sampled latent.
+        round_trip_psnr: PSNR of decode(encode(x)) in dB, where it was measured.
+    """
+
+    encode_key: str
+    key: str
+    role: LatentRole
+    z0_mm: float
+    dz_mm: float
+    valid_zyx: tuple[int, int, int]
+    source_digest: str
+    round_trip_psnr: float | None = None
+
+
 class LatentPlace(Protocol):
     """The part of a manifest row that reading needs."""
 

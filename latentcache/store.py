@@ -21,6 +21,7 @@ from latentcache.moments import ROW, Moments, moments_of
 from latentcache.records import (
     FORMAT_VERSION,
     Encoding,
+    LatentMeta,
     LatentPlace,
     LatentRecord,
     LatentRole,
@@ -306,19 +307,7 @@ class LatentStore:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def stage(
-        self,
-        array: NDArray[np.float16],
-        *,
-        encode_key: str,
-        key: str,
-        role: LatentRole,
-        z0_mm: float,
-        dz_mm: float,
-        valid_zyx: tuple[int, int, int],
-        source_digest: str,
-        round_trip_psnr: float | None = None,
-    ) -> LatentRecord:
+    def stage(self, array: NDArray[np.float16], meta: LatentMeta) -> LatentRecord:
         """Write a latent durably under a fresh path of its own. It exists once a driver commits the returned row.
 
         Args:
@@ -328,29 +317,30 @@ class LatentStore:
             InputError: Wrong type, shape, key or geometry.
             NonFiniteError: NaN or infinity in the latent.
         """
-        encoding = self.encoding(encode_key)
-        shape = check_latent(array, encoding, key, role, dz_mm, valid_zyx)
+        encoding = self.encoding(meta.encode_key)
+        shape = check_latent(array, encoding, meta.key, meta.role, meta.dz_mm, meta.valid_zyx)
         array = np.ascontiguousarray(array)
-        d, h, w = valid_latents(valid_zyx)
+        d, h, w = valid_latents(meta.valid_zyx)
         moments = Moments.of(array[:, :d, :h, :w])
-        path = f"latents.zarr/{encode_key}/{key}/{role}/{uuid.uuid4().hex}"
+        path = f"latents.zarr/{meta.encode_key}/{meta.key}/{meta.role}/{uuid.uuid4().hex}"
         written = write_latent(self.location, path, array)
+        depth, height, width = meta.valid_zyx
         return LatentRecord(
-            key=key,
-            encode_key=encode_key,
-            role=role,
+            key=meta.key,
+            encode_key=meta.encode_key,
+            role=meta.role,
             shape=shape,
             dtype="float16",
             path=path,
-            z0_mm=float(z0_mm),
-            dz_mm=float(dz_mm),
-            valid_zyx=(int(valid_zyx[0]), int(valid_zyx[1]), int(valid_zyx[2])),
+            z0_mm=float(meta.z0_mm),
+            dz_mm=float(meta.dz_mm),
+            valid_zyx=(int(depth), int(height), int(width)),
             crc32c=written.crc32c,
             sha256=written.sha256,
             mean=tuple(float(v) for v in moments.mean),
             std=tuple(float(v) for v in moments.std),
-            round_trip_psnr=None if round_trip_psnr is None else float(round_trip_psnr),
-            source_digest=source_digest,
+            round_trip_psnr=None if meta.round_trip_psnr is None else float(meta.round_trip_psnr),
+            source_digest=meta.source_digest,
             compute_dtype=encoding.compute_dtype,
             device_kind=encoding.device_kind,
         )

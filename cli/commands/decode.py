@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,97 +97,21 @@ def decode(
 
         ctpipe decode STORE OUT --checkpoint RUN --series 0123456789abcdef --samples 8 --uncertainty
     """
-    from latentcache import InputError, LatentStore
-    from pipeline.decode import (
-        ComposeSettings,
-        DecodeSettings,
-        WriteSettings,
-        decode_store,
-        only_encoding,
-        parse_answer,
-        parse_detail,
-        window_of,
-    )
-    from pipeline.identity import PrivateStore
-    from pipeline.workflows import JobProgress, own_refiner, refiner_of, start_of
-    from pipeline.writing import transfer_syntax_uid
+    from pipeline.workflows import DecodeJob, decode as run
 
-    transfer_syntax_uid(transfer_syntax)
     spread = engine_options(
-        engine,
-        gpus,
-        workers=workers,
-        gpu_share=gpu_share,
-        dask_scheduler=dask_scheduler,
-        ray_address=ray_address,
-        series_timeout=series_timeout,
-    )
-    uncertainty = uncertainty or uncertainty_map
-    wanted = parse_answer(answer, samples)
-    if enhanced and checkpoint is None:
-        raise InputError(
-            "--enhanced for stored latents",
-            expected="slices sampled from one thick series",
-            remedy="Add --checkpoint RUN, or leave --enhanced away.",
-        )
-    device = spread.devices[0]
-    composing = ComposeSettings(
-        detail=parse_detail(detail), consistency=consistency is not False, refiner=refiner_of(refiner, device)
-    )
-    latents = LatentStore.open(store)
-    people = PrivateStore.open(store, private)
-    generated: Sequence[LatentStore] = ()
-    facts: dict[str, Any] = {"checkpoint_sha256": "", "sampling": {}}
-    lost: dict[str, str] = {}
-    decoded = 0
+        engine, gpus, workers=workers, gpu_share=gpu_share, dask_scheduler=dask_scheduler,
+        ray_address=ray_address, series_timeout=series_timeout,
+    )  # fmt: skip
+    job = DecodeJob(
+        store, out, checkpoint, split, series, vae, encode_key, sampler, steps, samples, seed, answer,
+        uncertainty=uncertainty, uncertainty_map=uncertainty_map, alarm_map=alarm_map, detail=detail,
+        consistency=consistency, refiner=refiner, transfer_syntax=transfer_syntax, enhanced=enhanced,
+        restore_identity=restore_identity,
+        private=private, device=spread.devices[0], threads=threads, memory_gib=memory_gib, engine=spread,
+    )  # fmt: skip
     with progress_bars() as show:
-        if checkpoint is None:
-            encode_key = only_encoding(latents, encode_key)
-        else:
-            from pipeline.workflows import Spread, sample_pairs
-
-            apart = uncertainty or alarm_map or wanted != "mean"
-            options = {"sampler": sampler, "num_inference_steps": steps, "seed": seed}
-            sampled = sample_pairs(
-                latents, checkpoint, split, series, options, samples, apart, Spread(spread, threads), show
-            )
-            encode_key, generated, facts, lost = sampled.encode_key, sampled.stores, sampled.facts, sampled.failed
-            composing = replace(composing, start=start_of(checkpoint, device))
-            if refiner is None:
-                composing = replace(composing, refiner=own_refiner(checkpoint, facts["checkpoint_sha256"], device))
-        writing = WriteSettings(
-            out.absolute(),
-            window_of(latents, encode_key),
-            transfer_syntax=transfer_syntax,
-            uncertainty=uncertainty,
-            uncertainty_map=uncertainty_map,
-            alarm_map=alarm_map,
-            enhanced=enhanced,
-            answer=wanted,
-            store_snapshot=latents.snapshot,
-            **facts,
-        )
-
-        def count(_: Any, total: int) -> None:
-            nonlocal decoded
-            decoded += 1
-            show(JobProgress("decoding", decoded, total))
-
-        summary = decode_store(
-            latents,
-            people,
-            encode_key,
-            DecodeSettings(writing, composing, restore_identity=restore_identity, compose_stored=consistency is True),
-            spread,
-            vae=vae,
-            memory_gib=memory_gib,
-            generated=generated,
-            lost=lost,
-            keys=series,
-            split=split,
-            torch_threads=threads,
-            on_outcome=count,
-        )
+        summary = run(job, show)
     lines = [f"{len(summary.written)} series written, {summary.already} there already, {len(summary.failed)} set aside"]
     lines += [_line(key, figures) for key, figures in sorted(summary.written.items())]
     lines += [f"set aside {key}: {reason}" for key, reason in sorted(summary.failed.items())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,35 +85,28 @@ def evaluate(
     """
     from latentcache import InputError
     from pipeline.evaluation import summary_text
-    from pipeline.workflows import evaluate_run
+    from pipeline.workflows import EvaluationJob, RplhrJob, evaluate_rplhr, evaluate_run
 
-    if protocol == "rplhr":
-        from pipeline.workflows import evaluate_rplhr
-
-        choice = {"sampler": sampler, "num_inference_steps": steps, "samples": samples, "seed": seed}
-        where = (run / "evaluation" / f"rplhr-{split}") if run else (out or Path("rplhr")) / split
-        with progress_bars() as show:
-            document = evaluate_rplhr(
-                Path(store), run, split, where, vae, choice, detail, consistency, device, memory_gib, limit, regression,
-                refiner, show,
-            )  # fmt: skip
-        emit(document, summary_text(document, where), as_json)
-        return Exit.QUARANTINED if document["failures"] else Exit.OK
-    if protocol != "window" or run is None:
+    common: dict[str, Any] = {
+        "split": split, "vae": vae, "sampler": sampler, "steps": steps, "samples": samples, "seed": seed,
+        "detail": detail, "consistency": consistency, "device": device, "memory_gib": memory_gib, "limit": limit,
+        "regression": regression, "refiner": refiner,
+    }  # fmt: skip
+    if protocol != "rplhr" and (protocol != "window" or run is None):
         raise InputError(
             f"--protocol {protocol}" + ("" if run else " without a run"),
             expected="window with STORE and RUN, or rplhr with the data set's folder",
             remedy="Give a training run's folder, or --protocol rplhr.",
         )
     with progress_bars() as show:
-        document, folder = evaluate_run(
-            store, run, split, vae=vae, sampler=sampler, steps=steps, samples=samples, seed=seed, detail=detail,
-            consistency=consistency, device=device, memory_gib=memory_gib, private=private, limit=limit,
-            refiner=refiner, regression=regression, vgg19=vgg19, threads=threads, on_progress=show,
-            spread=engine_options(
+        if protocol == "rplhr" or run is None:
+            document, folder = evaluate_rplhr(RplhrJob(Path(store), run, out=out, **common), show)
+        else:
+            spread = engine_options(
                 engine, workers if device.startswith("cuda") else 0, workers=workers, dask_scheduler=dask_scheduler,
                 ray_address=ray_address, series_timeout=series_timeout,
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
+            job = EvaluationJob(store, run, private=private, vgg19=vgg19, engine=spread, threads=threads, **common)
+            document, folder = evaluate_run(job, show)
     emit(document, summary_text(document, folder), as_json)
     return Exit.QUARANTINED if document["failures"] else Exit.OK

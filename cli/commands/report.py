@@ -46,20 +46,8 @@ def report(
 
         ctpipe report STORE --run RUN --split val
     """
-    from latentcache import InputError, LatentStore
-    from pipeline.workflows import write_dataset_report, write_run_report
+    from pipeline.workflows import write_report
 
-    if (Path(run) / "run.json").is_file():
-        path = write_run_report(Path(run), split, out or Path(run) / "report.html")
-    elif LatentStore.exists(run):
-        if "://" in run and out is None:
-            raise InputError("a store at a URL", expected="a place for the page", remedy="Give --out store.html.")
-        path = write_dataset_report(run, private, out or Path(run) / "report.html", thumbnails, runs or (), split)
-    else:
-        raise InputError(
-            "a folder that is neither a run nor a store",
-            expected="run.json or store.json in it",
-            remedy="Give the folder that `ctpipe train` or `ctpipe ingest` made.",
-        )
+    path = write_report(run, out, split=split, private=private, thumbnails=thumbnails, runs=runs or ())
     emit({"report": str(path), "bytes": path.stat().st_size}, f"written {path}", as_json)
     return Exit.OK

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cli.options import Device, Private
-from cli.output import AsJson, Exit, emit, progress_bars, progress_wanted, training_bar
-
-if TYPE_CHECKING:
-    from pipeline.workflows import Sampled
+from cli.output import AsJson, Exit, emit, progress_bars, training_steps
 
 
 def register(app: typer.Typer) -> None:
@@ -54,76 +48,14 @@ def train_refiner(
 
         ctpipe train-refiner STORE RUN --checkpoint MODEL_RUN --device cuda --width 64 --blocks 8
     """
-    import torch
+    from pipeline.workflows import RefinerJob, train_refiner as run_job
 
-    from diffusion.config import BudgetConfig, ValidationConfig
-    from diffusion.training import LoopConfig, Trainer, World
-    from latentcache import LatentStore
-    from pipeline.identity import PrivateStore
-    from pipeline.refiner import PatchSettings, Refiner, RefinerCard, RefinerConfig, RefinerPatches
-    from pipeline.workflows import (
-        HELD_OUT_PAIRS,
-        PatchStream,
-        RefinerSource,
-        held_out_figures,
-        keep,
-        optimiser,
-        prepare_run,
-        sampled,
-        squared_error,
-    )
-
-    prepare_run(run, resume)
-    latents, people = LatentStore.open(store), PrivateStore.open(store, private)
-    config = RefinerConfig(width, blocks)
-    cutting = PatchSettings(parse_patch(patch), batch=batch, seed=seed)
-    with tempfile.TemporaryDirectory(prefix="ctpipe-refiner-") as scratch:
-        model: Sampled | None = None
-        facts: dict[str, Any] = {}
-        if checkpoint is not None:
-            with progress_bars() as show_sampling:
-                model, facts = sampled(latents, checkpoint, vae, sampling_steps, seed, device, show_sampling)
-        source = RefinerSource(latents, people, Path(scratch), model)
-        training = RefinerPatches(source.keys("train"), source.case, source.window, cutting)
-        held_out = source.keys("val")[:HELD_OUT_PAIRS]
-        torch.manual_seed(seed)
-        network = Refiner(config).to(device)
-        trainer = Trainer(
-            network,
-            squared_error,
-            PatchStream(training),
-            LoopConfig(
-                optimiser=optimiser(learning_rate, steps, batch),
-                validation=ValidationConfig(every_epochs=max(1, steps // (4 * len(training)))),
-                budget=BudgetConfig(log_every_steps=10),
-            ),
-            run,
-            world=World(device=torch.device(device)),
-            validate=partial(held_out_figures, source, held_out) if held_out else None,
-            identity={"config": asdict(config), "window": [source.window.center, source.window.width], "seed": seed},
-            on_progress=None,
-        )
-        with training_bar(progress_wanted()) as show:
-            trainer.on_progress = show
-            summary = trainer.run(resume)
-        recipe = {"steps": summary.steps, "seed": seed, "pairs": len(training.keys), **facts}
-        recipe["held_out"] = {name: round(value, 4) for name, value in summary.validation.items()}
-        card = RefinerCard(
-            config,
-            (source.window.center, source.window.width),
-            source.spacing_range(training.keys),
-            "residual" if checkpoint else "none",
-            recipe,
-        )
-        with trainer.averaged_weights():
-            file, own = keep(network, card, run, checkpoint, summary.validation)
-    result = {
-        "sha256": file.sha256,
-        "default_of_checkpoint": own,
-        "parameters": summary.parameters,
-        "pairs": len(training.keys),
-        **asdict(summary),
-    }
+    job = RefinerJob(
+        store, run, checkpoint, vae, steps, parse_patch(patch), batch, width, blocks, learning_rate, sampling_steps,
+        seed, resume, device, private,
+    )  # fmt: skip
+    with progress_bars() as show:
+        result = run_job(job, show, training_steps(show))
     emit(result, _text(result, run), as_json)
     return Exit.OK
 

@@ -44,36 +44,13 @@ def train_regression(
         ctpipe evaluate STORE RUN --regression REGRESSION_RUN
     """
     from cli.commands.train_refiner import parse_patch
-    from latentcache import InputError
-    from pipeline.refiner import FILE_NAME
-    from pipeline.workflows import prepare_run, seconds_of, train_regression_network
+    from pipeline.workflows import RegressionJob, train_regression as run_job
 
-    if sum(given is not None for given in (like, seconds, cpu_seconds)) != 1:
-        raise InputError(
-            "none or several of --like, --seconds and --cpu-seconds",
-            expected="one budget",
-            remedy="Give --like RUN, the diffusion run to be compared with.",
-        )
-    if (run / FILE_NAME).exists():
-        raise InputError("a network in this folder already", expected="a new folder", remedy="Choose another RUN.")
-    prepare_run(run, resume=False)
-    budget = seconds if like is None else seconds_of(like)
+    job = RegressionJob(
+        store, run, like, seconds, cpu_seconds, width, blocks, parse_patch(patch), learning_rate, seed, device, private
+    )
     with training_bar(progress_wanted()) as show:
-        result = train_regression_network(
-            store,
-            run,
-            like,
-            budget,
-            width,
-            blocks,
-            parse_patch(patch),
-            learning_rate,
-            seed,
-            device,
-            private,
-            cpu_seconds,
-            show,
-        )
+        result = run_job(job, show)
     text = (
         f"{result['parameters']} parameters, {result['steps']} steps in {result['seconds']:.0f} s on "
         f"{result['pairs']} training pairs; compare with: ctpipe evaluate STORE RUN --regression {run}"

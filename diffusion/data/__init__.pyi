@@ -6,6 +6,6 @@ from .pairs import (
     only_refiner as only_refiner,
 )
 from .prefetch import prefetch as prefetch
-from .stream import PairStream as PairStream, Step as Step
+from .stream import PairStream as PairStream, ProcessShare as ProcessShare, Step as Step
 from .synthetic_store import key_of as key_of, make_store as make_store, series as series, stage as stage
 from .z_alignment import align_depth as align_depth, same_extent as same_extent

@@ -36,6 +36,15 @@ class Step:
     batches: Iterator[Batch]
 
 
+@dataclass(frozen=True)
+class ProcessShare:
+    """Process ``rank`` of ``world`` that share each step; ``pin_memory`` where it copies batches to a GPU."""
+
+    rank: int = 0
+    world: int = 1
+    pin_memory: bool = False
+
+
 class PairStream:
     """The pairs of one split as an endless, resumable stream of steps.
 
@@ -45,7 +54,7 @@ class PairStream:
         split: ``train`` or ``val``; ``all`` takes every pair.
         samples_per_step: Samples of one optimiser step over all ranks.
         seed: Orders, windows and noise follow from it.
-        rank, world: This process among those that share each step.
+        share: This process among those that share each step.
         told: Batches say where the thick slices lie (``told``), for models that take it.
         in_plane_multiple: Height and width of every sample are multiples of this (a U-Net's in-plane step).
 
@@ -61,15 +70,13 @@ class PairStream:
         split: Split | Literal["all"] = "train",
         samples_per_step: int = 1,
         seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        share: ProcessShare = ProcessShare(),
         in_plane_multiple: int = 1,
-        pin_memory: bool = False,
         told: bool = False,
     ) -> None:
         self.store, self.data, self.split = store, data, split
         self.samples_per_step, self.seed = samples_per_step, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world = share.rank, share.world
         self.multiple = in_plane_multiple
         self.encode_key = choose_encode_key(store, data.encode_key)
         tables = Tables.read(store, self.encode_key, data, told)
@@ -79,7 +86,7 @@ class PairStream:
         self._shapes = self._sample_shapes(self.pairs)
         self._buckets = np.repeat(_numbered(self._shapes), data.windows_per_volume)
         self._batches = BatchReader(
-            store, self.pairs, self._shapes, data, mean=self.mean, std=self.std, seed=seed, pin_memory=pin_memory
+            store, self.pairs, self._shapes, data, mean=self.mean, std=self.std, seed=seed, pin_memory=share.pin_memory
         )
         self._plans = _Plans(partial(plan_epoch, self._buckets, samples_per_step, seed))
         self.epoch, self.index = 0, 0

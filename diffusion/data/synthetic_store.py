@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import Encoding, LatentRecord, LatentRole, LatentStore, PairRecord, SeriesRecord, SeriesRole, Split
+from latentcache import (
+    Encoding,
+    LatentMeta,
+    LatentRecord,
+    LatentRole,
+    LatentStore,
+    PairRecord,
+    SeriesRecord,
+    SeriesRole,
+    Split,
+)
 
 Latent = NDArray[np.float64]
 ENCODING = Encoding(vae_sha256="0" * 64, vae_architecture={"name": "made up"}, window_center=40.0, window_width=400.0)
@@ -113,11 +123,13 @@ def stage(
     side = 4 * latent.shape[2]
     return store.stage(
         latent.astype(np.float16),
-        encode_key=encode_key,
-        key=key,
-        role=role,
-        z0_mm=1.5 * dz_mm / 4,
-        dz_mm=dz_mm,
-        valid_zyx=(n_slices, side, side),
-        source_digest="",
+        LatentMeta(
+            encode_key=encode_key,
+            key=key,
+            role=role,
+            z0_mm=1.5 * dz_mm / 4,
+            dz_mm=dz_mm,
+            valid_zyx=(n_slices, side, side),
+            source_digest="",
+        ),
     )

@@ -35,6 +35,21 @@ class ImageTerms:
     used: Tensor
 
 
+@dataclass(frozen=True)
+class DecodedPart:
+    """The part of a latent that the image losses decode, and the slices that VGG19 looks at.
+
+    Attributes:
+        slab: Latent slices decoded.
+        crop: In-plane side in latents; None decodes the whole plane.
+        slice_fraction: Share of the slab's decoded slices that VGG19 looks at, at least one.
+    """
+
+    slab: int = 4
+    crop: int | None = None
+    slice_fraction: float = 0.2
+
+
 class ImageLosses:
     """Image losses of a predicted clean latent.
 
@@ -43,8 +58,7 @@ class ImageLosses:
         mean, std: Whitening of the latents, a number a channel.
         ms_ssim_weight, perceptual_weight, l2_weight: Zero switches a term off.
         vgg: Needed where ``perceptual_weight`` is positive; see :func:`diffusion.losses.vgg.load_vgg19`.
-        slice_fraction: Share of the slab's decoded slices that VGG19 looks at, at least one.
-        slab: Latent slices decoded. crop: in-plane side in latents; None decodes the whole plane.
+        part: The part of each latent that is decoded and looked at.
     """
 
     def __init__(
@@ -57,9 +71,7 @@ class ImageLosses:
         perceptual_weight: float = 0.1,
         l2_weight: float = 0.0,
         vgg: VGG19Features | None = None,
-        slice_fraction: float = 0.2,
-        slab: int = 4,
-        crop: int | None = None,
+        part: DecodedPart = DecodedPart(),
     ) -> None:
         if perceptual_weight > 0 and vgg is None:
             raise InputError(
@@ -67,6 +79,7 @@ class ImageLosses:
                 expected="VGG19 features",
                 remedy="Load them with load_vgg19, or set the perceptual weight to 0.",
             )
+        slice_fraction, slab, crop = part.slice_fraction, part.slab, part.crop
         if not (0 < slice_fraction <= 1 and slab >= 1 and (crop is None or crop >= 4)):
             raise InputError(
                 f"image losses on {slice_fraction} of the slices of a slab of {slab} latents, crop {crop}",

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -42,17 +43,72 @@ class VolumeCodec(Protocol):
     def decode(self, latent_CDHW: Tensor, valid_zyx: tuple[int, int, int]) -> Tensor: ...
 
 
-class Interpolator:
-    """Predicts thin-slice latents from the condition's. Whitening, padding, windows and sampling are inside.
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of a trained model that its user needs.
 
     Attributes:
         encode_key, encoding: What the latents must have been encoded with.
         alignment: How the condition must be brought onto the thin grid: ``pixel`` (interpolated in HU, then encoded)
             or ``latent`` (encoded, then interpolated along z).
         refiner_sha256: The refiner whose slices, encoded, are the condition; empty: interpolated ones, by alignment.
+        refiner_sha256: The refiner whose slices, encoded, are the condition; empty: interpolated ones, by alignment.
         checkpoint_sha256: SHA-256 of the weights' file; empty for a model that was not loaded from one.
         depth_window: Latent slices that the network sees at once, by default; None: the whole volume.
-        codec: The VAE of the latents, for :meth:`generate` on volumes; None until one is handed in.
+        in_plane_multiple: Height and width of a sample are padded to multiples of this.
+    """
+
+    encode_key: str = ""
+    encoding: Encoding | None = None
+    alignment: Alignment = "pixel"
+    checkpoint_sha256: str = ""
+    depth_window: int | None = None
+    in_plane_multiple: int = 1
+    refiner_sha256: str = ""
+    card: RunCard | None = None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of :meth:`Interpolator.generate_latent`.
+
+    Attributes:
+        sampler: One of ``objective.samplers``; the objective's default otherwise, and so for ``num_inference_steps``.
+        seed: Noise follows from it, the sample's number and the absolute latent slice alone.
+        target_depth: Latent slices wanted; the condition is interpolated along z over the same extent.
+        depth_window: Latent slices that the network sees at once; by default as in training.
+        overlap: Slices that neighbouring windows share; half a window by default.
+        thick, z_mm: The thick series' slices and the positions of the D latent slices, in mm along one axis; needed by
+            a model that is ``told``.
+    """
+
+    sampler: str | None
+    num_inference_steps: int | None
+    seed: int
+    target_depth: int | None
+    depth_window: int | None
+    overlap: int | None
+    thick: ThickSlices | None
+    z_mm: ArrayLike | None
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """:class:`GenerateOptions` with their defaults; an unknown one is a TypeError."""
+
+    sampler: str | None = None
+    num_inference_steps: int | None = None
+    seed: int = 0
+    target_depth: int | None = None
+    depth_window: int | None = None
+    overlap: int | None = None
+    thick: ThickSlices | None = None
+    z_mm: ArrayLike | None = None
+
+
+class Interpolator:
+    """Predicts thin-slice latents from the condition's. Whitening, padding, windows and sampling are inside.
+
+    Its attributes are those of :class:`ModelFacts`, and the network, the objective and the whitening.
     """
 
     def __init__(
@@ -62,14 +118,7 @@ class Interpolator:
         mean: Sequence[float],
         std: Sequence[float],
         *,
-        encode_key: str = "",
-        encoding: Encoding | None = None,
-        alignment: Alignment = "pixel",
-        checkpoint_sha256: str = "",
-        depth_window: int | None = None,
-        in_plane_multiple: int = 1,
-        refiner_sha256: str = "",
-        card: RunCard | None = None,
+        facts: ModelFacts | None = None,
     ) -> None:
         if len(mean) != len(std) or not all(np.isfinite([*mean, *std])) or min(std) <= 0:
             raise InputError(
@@ -80,13 +129,14 @@ class Interpolator:
         self.model = model
         self.objective = objective
         self.mean, self.std = list(map(float, mean)), list(map(float, std))
-        self.encode_key, self.encoding = encode_key, encoding
-        self.alignment: Alignment = alignment
-        self.checkpoint_sha256 = checkpoint_sha256
-        self.depth_window = depth_window
-        self.in_plane_multiple = in_plane_multiple
-        self.refiner_sha256 = refiner_sha256
-        self.card = card
+        facts = facts or ModelFacts()
+        self.encode_key, self.encoding = facts.encode_key, facts.encoding
+        self.alignment: Alignment = facts.alignment
+        self.checkpoint_sha256 = facts.checkpoint_sha256
+        self.depth_window = facts.depth_window
+        self.in_plane_multiple = facts.in_plane_multiple
+        self.refiner_sha256 = facts.refiner_sha256
+        self.card = facts.card
         self.codec: VolumeCodec | None = None
 
     @classmethod
@@ -95,9 +145,10 @@ class Interpolator:
     ) -> Interpolator:
         """An interpolator around a model in memory, as the trainer validates it; the model is used, not copied.
 
-        ``described``: the keyword arguments of the constructor; the in-plane multiple is the U-Net's own.
+        ``described``: fields of :class:`ModelFacts`; the in-plane multiple is the U-Net's own.
         """
-        return cls(model, objective, mean, std, in_plane_multiple=model.config.in_plane_multiple, **described)
+        facts = ModelFacts(in_plane_multiple=model.config.in_plane_multiple, **described)
+        return cls(model, objective, mean, std, facts=facts)
 
     @classmethod
     def load(
@@ -220,93 +271,53 @@ class Interpolator:
         return codec
 
     def generate_latent(
-        self,
-        condition: Latent,
-        *,
-        sampler: str | None = None,
-        num_inference_steps: int | None = None,
-        seed: int = 0,
-        samples: int = 1,
-        target_depth: int | None = None,
-        depth_window: int | None = None,
-        overlap: int | None = None,
-        thick: ThickSlices | None = None,
-        z_mm: ArrayLike | None = None,
+        self, condition: Latent, *, samples: int = 1, **options: Unpack[GenerateOptions]
     ) -> NDArray[np.float32]:
         """Thin-slice latents, raw, (C, D, H, W) float32; with ``samples`` > 1 their mean, which errs least.
 
         Args:
             condition: (C, D, H, W) raw latents on the thin grid; or on any grid of the same extent, with
                 ``target_depth``.
-            sampler: One of ``objective.samplers``; the objective's default otherwise, and so for
-                ``num_inference_steps``.
-            seed: Noise follows from it, the sample's number and the absolute latent slice alone.
-            target_depth: Latent slices wanted; the condition is interpolated along z over the same extent.
-            depth_window: Latent slices that the network sees at once; by default as in training.
-            overlap: Slices that neighbouring windows share; half a window by default.
-            thick, z_mm: The thick series' slices and the positions of the D latent slices, in mm along one axis; needed
-                by a model that is ``told``.
+            options: Sampler, seed and windows: see :class:`GenerateOptions`.
 
         Raises:
             InputError: A model that is not told what it needs, a condition of another shape, an unknown sampler, a
                 window that is not larger than its overlap.
             NonFiniteError: NaN or infinity in the condition or in a sampler step.
         """
-        options: dict[str, Any] = {
-            "sampler": sampler,
-            "num_inference_steps": num_inference_steps,
-            "seed": seed,
-            "target_depth": target_depth,
-            "depth_window": depth_window,
-            "overlap": overlap,
-            "thick": thick,
-            "z_mm": z_mm,
-        }
         total: NDArray[np.float64] | None = None
         for number in range(_positive(samples, "samples")):
-            one = self._one_sample(condition, sample=number, **options)
+            one = self._one_sample(condition, number, **options)
             total = one.astype(np.float64) if total is None else total + one
         assert total is not None
         return (total / samples).astype(np.float32)
 
-    def generate_samples(self, condition: Latent, samples: int, **options: Any) -> NDArray[np.float32]:
+    def generate_samples(
+        self, condition: Latent, samples: int, **options: Unpack[GenerateOptions]
+    ) -> NDArray[np.float32]:
         """``samples`` independent draws, (N, C, D, H, W) float32; ``options`` as in :meth:`generate_latent`."""
-        return np.stack(
-            [self._one_sample(condition, sample=n, **options) for n in range(_positive(samples, "samples"))]
-        )
+        return np.stack([self._one_sample(condition, n, **options) for n in range(_positive(samples, "samples"))])
 
     @torch.no_grad()
-    def _one_sample(
-        self,
-        condition: Latent,
-        *,
-        sample: int,
-        sampler: str | None = None,
-        num_inference_steps: int | None = None,
-        seed: int = 0,
-        target_depth: int | None = None,
-        depth_window: int | None = None,
-        overlap: int | None = None,
-        thick: ThickSlices | None = None,
-        z_mm: ArrayLike | None = None,
-    ) -> NDArray[np.float32]:
+    def _one_sample(self, condition: Latent, sample: int, **options: Unpack[GenerateOptions]) -> NDArray[np.float32]:
         whitened = self._whiten(condition)
-        if target_depth is not None and target_depth != whitened.shape[1]:
-            whitened = align_depth(whitened, *same_extent(whitened.shape[1], target_depth))
-        told = self._told(thick, z_mm, whitened.shape[1])
+        how = _Generation(**options)
+        if how.target_depth is not None and how.target_depth != whitened.shape[1]:
+            whitened = align_depth(whitened, *same_extent(whitened.shape[1], how.target_depth))
+        told = self._told(how.thick, how.z_mm, whitened.shape[1])
         height, width = whitened.shape[2:]
         pad_h, pad_w = -height % self.in_plane_multiple, -width % self.in_plane_multiple
         padded = F.pad(whitened[None], (0, pad_w, 0, pad_h, 0, 0), mode="replicate")
-        noise = DepthNoise(seed, sample)
+        noise = DepthNoise(how.seed, sample)
         shape = tuple(padded.shape[1:])
         was_training = self.model.training
         self.model.eval()
         try:
             clean = self.objective.sample(
-                self._network(padded.shape[2], depth_window, overlap, told),
+                self._network(padded.shape[2], how.depth_window, how.overlap, told),
                 padded,
-                sampler=sampler,
-                num_inference_steps=num_inference_steps,
+                sampler=how.sampler,
+                num_inference_steps=how.num_inference_steps,
                 noise=lambda draw: noise(draw, shape)[None],
             )[0, :, :, :height, :width]
         finally:

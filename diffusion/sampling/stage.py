@@ -27,7 +27,7 @@ from diffusion.sampling.plan import (
     plan_samples,
     thick_slices,
 )
-from latentcache import PAIR_ROLES, InputError, LatentRecord, LatentStore, PairRecord, open_on_worker
+from latentcache import PAIR_ROLES, InputError, LatentMeta, LatentRecord, LatentStore, PairRecord, open_on_worker
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,15 @@ def draw(drawing: SampleWorker, prepared: PreparedSample) -> LatentRecord:
     )
     return drawing.out.stage(
         latent.astype(np.float16),
-        encode_key=drawing.model.encode_key,
-        key=prepared.task.name,
-        role="thin",
-        z0_mm=grid.z0_mm,
-        dz_mm=grid.dz_mm,
-        valid_zyx=grid.valid_zyx,
-        source_digest=drawing.generation_key,
+        LatentMeta(
+            encode_key=drawing.model.encode_key,
+            key=prepared.task.name,
+            role="thin",
+            z0_mm=grid.z0_mm,
+            dz_mm=grid.dz_mm,
+            valid_zyx=grid.valid_zyx,
+            source_digest=drawing.generation_key,
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from .loop import (
     Terms as Terms,
     Trainer as Trainer,
     TrainSummary as TrainSummary,
+    Watch as Watch,
 )
 from .optimiser import build_adamw as build_adamw
 from .regional import compile_blocks as compile_blocks

@@ -82,13 +82,28 @@ class TrainSummary:
     parameters: int
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Observers of a run: they see its weights and its steps, and change neither.
+
+    Attributes:
+        validate: Scores held-out data with the averaged weights.
+        meter: Measures throughput; by default one that does not know the model's arithmetic.
+        on_progress: Called on the first rank with each logged step.
+    """
+
+    validate: Validate | None = None
+    meter: Meter | None = None
+    on_progress: Callable[[Progress], None] | None = None
+
+
 class Trainer:
     """One module, one stream, one run directory.
 
     Args:
         module: Already on the world's device, initialised alike on every rank.
         identity: What a resumed checkpoint must agree on (architecture, encode key, ...); kept in its state.
-        flops_per_sample: Forward arithmetic of a sample, for MFU.
+        watch: Validation, throughput and progress of the run.
     """
 
     def __init__(
@@ -99,18 +114,16 @@ class Trainer:
         config: LoopConfig,
         run_dir: Path,
         *,
-        validate: Validate | None = None,
         world: World | None = None,
         identity: Mapping[str, Any] | None = None,
-        meter: Meter | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        watch: Watch = Watch(),
     ) -> None:
         self.module, self.batch_loss, self.stream, self.config = module, batch_loss, stream, config
-        self.run_dir, self.validate = run_dir, validate
+        self.run_dir, self.validate = run_dir, watch.validate
         self.world = world or World()
         self.identity = dict(identity or {})
-        self.on_progress = on_progress
-        self.meter = meter or Meter(self.world.device, None, None)
+        self.on_progress = watch.on_progress
+        self.meter = watch.meter or Meter(self.world.device, None, None)
         self.parameter_count = sum(p.numel() for p in module.parameters())
         self.model = spread(module, self.world, config.parallel.strategy, bf16=self._in_bf16)
         if config.optimiser.compile:

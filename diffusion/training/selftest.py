@@ -14,12 +14,12 @@ import torch
 
 from diffusion.config import TrainConfig
 from diffusion.data import Batch, PairStream, Step
-from diffusion.losses import Decoder, ImageLosses, VGG19Features
+from diffusion.losses import DecodedPart, Decoder, ImageLosses, VGG19Features
 from diffusion.networks import ThickSlices, UNet, build_unet, informed
 from diffusion.objectives import OBJECTIVES, build_objective
 from diffusion.sampling import Interpolator
 from diffusion.training.distributed import World, default_device
-from diffusion.training.loop import LoopConfig, Trainer, to_device
+from diffusion.training.loop import LoopConfig, Trainer, Watch, to_device
 from diffusion.training.resources import estimate_step, memory_present
 from diffusion.training.throughput import Meter
 from diffusion.training.train import latent_loss
@@ -117,7 +117,8 @@ class SelfTest:
             values.append(f"{name} {value:.3f}")
         torch.manual_seed(self.config.seed)
         vgg = VGG19Features().to(self.world.device)
-        images = ImageLosses(self.decoder or _enlarge, [0.0] * 4, [1.0] * 4, vgg=vgg, slab=2, crop=16)
+        part = DecodedPart(slab=2, crop=16)
+        images = ImageLosses(self.decoder or _enlarge, [0.0] * 4, [1.0] * 4, vgg=vgg, part=part)
         found: list[tuple[float, float]] = []
         one = slice(0, 1)
         for prediction in (batch["thin"][one], batch["condition"][one]):
@@ -165,7 +166,7 @@ class SelfTest:
         with tempfile.TemporaryDirectory() as folder:
             meter = Meter(self.world.device, None, None)
             stream = _OneBatch(batch)
-            trainer = Trainer(unet, loss, stream, loop, Path(folder), world=self.world, meter=meter)
+            trainer = Trainer(unet, loss, stream, loop, Path(folder), world=self.world, watch=Watch(meter=meter))
             before = {name: p.detach().clone() for name, p in unet.named_parameters()}
             begin = time.perf_counter()
             found = [trainer.training_step(stream.step())[0] for _ in range(STEPS)]

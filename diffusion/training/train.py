@@ -15,16 +15,16 @@ import torch
 from torch import nn
 
 from diffusion.config import LossConfig, TrainConfig, check, check_precision, to_dict
-from diffusion.data import Batch, PairStream, only_refiner
-from diffusion.losses import Decoder, ImageLosses, channel_power, load_vgg19
-from diffusion.networks import build_unet, channels_last, informed
+from diffusion.data import Batch, PairStream, ProcessShare, only_refiner
+from diffusion.losses import DecodedPart, Decoder, ImageLosses, channel_power, load_vgg19
+from diffusion.networks import UNet, build_unet, channels_last, informed
 from diffusion.objectives import Objective, build_objective
 from diffusion.runs import RUN_CARD, CheckpointFolder, RunCard, pin_snapshot, reopen
 from diffusion.training.compilation import check_compilation
 from diffusion.training.distributed import World, join
-from diffusion.training.loop import LoopConfig, Terms, Trainer, TrainSummary
+from diffusion.training.loop import LoopConfig, Terms, Trainer, TrainSummary, Watch
 from diffusion.training.recompute import fit_recomputation
-from diffusion.training.resources import check_resources, estimate_step, remedies
+from diffusion.training.resources import StepEstimate, check_resources, estimate_step, remedies
 from diffusion.training.throughput import Meter, Progress, measured_matmul_rate
 from diffusion.training.validation import ValidateImages, chosen_metric, generators, validation
 from latentcache import InputError, LatentStore, check_bf16_convolutions, full_float32
@@ -68,38 +68,14 @@ def train(
     if resume == "if-there":  # one answer for all ranks, before the first of them writes a card
         resume = world.any((run_dir / RUN_CARD).exists())
     if resume:
-        card = RunCard.read(run_dir)
-        store = reopen(store, card)
-        if world.rank == 0:
-            pin_snapshot(store, card)
-    elif (run_dir / RUN_CARD).exists():
-        raise InputError(
-            "a run directory that holds a run already",
-            expected="a new directory, or --resume",
-            remedy="Add --resume to continue it, or choose another directory.",
-        )
-    stream, held_out = open_streams(store, config, world)
-    if world.rank == 0 and stream.left_out:
-        log.warning("of the train split, %d pairs are used and left out are %s", len(stream.pairs), reasons(stream))
-    if not resume:
-        power = decoder_power(store, stream, config, decoder, world)
-        card = new_card(store, stream, config, power)
-        check_same_refiner(card, refiner_sha256)
-        world.barrier()  # or a slower rank would find the card that the first one writes, and take the run for another
-        if world.rank == 0:
-            pin_snapshot(store, card)
-            card.write(run_dir)
-            (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
+        card, stream, held_out = _reopened(store, run_dir, config, world)
+    else:
+        card, stream, held_out = _begun(store, run_dir, config, world, decoder, refiner_sha256)
     objective = card.build_objective()
     need = estimate_step(config, stream.shapes[0], world, decoder)
     check_resources(need, config, world.device, run_dir)
     torch.manual_seed(config.seed)
-    unet = build_unet(card.unet_config).to(world.device)
-    if world.device.type == "cuda":
-        channels_last(unet)
-    if config.model.activation_checkpointing == "auto":
-        batch, bf16 = config.data.batch_size, world.device.type == "cuda"
-        fit_recomputation(unet, batch, stream.shapes[0], need, world.device, bf16=bf16)
+    unet = _network(card, config, world, stream, need)
     images = image_losses(config.losses, decoder, card, world.device)
     looked_at = replace(config.validation, metric=chosen_metric(config.validation, card, validate))
     rate = measured_matmul_rate(world.device, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
@@ -109,11 +85,13 @@ def train(
         stream,
         LoopConfig(config.optimiser, looked_at, config.budget, config.parallel),
         run_dir,
-        validate=validation(held_out, objective, card, looked_at, validate, world, len(stream)) if held_out else None,
         world=world,
         identity=identity(card, config),
-        meter=Meter(world.device, need.forward_flops_per_sample, rate),
-        on_progress=on_progress,
+        watch=Watch(
+            validation(held_out, objective, card, looked_at, validate, world, len(stream)) if held_out else None,
+            Meter(world.device, need.forward_flops_per_sample, rate),
+            on_progress,
+        ),
     )
     try:
         return trainer.run(resume=bool(resume) and CheckpointFolder(run_dir).path("last") is not None)
@@ -123,6 +101,69 @@ def train(
             expected="a step that fits beside whatever else uses the device",
             remedy="; ".join(remedies(config)) + "; then --resume.",
         ) from error
+
+
+Opened = tuple[RunCard, PairStream, PairStream | None]
+"""A run's card, its training stream and the held-out one."""
+
+
+def _reopened(store: LatentStore, run_dir: Path, config: TrainConfig, world: World) -> Opened:
+    """Open the run in ``run_dir`` at its own snapshot."""
+    card = RunCard.read(run_dir)
+    store = reopen(store, card)
+    if world.rank == 0:
+        pin_snapshot(store, card)
+    return card, *_streams(store, config, world)
+
+
+def _begun(
+    store: LatentStore,
+    run_dir: Path,
+    config: TrainConfig,
+    world: World,
+    decoder: Decoder | None,
+    refiner_sha256: str | None,
+) -> Opened:
+    """Begin a run: fix its card, pin its snapshot, write both.
+
+    Raises:
+        InputError: A folder that holds a run already, no usable pair, or another refiner than the store's.
+    """
+    if (run_dir / RUN_CARD).exists():
+        raise InputError(
+            "a run directory that holds a run already",
+            expected="a new directory, or --resume",
+            remedy="Add --resume to continue it, or choose another directory.",
+        )
+    stream, held_out = _streams(store, config, world)
+    power = decoder_power(store, stream, config, decoder, world)
+    card = new_card(store, stream, config, power)
+    check_same_refiner(card, refiner_sha256)
+    world.barrier()  # or a slower rank would find the card that the first one writes, and take the run for another
+    if world.rank == 0:
+        pin_snapshot(store, card)
+        card.write(run_dir)
+        (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
+    return card, stream, held_out
+
+
+def _streams(store: LatentStore, config: TrainConfig, world: World) -> tuple[PairStream, PairStream | None]:
+    """Both streams; pairs that are left out are logged once."""
+    stream, held_out = open_streams(store, config, world)
+    if world.rank == 0 and stream.left_out:
+        log.warning("of the train split, %d pairs are used and left out are %s", len(stream.pairs), reasons(stream))
+    return stream, held_out
+
+
+def _network(card: RunCard, config: TrainConfig, world: World, stream: PairStream, need: StepEstimate) -> UNet:
+    """The run's U-Net on the world's device, in the layout and with the recomputation that suit it."""
+    unet = build_unet(card.unet_config).to(world.device)
+    if world.device.type == "cuda":
+        channels_last(unet)
+    if config.model.activation_checkpointing == "auto":
+        batch, bf16 = config.data.batch_size, world.device.type == "cuda"
+        fit_recomputation(unet, batch, stream.shapes[0], need, world.device, bf16=bf16)
+    return unet
 
 
 def check_arithmetic(config: TrainConfig, device: torch.device) -> None:
@@ -147,10 +188,8 @@ def open_streams(store: LatentStore, config: TrainConfig, world: World) -> tuple
     """
     common: dict[str, Any] = {
         "seed": config.seed,
-        "rank": world.rank,
-        "world": world.size,
+        "share": ProcessShare(world.rank, world.size, pin_memory=world.device.type == "cuda"),
         "in_plane_multiple": config.model.in_plane_multiple,
-        "pin_memory": world.device.type == "cuda",
         "told": config.model.told,
     }
     stream = PairStream(store, config.data, split="train", samples_per_step=config.optimiser.samples_per_step, **common)
@@ -330,9 +369,7 @@ def image_losses(
         perceptual_weight=settings.perceptual_weight,
         l2_weight=settings.image_l2_weight,
         vgg=load_vgg19(settings.vgg19_weights, device) if settings.perceptual_weight > 0 else None,
-        slice_fraction=settings.slice_fraction,
-        slab=settings.slab,
-        crop=settings.crop,
+        part=DecodedPart(settings.slab, settings.crop, settings.slice_fraction),
     )
 
 

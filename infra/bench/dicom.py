@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.writing import FileOptions
+
 WRITERS = ("explicit", "jpegls", "htj2k", "pydicom")
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -94,7 +96,9 @@ def with_ctpipe(hu: np.ndarray[Any, np.dtype[np.int16]], out: Path, syntax: str)
     who = SeriesIdentity.pseudonymous(**keys, source_slices=len(hu) // 5)
     made = Provenance("generated", "d" * 16, (40.0, 400.0), 1.0)
     start = time.perf_counter()
-    write_ct_series(hu, at, SourceHeader(), out, uids=who, provenance=made, transfer_syntax=syntax, threads=2)
+    write_ct_series(
+        hu, at, SourceHeader(), out, uids=who, provenance=made, files=FileOptions(transfer_syntax=syntax, threads=2)
+    )
     return time.perf_counter() - start
 
 

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from latentcache import Encoding, LatentRecord, LatentStore
+from latentcache import Encoding, LatentMeta, LatentRecord, LatentStore
 from pipeline.encode import EncodeSettings, EncodeTask, encode_store
 from pipeline.engines import EngineName, EngineOptions, GroupCommit, Stage, StagedLatents, stream
 from pipeline.ingest import IngestOptions, ingest, open_stores
@@ -193,13 +193,9 @@ def simulated(series: int, options: EngineOptions) -> dict[str, float]:
         latent = np.random.default_rng(0).standard_normal((4, 2, 8, 8)).astype(np.float16)
         record = store.stage(
             latent,
-            encode_key=key,
-            key="f" * 16,
-            role="thin",
-            z0_mm=0.0,
-            dz_mm=4.0,
-            valid_zyx=(8, 32, 32),
-            source_digest="",
+            LatentMeta(
+                encode_key=key, key="f" * 16, role="thin", z0_mm=0.0, dz_mm=4.0, valid_zyx=(8, 32, 32), source_digest=""
+            ),
         )
         tasks: Iterator[EncodeTask] = (EncodeTask(f"{n:016x}", key, None, None, ()) for n in range(series))
         stage = Stage(same, no_state, functools.partial(hand_in, record=record))

@@ -35,9 +35,9 @@ from typing import Any
 
 import numpy as np
 
-from latentcache import Encoding, LatentRole, LatentStore, PairRecord
+from latentcache import Encoding, LatentMeta, LatentRole, LatentStore, PairRecord
 from pipeline.decode import ComposeSettings
-from pipeline.evaluation import EvaluationSettings, evaluate_pairs
+from pipeline.evaluation import CaseWork, EvaluationSettings, evaluate_pairs
 from pipeline.forward_model import SliceProfile, slice_operator
 from pipeline.identity import PrivateStore
 from pipeline.ingest import ingest
@@ -166,8 +166,8 @@ def _stored(store: LatentStore, private: PrivateStore, encode_key: str) -> None:
     )
     records = [
         store.stage(
-            HeldDecoder().encode(WINDOW.to_unit(hu)).astype(np.float16), encode_key=encode_key, key=key, role=role,
-            z0_mm=float(z[0]) + 1.5, dz_mm=4.0, valid_zyx=thin.hu.shape, source_digest="bench",
+            HeldDecoder().encode(WINDOW.to_unit(hu)).astype(np.float16),
+            LatentMeta(encode_key, key, role, float(z[0]) + 1.5, 4.0, thin.hu.shape, source_digest="bench"),
         )
         for role, key, hu in wanted
     ]  # fmt: skip
@@ -193,7 +193,7 @@ def run_cases(folder: Path, shape: tuple[int, int, int], cases: int, decoder: st
     process = len({row["process"] for row in rows})
     reset_peak()
     start = time.perf_counter()
-    for case in evaluate_pairs(store, private, vae, pairs, generated, settings, out):
+    for case in evaluate_pairs(CaseWork(store, private, vae, generated, settings), pairs, out):
         assert not case.failures, case.failures
         if case.key not in before:
             row = {

@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from latentcache import Encoding, LatentRecord, LatentStore
+from latentcache import Encoding, LatentMeta, LatentRecord, LatentStore
 from pipeline.encode import EncodeTask
 from pipeline.engines import EngineOptions, GroupCommit, Stage, StagedLatents, stream
 
@@ -74,13 +74,15 @@ def encode(state: tuple[LatentStore, Note], task: EncodeTask, *, seconds: float)
     values = np.random.default_rng(int(task.name, 16)).standard_normal((4, 2, 8, 8)).astype(np.float16)
     record = store.stage(
         values,
-        encode_key=task.encode_key,
-        key=task.name,
-        role="thin",
-        z0_mm=0.0,
-        dz_mm=4.0,
-        valid_zyx=(8, 32, 32),
-        source_digest=task.name,
+        LatentMeta(
+            encode_key=task.encode_key,
+            key=task.name,
+            role="thin",
+            z0_mm=0.0,
+            dz_mm=4.0,
+            valid_zyx=(8, 32, 32),
+            source_digest=task.name,
+        ),
     )
     notes.write("end", task.name, began)
     return StagedLatents(task.name, (record,))

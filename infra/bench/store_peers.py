@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from latentcache import LatentMeta
+
 SHAPE = (4, 76, 128, 128)
 WINDOW = 24
 Reader = Callable[[int, slice], Any]
@@ -35,8 +37,8 @@ def filled_store(root: Path, arrays: list[np.ndarray]) -> Any:
     with store.writer() as writer:
         for n, array in enumerate(arrays):
             row = store.stage(
-                array, encode_key=key, key=f"{n:016x}", role="thin", z0_mm=0.0, dz_mm=4.0, valid_zyx=valid,
-                source_digest="",
+                array, LatentMeta(encode_key=key, key=f"{n:016x}", role="thin", z0_mm=0.0, dz_mm=4.0, valid_zyx=valid,
+                source_digest=""),
             )  # fmt: skip
             writer.commit([row])
     return store

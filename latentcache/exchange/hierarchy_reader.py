@@ -15,6 +15,7 @@ from latentcache import (
     CorruptLatentError,
     Encoding,
     InputError,
+    LatentMeta,
     LatentRecord,
     LatentStore,
     PairRecord,
@@ -163,14 +164,16 @@ def _stage(store: LatentStore, root: zarr.Group, name: str) -> LatentRecord:
     try:
         record = store.stage(
             values,
-            encode_key=encode_key,
-            key=key,
-            role=role,  # type: ignore[arg-type]
-            z0_mm=said["z0_mm"],
-            dz_mm=said["dz_mm"],
-            valid_zyx=tuple(said["valid_zyx"]),
-            source_digest=said["source_digest"],
-            round_trip_psnr=said["round_trip_psnr"],
+            LatentMeta(
+                encode_key,
+                key,
+                role,  # type: ignore[arg-type]
+                said["z0_mm"],
+                said["dz_mm"],
+                tuple(said["valid_zyx"]),
+                said["source_digest"],
+                said["round_trip_psnr"],
+            ),
         )
     except (KeyError, TypeError) as error:
         raise _not_an_export(f"a latent ({key} {role}) without its position") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from isal import isal_zlib
@@ -261,8 +261,8 @@ def _parse_entries(directory: bytes, count: int, shift: int, data_end: int, limi
             continue
         total += unpacked
         offset += shift
-        refusal = _refusal(name, flags, method, packed, unpacked, offset, data_end, disk, limits)
-        members.append(Member(index, name, packed, unpacked, crc, method, offset, 0, refusal))
+        member = Member(index, name, packed, unpacked, crc, method, offset, 0, "")
+        members.append(replace(member, refusal=_refusal(member, flags, disk, data_end, limits)))
     if total > limits.total_bytes:
         raise ArchiveError(f"a zip that would unpack to {total >> 30} GiB", "It looks like a zip bomb; do not use it.")
     _refuse_overlaps(members)
@@ -290,25 +290,16 @@ def _widen(extra: bytes, unpacked: int, packed: int, offset: int, disk: int) -> 
     return values["packed"], values["unpacked"], values["offset"], disk
 
 
-def _refusal(
-    name: str,
-    flags: int,
-    method: int,
-    packed: int,
-    unpacked: int,
-    offset: int,
-    data_end: int,
-    disk: int,
-    limits: Limits,
-) -> str:
+def _refusal(member: Member, flags: int, disk: int, data_end: int, limits: Limits) -> str:
     """Why a member is not read, or an empty string."""
+    packed, unpacked, method = member.compressed_size, member.size, member.method
     if flags & 0x2041:
         return "encrypted: decrypt the archive first"
     if method not in (STORED, DEFLATED):
         return f"compressed with {_METHODS.get(method, f'method {method}')}: repack with deflate"
-    if ".." in name.replace("\\", "/").split("/"):
+    if ".." in member.name.replace("\\", "/").split("/"):
         return "its name climbs out of the archive: repack without '..'"
-    if disk or offset < 0 or offset + LOCAL_HEADER.size + packed > data_end:
+    if disk or member.offset < 0 or member.offset + LOCAL_HEADER.size + packed > data_end:
         return "it lies outside of the file: the archive is truncated"
     if method == STORED and packed != unpacked:
         return "its two sizes contradict each other: the archive is damaged"

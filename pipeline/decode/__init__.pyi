@@ -15,9 +15,16 @@ from .samples import (
     write_derived as write_derived,
 )
 from .store import (
+    DecodeSummary as DecodeSummary,
+    VaeSettings as VaeSettings,
     decode_store as decode_store,
     note_certificates as note_certificates,
     only_encoding as only_encoding,
     window_of as window_of,
 )
-from .task import DecodeSettings as DecodeSettings, condition_of as condition_of, decoded_hu as decoded_hu
+from .task import (
+    DecodeSelection as DecodeSelection,
+    DecodeSettings as DecodeSettings,
+    condition_of as condition_of,
+    decoded_hu as decoded_hu,
+)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,8 +18,10 @@ from pipeline.forward_model import ThickMeasurement
 from pipeline.metrics import OtherSamples, alarm_map
 from pipeline.volume import Geometry, NiftiLayout, SourceHeader, Window
 from pipeline.writing import (
+    FileOptions,
     Provenance,
     SeriesIdentity,
+    WrittenSeries,
     check_enhanced,
     kinds_of_file,
     write_ct_series,
@@ -224,7 +227,6 @@ def write_derived(
     sample = _with_figures(provenance, volume.sample_figures, "sample")
     if settings.layout is not None:
         return _write_nifti(key, volume, target, (mean, sample), settings, settings.layout)
-    common: dict[str, Any] = {"uids": identity, "transfer_syntax": settings.transfer_syntax}
     folders = [key]
     if settings.enhanced:
         check_enhanced(header)
@@ -241,19 +243,26 @@ def write_derived(
         folder = settings.out_dir / name
         write_parametric_map(volume.alarm, target, header, folder, uids=identity, provenance=described)
         folders.append(name)
-    write = write_enhanced_ct if settings.enhanced else write_ct_series
+    write = _writer(settings)
     if volume.sample is not None and settings.answer == "both":
         name = f"{key}-sample"
         _clear_orphan(settings.out_dir / name, "sample")
-        write(volume.sample, target, header, settings.out_dir / name, provenance=sample, **common)
+        write(volume.sample, target, header, settings.out_dir / name, uids=identity, provenance=sample)
         folders.append(name)
     hu, figures, own = volume.hu, volume.figures, mean
     if volume.sample is not None and settings.answer == "both" and "certificate" in volume.sample_figures:
         figures = {**figures, "sample_certificate": volume.sample_figures["certificate"]}
     if volume.sample is not None and settings.answer == "sample":
         hu, figures, own = volume.sample, volume.sample_figures, sample
-    written = write(hu, target, header, settings.out_dir / key, provenance=own, **common)
+    written = write(hu, target, header, settings.out_dir / key, uids=identity, provenance=own)
     return DerivedSeries(key, written.series_uid, tuple(folders), len(hu), figures)
+
+
+def _writer(settings: WriteSettings) -> Callable[..., WrittenSeries]:
+    """Return the function that writes a volume in the form that the settings ask for."""
+    if settings.enhanced:
+        return partial(write_enhanced_ct, transfer_syntax=settings.transfer_syntax)
+    return partial(write_ct_series, files=FileOptions(settings.transfer_syntax))
 
 
 def _write_nifti(
@@ -317,6 +326,5 @@ def _write_uncertainty(
         out_dir,
         uids=identity,
         provenance=provenance,
-        transfer_syntax=settings.transfer_syntax,
-        slope=UNCERTAINTY_SLOPE,
+        files=FileOptions(transfer_syntax=settings.transfer_syntax, slope=UNCERTAINTY_SLOPE),
     )

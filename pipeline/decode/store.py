@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from latentcache import InputError, LatentStore
 from pipeline.decode import task as decode
 from pipeline.decode.samples import DerivedSeries
-from pipeline.decode.task import DecodeSettings, DecodeTask, PreparedDecode
+from pipeline.decode.task import EVERYTHING, DecodeSelection, DecodeSettings, DecodeTask, PreparedDecode
 from pipeline.engines import (
     EngineOptions,
     Outcome,
@@ -90,6 +90,33 @@ def window_of(store: LatentStore, encode_key: str) -> Window:
     return Window(encoding.window_center, encoding.window_width)
 
 
+@dataclass(frozen=True)
+class VaeSettings:
+    """The VAE of a worker.
+
+    Attributes:
+        spec: ``tiny`` or a path.
+        memory_gib: Most memory that it may take; None: what is free.
+        threads: Threads of one device's arithmetic; pinned, for equal bytes on every engine.
+    """
+
+    spec: str = "tiny"
+    memory_gib: float | None = None
+    threads: int = 2
+
+    def loader(self, store: LatentStore, encode_key: str, gpu_share: float) -> Callable[[str], Decoder]:
+        """A function that loads it on a device, and refuses one that did not encode these latents."""
+        encoding = store.encoding(encode_key)
+        return functools.partial(
+            load_decoder,
+            spec=self.spec,
+            memory_gib=self.memory_gib,
+            gpu_share=gpu_share,
+            expected_sha256=encoding.vae_sha256,
+            extra=encoding.extra,
+        )
+
+
 def decode_store(
     store: LatentStore,
     private: PrivateStore,
@@ -97,73 +124,31 @@ def decode_store(
     settings: DecodeSettings,
     options: EngineOptions,
     *,
-    vae: str,
-    memory_gib: float | None = None,
-    generated: Sequence[LatentStore] = (),
-    lost: Mapping[str, str] | None = None,
-    keys: Sequence[str] | None = None,
-    split: str | None = None,
-    torch_threads: int = 2,
+    vae: VaeSettings,
+    selection: DecodeSelection = EVERYTHING,
     on_outcome: Callable[[Outcome[DecodeTask, DerivedSeries], int], Any] | None = None,
 ) -> DecodeSummary:
     """Write every series wanted that is not in the output folder yet; a series that fails does not stop the others.
 
-    Args:
-        lost: Pairs that could not be sampled into ``generated``, and why: the summary counts them as set aside.
-        torch_threads: Threads of one device's arithmetic; pinned, for equal bytes on every engine.
-
     Raises:
         InputError: Nothing matches, the VAE is not the one that encoded the store, or no worker can start.
     """
-    protocols = Protocols(
-        store.pairs(),
-        {s.series_key: s for s in store.series()},
-        private.pointer,
-        functools.partial(read_series, threads=2),
-    )
-    tasks = list(
-        decode.plan(
-            store,
-            private.pointer,
-            private.identity,
-            encode_key,
-            generated=generated,
-            keys=keys,
-            split=split,
-            with_identity=settings.restore_identity,
-            protocols=protocols if settings.compose.consistency and (generated or settings.compose_stored) else None,
-            start=settings.compose.start,
-        )
-    )
-    if not tasks and not lost:
-        raise InputError(
-            "no stored latent that matches",
-            expected="at least one thin latent" + (f" in split {split}" if split else ""),
-            remedy="Check --split or --series against `ctpipe status STORE`.",
-        )
+    tasks = _planned(store, private, encode_key, settings, selection)
     out = Path(settings.write.out_dir)
     taken = [task for task in tasks if os.path.lexists(out / task.key)]
     odd = {task.key for task in taken if not is_written_series(out / task.key)}
     here = {task.key for task in taken}
     todo = [task for task in tasks if task.key not in here]
-    summary = DecodeSummary(planned=len(tasks), already=len(here) - len(odd), failed=dict(lost or {}))
+    summary = DecodeSummary(planned=len(tasks), already=len(here) - len(odd), failed=dict(selection.lost))
     for key in sorted(odd):
         said = summary.failed[key] = f"{key} in the output folder is no series that decode wrote: move it away"
         note(log, "set_aside", logging.WARNING, said, series_key=key, stage="decode", outcome="InputError")
-    encoding = store.encoding(encode_key)
-    load = functools.partial(
-        load_decoder,
-        spec=vae,
-        memory_gib=memory_gib,
-        gpu_share=options.gpus_per_worker,
-        expected_sha256=encoding.vae_sha256,
-        extra=encoding.extra,
-    )
+    load = vae.loader(store, encode_key, options.gpus_per_worker)
     with mark(out) if todo else contextlib.nullcontext(out) as seen:
         stage: Stage[DecodeTask, PreparedDecode, Decoder, DerivedSeries] = Stage(
             prepare=functools.partial(decode.prepare, threads=2),
-            setup=functools.partial(set_up, seen=seen, threads=torch_threads, load=load),
-            run=functools.partial(run_task, settings=settings, threads=torch_threads),
+            setup=functools.partial(set_up, seen=seen, threads=vae.threads, load=load),
+            run=functools.partial(run_task, settings=settings, threads=vae.threads),
         )
         progress = Progress(store.location, encode_key, len(todo), "decode", dashboard_of(options))
         for outcome in watched(stream(todo, stage, options), progress) if todo else ():
@@ -180,6 +165,40 @@ def note_certificates(log: logging.Logger, done: DerivedSeries, stage: str) -> N
         if judged.get("failing") or judged.get("missing"):
             text = f"series {done.key}{kind}: {judged['said']}"
             note(log, "certificate", logging.WARNING, text, series_key=done.key, stage=stage)
+
+
+def _planned(
+    store: LatentStore, private: PrivateStore, encode_key: str, settings: DecodeSettings, selection: DecodeSelection
+) -> list[DecodeTask]:
+    """The tasks of a selection.
+
+    Raises:
+        InputError: There is none, and none was lost either.
+    """
+    protocols = None
+    if settings.compose.consistency and (selection.generated or settings.compose_stored):
+        series = {s.series_key: s for s in store.series()}
+        read = functools.partial(read_series, threads=2)
+        protocols = Protocols(store.pairs(), series, private.pointer, read)
+    tasks = list(
+        decode.plan(
+            store,
+            private.pointer,
+            private.identity,
+            encode_key,
+            selection,
+            with_identity=settings.restore_identity,
+            protocols=protocols,
+            start=settings.compose.start,
+        )
+    )
+    if not tasks and not selection.lost:
+        raise InputError(
+            "no stored latent that matches",
+            expected="at least one thin latent" + (f" in split {selection.split}" if selection.split else ""),
+            remedy="Check --split or --series against `ctpipe status STORE`.",
+        )
+    return tasks
 
 
 def _enter(outcome: Outcome[DecodeTask, DerivedSeries], summary: DecodeSummary) -> None:

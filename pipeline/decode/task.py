@@ -86,70 +86,111 @@ class PreparedDecode:
     thick: Volume | None
 
 
+@dataclass(frozen=True)
+class DecodeSelection:
+    """The latents of a store that are to be decoded.
+
+    Attributes:
+        generated: Stores of sampled thin latents; where there are any, the pairs sampled into all of them are decoded.
+        lost: Pairs that could not be sampled into ``generated``, and why.
+        keys: Series or pair keys wanted; None for all.
+        split: Only this split.
+    """
+
+    generated: Sequence[LatentStore] = ()
+    lost: Mapping[str, str] = field(default_factory=dict)
+    keys: Sequence[str] | None = None
+    split: str | None = None
+
+    def has(self, split: str, *keys: str) -> bool:
+        """Whether an item of this split, known by any of these keys, is wanted."""
+        return self.split in (None, split) and (self.keys is None or any(key in self.keys for key in keys))
+
+
+EVERYTHING = DecodeSelection()
+"""Every stored thin latent."""
+
+
 def plan(
     store: LatentStore,
     pointer: Any,
     identity: Any,
     encode_key: str,
+    selection: DecodeSelection = EVERYTHING,
     *,
-    generated: Sequence[LatentStore] = (),
-    keys: Sequence[str] | None = None,
-    split: str | None = None,
     with_identity: bool = False,
     protocols: Protocols | None = None,
     start: RefinerFile | None = None,
 ) -> Iterator[DecodeTask]:
-    """Tasks for the stored thin latents or, where ``generated`` stores are given, for the pairs sampled into all.
+    """Tasks for the stored thin latents or, where the selection has generated stores, for the pairs sampled into all.
 
     Args:
-        pointer: Series key to where its slices lie (``PrivateStore.pointer``).
+        pointer: Series key to where its slices are (``PrivateStore.pointer``).
         identity: Series key to the original identifiers (``PrivateStore.identity``).
-        keys: Series or pair keys wanted; None for all.
-        split: Only this split.
         protocols: Fits of the slice operator, from other patients' pairs.
         start: The refiner whose slices the sampled latents started from.
 
     Raises:
         InputError: A pair's refined latent was made by another refiner than ``start``.
     """
-    series = {s.series_key: s for s in store.series()}
-    pairs = [p for p in store.pairs() if p.status == "ok"]
-
-    def wanted(row_split: str, *names: str) -> bool:
-        return (split is None or row_split == split) and (keys is None or any(n in keys for n in names))
 
     def who(key: str) -> Mapping[str, Any]:
         return identity(key) if with_identity else {}
 
-    if generated:
-        rows = [{r.key: r for r in g.records(encode_key, "thin")} for g in generated]
-        for pair in pairs:
-            if not wanted(pair.split, pair.pair_key, pair.thick_key) or any(pair.pair_key not in r for r in rows):
-                continue
-            thick = series[pair.thick_key]
-            condition = condition_of(store, pair, encode_key, start)
-            fit = protocols.fit(pair) if protocols else None
-            yield DecodeTask(
-                pair.pair_key,
-                "generated",
-                tuple((g.url, r[pair.pair_key]) for g, r in zip(generated, rows, strict=True)),
-                replace(geometry_of(series[pair.thin_key]), thickness_mm=thick.thickness_mm),
-                source=thick,
-                source_at=pointer(thick.series_key),
-                thick=thick,
-                thick_at=pointer(thick.series_key),
-                condition=None if condition is None else (store.url, condition),
-                identity=who(thick.series_key),
-                fit=fit,
-            )
-        return
-    partner = {p.thin_key: p for p in pairs}
+    tasks = _generated_tasks if selection.generated else _stored_tasks
+    return tasks(store, pointer, who, encode_key, selection, protocols, start)
+
+
+def _generated_tasks(
+    store: LatentStore,
+    pointer: Any,
+    who: Any,
+    encode_key: str,
+    selection: DecodeSelection,
+    protocols: Protocols | None,
+    start: RefinerFile | None,
+) -> Iterator[DecodeTask]:
+    """One task per pair that was sampled into every generated store."""
+    series = {s.series_key: s for s in store.series()}
+    rows = [{r.key: r for r in g.records(encode_key, "thin")} for g in selection.generated]
+    for pair in store.pairs():
+        wanted = pair.status == "ok" and selection.has(pair.split, pair.pair_key, pair.thick_key)
+        if not wanted or any(pair.pair_key not in r for r in rows):
+            continue
+        thick = series[pair.thick_key]
+        condition = condition_of(store, pair, encode_key, start)
+        yield DecodeTask(
+            pair.pair_key,
+            "generated",
+            tuple((g.url, r[pair.pair_key]) for g, r in zip(selection.generated, rows, strict=True)),
+            replace(geometry_of(series[pair.thin_key]), thickness_mm=thick.thickness_mm),
+            source=thick,
+            source_at=pointer(thick.series_key),
+            thick=thick,
+            thick_at=pointer(thick.series_key),
+            condition=None if condition is None else (store.url, condition),
+            identity=who(thick.series_key),
+            fit=protocols.fit(pair) if protocols else None,
+        )
+
+
+def _stored_tasks(
+    store: LatentStore,
+    pointer: Any,
+    who: Any,
+    encode_key: str,
+    selection: DecodeSelection,
+    protocols: Protocols | None,
+    start: RefinerFile | None,
+) -> Iterator[DecodeTask]:
+    """One task per stored thin latent."""
+    series = {s.series_key: s for s in store.series()}
+    partner = {p.thin_key: p for p in store.pairs() if p.status == "ok"}
     for row in store.records(encode_key, "thin"):
         thin, own = series[row.key], partner.get(row.key)
-        if not wanted(thin.split, row.key, own.pair_key if own else row.key):
+        if not selection.has(thin.split, row.key, own.pair_key if own else row.key):
             continue
         measured = series[own.thick_key] if own else None
-        fit = protocols.fit(own) if protocols and own else None
         yield DecodeTask(
             row.key,
             "decoded",
@@ -160,7 +201,7 @@ def plan(
             thick=measured,
             thick_at=pointer(measured.series_key) if measured else None,
             identity=who(thin.series_key),
-            fit=fit,
+            fit=protocols.fit(own) if protocols and own else None,
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from latentcache import CorruptLatentError, Encoding, InputError, LatentRecord, LatentRole, LatentStore
+from latentcache import CorruptLatentError, Encoding, InputError, LatentMeta, LatentRecord, LatentStore
 from pipeline.encode.plan import EncodePlan
 from pipeline.encode.repair import reopen_pairs
 from pipeline.encode.task import EncodeTask, encode_one, prepare
@@ -52,10 +52,8 @@ class _Compare:
     store: LatentStore
     result: SourceCheck
 
-    def stage(
-        self, array: NDArray[np.float16], *, encode_key: str, key: str, role: LatentRole, **others: Any
-    ) -> LatentRecord:
-        row = self.store.find(key, role, encode_key)
+    def stage(self, array: NDArray[np.float16], meta: LatentMeta) -> LatentRecord:
+        row = self.store.find(meta.key, meta.role, meta.encode_key)
         assert row is not None
         self.result.compared += 1
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import COMPRESSION, PAIR_ROLES, Encoding, InputError, LatentRecord, LatentRole, PairRecord
+from latentcache import COMPRESSION, PAIR_ROLES, Encoding, InputError, LatentMeta, LatentRecord, LatentRole, PairRecord
 from latentcache.maintenance import pair_digest
 from pipeline.engines import StagedLatents, timed
 from pipeline.vae import Encoder
@@ -32,19 +32,7 @@ PAD_MULTIPLE_ZYX = (4, 32, 32)
 class Staging(Protocol):
     """The part of the store that a worker needs."""
 
-    def stage(
-        self,
-        array: NDArray[np.float16],
-        *,
-        encode_key: str,
-        key: str,
-        role: LatentRole,
-        z0_mm: float,
-        dz_mm: float,
-        valid_zyx: tuple[int, int, int],
-        source_digest: str,
-        round_trip_psnr: float | None = None,
-    ) -> LatentRecord: ...
+    def stage(self, array: NDArray[np.float16], meta: LatentMeta) -> LatentRecord: ...
 
 
 @dataclass(frozen=True)
@@ -164,9 +152,7 @@ def encode_one(
         psnr = None
         if _sampled(want, round_trip_fraction):
             psnr = timed(seconds, "round_trip", functools.partial(_round_trip_psnr, vae, latent, unit))
-        staged = functools.partial(
-            store.stage,
-            latent.astype(np.float16),
+        meta = LatentMeta(
             encode_key=task.encode_key,
             key=want.key,
             role=want.role,
@@ -176,6 +162,7 @@ def encode_one(
             source_digest=_digest_read(prepared, want.role) or want.source_digest,
             round_trip_psnr=psnr,
         )
+        staged = functools.partial(store.stage, latent.astype(np.float16), meta)
         records.append(timed(seconds, "store", staged))
     return StagedLatents(task.name, tuple(records), proved, seconds)
 

@@ -1,7 +1,7 @@
 from .case import failed as failed
 from .fabrication import Intervals as Intervals, auc as auc
 from .held_out import HeldOutImages as HeldOutImages, check_same_vae as check_same_vae
-from .methods import EvaluationSettings as EvaluationSettings
+from .methods import CaseWork as CaseWork, EvaluationSettings as EvaluationSettings
 from .results import (
     case_of as case_of,
     count_of as count_of,
@@ -13,7 +13,12 @@ from .results import (
     values as values,
 )
 from .rplhr import evaluate_dataset as evaluate_dataset, find_cases as find_cases
-from .run import SCORES_VERSION as SCORES_VERSION, evaluate_pairs as evaluate_pairs, load_views as load_views
+from .run import (
+    SCORES_VERSION as SCORES_VERSION,
+    ScoreSpread as ScoreSpread,
+    evaluate_pairs as evaluate_pairs,
+    load_views as load_views,
+)
 from .vae_reconstruction import (
     as_dict as as_dict,
     check as check,

@@ -11,22 +11,20 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import CtpipeError, InputError, LatentStore, PairRecord
+from latentcache import CtpipeError, InputError, PairRecord
 from latentcache.storage import written_aside
 from pipeline.engines import EngineOptions, Outcome, Stage, check_seen, mark, note, pin, stream
 from pipeline.evaluation.case import Case, CaseScores, failed, notes_on, score_method
 from pipeline.evaluation.methods import (
     CaseWork,
-    EvaluationSettings,
-    LatentOf,
-    SamplesOf,
+    Locates,
     case_methods,
     on_one_grid,
     sample_spread,
@@ -35,7 +33,6 @@ from pipeline.evaluation.phantom_truth import known_structures
 from pipeline.evaluation.results import finished_case, keep_case
 from pipeline.evaluation.views import CaseView, towards, view_stride
 from pipeline.forward_model import ProtocolFit, Protocols
-from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.vae import Encoder
 from pipeline.volume import SeriesPointer, SourceHeader, common_slices
@@ -101,14 +98,27 @@ def run_case(work: CaseWork, task: CaseTask, *, score: Score, threads: int | Non
         return failed(pair.pair_key, pair.category, pair.patient_key, str(error))
 
 
+@dataclass(frozen=True)
+class ScoreSpread:
+    """How cases are spread.
+
+    Attributes:
+        options: The engine; one after the other in this process by default.
+        load: Makes a worker's own VAE on its device; None where this process's serves.
+        threads: Arithmetic threads a worker, pinned for equal figures; None leaves them as they are.
+    """
+
+    options: EngineOptions = field(default_factory=lambda: EngineOptions("inline"))
+    load: Callable[[str], Encoder] | None = None
+    threads: int | None = None
+
+
 def spread_cases(
     tasks: Sequence[CaseTask],
     work: CaseWork,
     score: Score,
-    options: EngineOptions,
+    spread: ScoreSpread,
     folder: Path,
-    load: Callable[[str], Encoder] | None,
-    threads: int | None,
 ) -> Generator[Outcome[CaseTask, CaseScores], None, None]:
     """Score tasks on an engine; outcomes as they come.
 
@@ -120,10 +130,10 @@ def spread_cases(
     with mark(folder.absolute()) as seen:
         stage: Stage[CaseTask, CaseTask, CaseWork, CaseScores] = Stage(
             prepare=as_it_is,
-            setup=functools.partial(get_ready, work=work, load=load, seen=seen, threads=threads),
-            run=functools.partial(run_case, score=score, threads=threads),
+            setup=functools.partial(get_ready, work=work, load=spread.load, seen=seen, threads=spread.threads),
+            run=functools.partial(run_case, score=score, threads=spread.threads),
         )
-        with contextlib.closing(stream(tasks, stage, options)) as outcomes:
+        with contextlib.closing(stream(tasks, stage, spread.options)) as outcomes:
             yield from outcomes
 
 
@@ -133,30 +143,14 @@ SCORES_VERSION = "4"
 
 
 def evaluate_pairs(
-    store: LatentStore,
-    private: PrivateStore,
-    vae: Encoder,
-    pairs: Sequence[PairRecord],
-    generated: LatentOf,
-    settings: EvaluationSettings,
-    folder: Path,
-    samples: SamplesOf | None = None,
-    *,
-    options: EngineOptions | None = None,
-    load: Callable[[str], Encoder] | None = None,
-    threads: int | None = None,
+    work: CaseWork, pairs: Sequence[PairRecord], folder: Path, spread: ScoreSpread | None = None
 ) -> Generator[CaseScores, None, None]:
-    """Score every method on each pair and yield cases in order; ``generated`` gives the model's raw latents of a pair.
-
-    Args:
-        vae: The decoder; with ``load`` workers make their own, by device.
-        samples: Single samples of a pair, whose spread the viewer shows; None shows none.
-        options: The engine that spreads cases; one after the other in this process by default.
-        threads: Arithmetic threads a worker, pinned for equal figures; None leaves them as they are.
+    """Score every method on each pair and yield cases in order.
 
     Raises:
         InputError: There is no pair to evaluate. A single pair's failure is recorded in its case instead.
     """
+    spread, settings = spread or ScoreSpread(), work.settings
     if not pairs:
         raise InputError(
             "no pair to evaluate",
@@ -164,19 +158,19 @@ def evaluate_pairs(
             remedy="Choose another --split, or encode the store first.",
         )
     (folder / "cases").mkdir(parents=True, exist_ok=True)
-    protocols = Protocols(store.pairs(), {s.series_key: s for s in store.series()}, private.pointer, read_series)
-    work = CaseWork(store, private, vae, generated, settings, samples)
+    series = {s.series_key: s for s in work.store.series()}
+    protocols = Protocols(work.store.pairs(), series, work.private.pointer, read_series)
     paths = {pair.pair_key: folder / "cases" / f"{pair.pair_key}.json" for pair in pairs}
     done = {key: case for key, path in paths.items() if (case := finished_case(path, settings.identity)) is not None}
     viewed = {pair.pair_key for pair in pairs[: settings.views]}
     todo = [
-        _task(pair, private, protocols, folder.absolute() if pair.pair_key in viewed else None)
+        _task(pair, work.private, protocols, folder.absolute() if pair.pair_key in viewed else None)
         for pair in pairs
         if pair.pair_key not in done
     ]
     order = deque(pair.pair_key for pair in pairs)
-    spread = spread_cases(todo, work, _evaluate, options or EngineOptions("inline"), folder, load, threads)
-    with contextlib.closing(spread) as outcomes:
+    scored = spread_cases(todo, work, _evaluate, spread, folder)
+    with contextlib.closing(scored) as outcomes:
         while order:
             while order and order[0] in done:
                 yield done.pop(order.popleft())
@@ -187,7 +181,7 @@ def evaluate_pairs(
                     keep_case(paths[outcome.item.key], settings.identity, case)
 
 
-def _task(pair: PairRecord, private: PrivateStore, protocols: Protocols, view_folder: Path | None) -> CaseTask:
+def _task(pair: PairRecord, private: Locates, protocols: Protocols, view_folder: Path | None) -> CaseTask:
     try:
         places = SeriesLocations({key: private.pointer(key) for key in (pair.thick_key, pair.thin_key)})
         return CaseTask(pair, places, protocols.fit(pair), view_folder)

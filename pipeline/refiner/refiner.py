@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from latentcache import InputError
 from latentcache.storage import fresh_draft
@@ -86,7 +87,7 @@ class RefinerFile:
         return _loaded(self)
 
 
-def save_refiner(network: Refiner, card: RefinerCard, out: Path) -> RefinerFile:
+def save_refiner(network: nn.Module, card: RefinerCard, out: Path) -> RefinerFile:
     """Write weights and card as safetensors, aside and renamed."""
     from safetensors.torch import save_file
 

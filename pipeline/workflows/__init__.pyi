@@ -1,7 +1,7 @@
 from .compare import compare_runs as compare_runs
+from .decoding import DecodeJob as DecodeJob, decode as decode
 from .doctor import REMEDIES as REMEDIES, Finding as Finding, examine as examine
-from .evaluate import evaluate_run as evaluate_run
-from .evaluate_rplhr import evaluate_rplhr as evaluate_rplhr
+from .evaluate import EvaluationJob as EvaluationJob, evaluate_run as evaluate_run
 from .interpolate import (
     InterpolateSettings as InterpolateSettings,
     LoadedModel as LoadedModel,
@@ -16,16 +16,20 @@ from .interpolate import (
     load_model as load_model,
     run_interpolation as run_interpolation,
 )
-from .interpolate_job import (
-    Interpolated as Interpolated,
-    InterpolateJob as InterpolateJob,
-    Sampling as Sampling,
-)
+from .interpolate_job import Interpolated as Interpolated, InterpolateJob as InterpolateJob, Sampling as Sampling
 from .interpolate_shipped import interpolate_shipped as interpolate_shipped
 from .job_progress import JobProgress as JobProgress, OnProgress as OnProgress
 from .refiner_cases import RefinerSource as RefinerSource, Sampled as Sampled, held_out_figures as held_out_figures
-from .report import write_dataset_report as write_dataset_report, write_run_report as write_run_report
+from .refiner_training import RefinerJob as RefinerJob, train_refiner as train_refiner
+from .regression_training import RegressionJob as RegressionJob, train_regression as train_regression
+from .report import (
+    write_dataset_report as write_dataset_report,
+    write_report as write_report,
+    write_run_report as write_run_report,
+)
+from .rplhr import RplhrJob as RplhrJob, evaluate_rplhr as evaluate_rplhr
 from .sample import (
+    SampleJob as SampleJob,
     Spread as Spread,
     load_codec as load_codec,
     own_refiner as own_refiner,
@@ -47,8 +51,4 @@ from .train_refiner import (
     squared_error as squared_error,
 )
 from .train_regression import seconds_of as seconds_of, train_regression_network as train_regression_network
-from .train_vae import (
-    TrainedVae as TrainedVae,
-    VaeTrainingJob as VaeTrainingJob,
-    run_vae_training as run_vae_training,
-)
+from .train_vae import TrainedVae as TrainedVae, VaeTrainingJob as VaeTrainingJob, run_vae_training as run_vae_training

@@ -2,100 +2,94 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 
 if TYPE_CHECKING:
     from pipeline.engines import EngineOptions
+    from pipeline.evaluation import CaseWork, EvaluationSettings, ScoreSpread
 
 
-def evaluate_run(
-    store_url: str,
-    run: Path,
-    split: str,
-    *,
-    vae: str,
-    sampler: str | None,
-    steps: int | None,
-    samples: int,
-    seed: int,
-    detail: str,
-    consistency: bool,
-    device: str,
-    memory_gib: float | None,
-    private: str | None,
-    limit: int | None,
-    refiner: Path | None = None,
-    regression: Path | None = None,
-    vgg19: Path | None = None,
-    spread: EngineOptions | None = None,
-    threads: int = 2,
-    on_progress: OnProgress = silent,
-) -> tuple[dict[str, Any], Path]:
-    """Sample what is missing into the generated store, decode, score; returns the document and its folder."""
+@dataclass(frozen=True)
+class EvaluationJob:
+    """A user's order to score a run on a split of a store.
+
+    Attributes:
+        store: URL or path of the store; ``private`` is its private part where that is elsewhere.
+        run: The training run; results go into its folder ``evaluation/<split>``.
+        vae: ``tiny`` or the path of the VAE that encoded the store.
+        samples: Samples a pair; their mean is scored, and their spread shown.
+        detail: ``residual`` or ``absolute``.
+        consistency: Project onto the measured thick slices.
+        limit: Pairs at most.
+        refiner: A refiner's run; None: the run's own; ``none``: without.
+        regression: A regression run to be compared in the same table.
+        vgg19: State dict of torchvision's vgg19, for the perceptual distance.
+        engine: How pairs are spread; one after the other in this process by default.
+        threads: Arithmetic threads a worker, pinned for equal figures.
+    """
+
+    store: str
+    run: Path
+    split: str = "test"
+    vae: str = "tiny"
+    sampler: str | None = None
+    steps: int | None = None
+    samples: int = 1
+    seed: int = 0
+    detail: str = "residual"
+    consistency: bool = True
+    device: str = "cpu"
+    memory_gib: float | None = None
+    private: str | None = None
+    limit: int | None = None
+    refiner: Path | None = None
+    regression: Path | None = None
+    vgg19: Path | None = None
+    engine: EngineOptions | None = None
+    threads: int = 2
+
+
+def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[dict[str, Any], Path]:
+    """Sample what is missing into the generated store, decode, score; returns the document and its folder.
+
+    A case that is done is not done again. Progress comes under ``sampling`` and ``scoring``.
+    """
     from diffusion.sampling import Interpolator, SampleSettings
     from latentcache import LatentStore
-    from pipeline.decode import ComposeSettings, parse_detail
-    from pipeline.engines import EngineOptions, Progress, dashboard_of, watched
-    from pipeline.evaluation import SCORES_VERSION, EvaluationSettings, evaluate_pairs, failed, finish, log_test_use
+    from pipeline.engines import EngineOptions
+    from pipeline.evaluation import CaseWork, ScoreSpread, finish
     from pipeline.identity import PrivateStore
-    from pipeline.vae import load_decoder, tuned_decoder
-    from pipeline.volume import Window
-    from pipeline.workflows.sample import Spread, own_refiner, refiner_of, sample_for_scoring, start_of
+    from pipeline.vae import tuned_decoder
+    from pipeline.workflows.sample import Spread, sample_for_scoring
 
-    compose = ComposeSettings(detail=parse_detail(detail), consistency=consistency)
-    latents = LatentStore.open(store_url)
-    identities = PrivateStore.open(store_url, private)
-    model = Interpolator.load(run, "meta")
-    corrects = refiner_of(refiner, device) if refiner else own_refiner(run, model.checkpoint_sha256, device)
-    compose = replace(compose, refiner=corrects, start=start_of(run, device))
-    encoding = latents.encoding(model.encode_key)
-    load: Any = functools.partial(
-        load_decoder, spec=vae, memory_gib=memory_gib, expected_sha256=encoding.vae_sha256, extra=encoding.extra
-    )
-    spread = spread or EngineOptions("inline", devices=(device,))
-    own = spread.name == "inline"
-    decoder: Any = load(device) if own else None
-    features, features_facts = features_of(vgg19, device)
-    pairs, not_encoded = pairs_of(latents, model.encode_key, split, limit, model.condition_role)
-    network, network_facts = regression_of(latents, regression, device, pairs)
-    settings = SampleSettings(sampler=sampler, num_inference_steps=steps, seed=seed, samples=samples)
-    window = Window(encoding.window_center, encoding.window_width)
-    evaluation = EvaluationSettings(window, model.encode_key, compose, regression=network, features=features)
+    latents = LatentStore.open(job.store)
+    model = Interpolator.load(job.run, "meta")
+    engine = job.engine or EngineOptions("inline", devices=(job.device,))
+    vaes = _vaes(job, latents, model.encode_key, engine)
+    people = PrivateStore.open(job.store, job.private)
+    pairs, not_encoded = pairs_of(latents, model.encode_key, job.split, job.limit, model.condition_role)
+    evaluation, facts = _compared(job, latents, model, pairs)
+    settings = SampleSettings(sampler=job.sampler, num_inference_steps=job.steps, seed=job.seed, samples=job.samples)
     sampled = sample_for_scoring(
-        latents, run, model, pairs, evaluation.views, settings, Spread(spread, threads), on_progress
+        latents, job.run, model, pairs, evaluation.views, settings, Spread(engine, job.threads), on_progress
     )
-    scored_by = f"{sampled.generation_key}|{compose}|{SCORES_VERSION}|{network_facts}|{features_facts}"
-    tuned = tuned_decoder(vae)
-    scored_by += f"|{tuned}" if tuned else ""
-    evaluation = replace(evaluation, identity=hashlib.sha256(scored_by.encode()).hexdigest()[:16])
-    folder = run / "evaluation" / split
-    looks = None
-    if split == "test":
-        looks = log_test_use(run, sampled.generation_key, len(pairs))
-        if regression is not None:
-            log_test_use(regression, sampled.generation_key, len(pairs))
-    on_progress(JobProgress("scoring", 0, len(pairs)))
-    lost = [p for p in pairs if p.pair_key in sampled.failed]
-    cases = [failed(p.pair_key, p.category, p.patient_key, sampled.failed[p.pair_key]) for p in lost]
-    left = [p for p in pairs if p.pair_key not in sampled.failed]
-    scored = evaluate_pairs(
-        latents, identities, decoder, left, sampled.latent_of, evaluation, folder, sampled.samples_of,
-        options=spread, load=None if own else load, threads=threads,
-    )  # fmt: skip
-    progress = Progress(latents.location, model.encode_key, len(left), "evaluate", dashboard_of(spread))
-    for case in watched(scored, progress) if left or not pairs else ():
-        cases.append(case)
-        on_progress(JobProgress("scoring", len(cases), len(pairs)))
-    facts = {
-        "split": split,
-        "window_hu": [window.lower, window.upper],
+    evaluation = replace(
+        evaluation, identity=_identity(sampled.generation_key, evaluation, facts, tuned_decoder(job.vae))
+    )
+    folder = job.run / "evaluation" / job.split
+    looks = _log_looks(job, sampled.generation_key, len(pairs))
+    work = CaseWork(latents, people, vaes.here, sampled.latent_of, evaluation, sampled.samples_of)
+    cases = _scored(work, pairs, folder, ScoreSpread(engine, vaes.load, job.threads), sampled.failed, on_progress)
+    refiner = evaluation.compose.refiner
+    document = {
+        "split": job.split,
+        "window_hu": [evaluation.window.lower, evaluation.window.upper],
         "encode_key": model.encode_key,
         "checkpoint_sha256": model.checkpoint_sha256,
         "generation_key": sampled.generation_key,
@@ -103,18 +97,105 @@ def evaluate_run(
         "pairs_digest": hashlib.sha256(json.dumps(sorted(p.pair_key for p in pairs)).encode()).hexdigest()[:16],
         "settings": {
             "sampling": vars(settings),
-            "detail": detail,
-            "consistency": consistency,
-            "refiner_sha256": corrects.sha256 if corrects else "",
+            "detail": job.detail,
+            "consistency": job.consistency,
+            "refiner_sha256": refiner.sha256 if refiner else "",
             "start_refiner_sha256": model.refiner_sha256,
-            "decoder_sha256": tuned,
+            "decoder_sha256": tuned_decoder(job.vae),
         },
         "not_encoded": not_encoded,
         "test_evaluations": looks,
-        "regression": network_facts,
-        "perceptual": features_facts,
+        **facts,
     }
-    return finish(folder, cases, facts), folder
+    return finish(folder, cases, document), folder
+
+
+def _compared(
+    job: EvaluationJob, latents: Any, model: Any, pairs: list[Any]
+) -> tuple[EvaluationSettings, dict[str, Any]]:
+    """The methods to compare, each loaded and checked before any work, and the document's facts of them."""
+    from pipeline.decode import ComposeSettings, parse_detail
+    from pipeline.evaluation import EvaluationSettings
+    from pipeline.volume import Window
+    from pipeline.workflows.sample import own_refiner, refiner_of, start_of
+
+    compose = ComposeSettings(detail=parse_detail(job.detail), consistency=job.consistency)
+    if job.refiner:
+        corrects = refiner_of(job.refiner, job.device)
+    else:
+        corrects = own_refiner(job.run, model.checkpoint_sha256, job.device)
+    encoding = latents.encoding(model.encode_key)
+    features, features_facts = features_of(job.vgg19, job.device)
+    network, network_facts = regression_of(latents, job.regression, job.device, pairs)
+    evaluation = EvaluationSettings(
+        Window(encoding.window_center, encoding.window_width),
+        model.encode_key,
+        replace(compose, refiner=corrects, start=start_of(job.run, job.device)),
+        regression=network,
+        features=features,
+    )
+    return evaluation, {"regression": network_facts, "perceptual": features_facts}
+
+
+class _Vaes(NamedTuple):
+    """The decoder of this process, or the function by which workers load their own; the other is None."""
+
+    here: Any
+    load: Any
+
+
+def _vaes(job: EvaluationJob, latents: Any, encode_key: str, engine: EngineOptions) -> _Vaes:
+    """Load the VAE here, before any work, unless workers of their own score."""
+    from pipeline.decode import VaeSettings
+
+    load = VaeSettings(job.vae, job.memory_gib).loader(latents, encode_key, 1.0)
+    return _Vaes(load(job.device), None) if engine.name == "inline" else _Vaes(None, load)
+
+
+def _identity(generation_key: str, evaluation: EvaluationSettings, facts: dict[str, Any], tuned: str) -> str:
+    """Changes with anything that changes a score."""
+    from pipeline.evaluation import SCORES_VERSION
+
+    parts = [generation_key, evaluation.compose, SCORES_VERSION, facts["regression"], facts["perceptual"]]
+    parts += [tuned] if tuned else []
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _log_looks(job: EvaluationJob, generation_key: str, pairs: int) -> Any:
+    """Log an evaluation of the test split in every run that takes part; returns the model's."""
+    from pipeline.evaluation import log_test_use
+
+    if job.split != "test":
+        return None
+    looks = log_test_use(job.run, generation_key, pairs)
+    if job.regression is not None:
+        log_test_use(job.regression, generation_key, pairs)
+    return looks
+
+
+def _scored(
+    work: CaseWork,
+    pairs: list[Any],
+    folder: Path,
+    spread: ScoreSpread,
+    unsampled: dict[str, str],
+    on_progress: OnProgress,
+) -> list[Any]:
+    """The cases of all pairs, those that could not be sampled first."""
+    from pipeline.engines import Progress, dashboard_of, watched
+    from pipeline.evaluation import evaluate_pairs, failed
+
+    on_progress(JobProgress("scoring", 0, len(pairs)))
+    lost = [p for p in pairs if p.pair_key in unsampled]
+    cases = [failed(p.pair_key, p.category, p.patient_key, unsampled[p.pair_key]) for p in lost]
+    left = [p for p in pairs if p.pair_key not in unsampled]
+    scored = evaluate_pairs(work, left, folder, spread)
+    dashboard = dashboard_of(spread.options)
+    progress = Progress(work.store.location, work.settings.encode_key, len(left), "evaluate", dashboard)
+    for case in watched(scored, progress) if left or not pairs else ():
+        cases.append(case)
+        on_progress(JobProgress("scoring", len(cases), len(pairs)))
+    return cases
 
 
 def pairs_of(

@@ -8,12 +8,49 @@ from pathlib import Path
 from typing import Any
 
 
+def write_report(
+    target: str,
+    out: Path | None = None,
+    *,
+    split: str = "test",
+    private: str | None = None,
+    thumbnails: int = 12,
+    runs: Sequence[Path] = (),
+) -> Path:
+    """Write the page of a run's evaluation, or of a store's data, in one file without network; returns its path.
+
+    Args:
+        target: A training run that was evaluated, or a store.
+        out: The page; by default ``report.html`` in the target.
+        split: The evaluated split of a run.
+        private: Where a store's private part is, if not ``STORE/private``.
+        thumbnails: Series that a store's page shows.
+        runs: Evaluated runs whose certificates a store's page shows by scanner.
+
+    Raises:
+        InputError: Neither a run nor a store, or a store at a URL without ``out``.
+    """
+    from latentcache import InputError, LatentStore
+
+    if (Path(target) / "run.json").is_file():
+        return write_run_report(Path(target), split, out or Path(target) / "report.html")
+    if not LatentStore.exists(target):
+        raise InputError(
+            "a folder that is neither a run nor a store",
+            expected="run.json or store.json in it",
+            remedy="Give the folder that `ctpipe train` or `ctpipe ingest` made.",
+        )
+    if "://" in target and out is None:
+        raise InputError("a store at a URL", expected="a place for the page", remedy="Give --out store.html.")
+    return write_dataset_report(target, private, out or Path(target) / "report.html", thumbnails, runs, split)
+
+
 def write_run_report(run: Path, split: str, path: Path) -> Path:
     """Build the page from RUN/evaluation/<split>, RUN/log.jsonl and RUN/run.json."""
     from importlib.metadata import version
 
     from pipeline.evaluation import load_metrics, load_views
-    from pipeline.report import write_report
+    from pipeline.report import write_report as write_page
     from pipeline.volume import Window
 
     folder = run / "evaluation" / split
@@ -31,7 +68,7 @@ def write_run_report(run: Path, split: str, path: Path) -> Path:
         "store snapshot": document.get("snapshot", "none"),
         "sampling and composition": document.get("settings", {}),
     }
-    write_report(
+    write_page(
         path,
         title="Thick to thin: what the model adds",
         lead=lead_paragraph(document),

@@ -217,49 +217,58 @@ def sample_store(
     return out, failed
 
 
-def sample_pairs(
-    latents: LatentStore,
-    run: Path,
-    split: str | None,
-    wanted: Sequence[str] | None,
-    options: dict[str, Any],
-    samples: int,
-    uncertainty: bool,
-    spread: Spread,
-    on_progress: OnProgress,
-) -> Sampled:
-    """Sample the pairs wanted, with progress under ``sampling``.
+@dataclass(frozen=True)
+class SampleJob:
+    """Pairs to sample with a run's model.
 
-    With ``uncertainty`` every sample is a store of its own (consecutive seeds), so that each is decoded; else one store
-    holds the mean of the samples.
+    Attributes:
+        run: The training run.
+        split: Only this split.
+        keys: Pair or thick series keys wanted; None for all.
+        samples: Samples a pair, of consecutive seeds from ``seed`` on where they are kept apart.
+        apart: Every sample in a store of its own, so that each can be decoded; else one store holds their mean.
     """
-    model = Interpolator.load(run, "meta")
+
+    run: Path
+    split: str | None = None
+    keys: Sequence[str] | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    seed: int = 0
+    samples: int = 1
+    apart: bool = False
+
+
+def sample_pairs(latents: LatentStore, job: SampleJob, spread: Spread, on_progress: OnProgress) -> Sampled:
+    """Sample the pairs wanted into the store's own generated stores, with progress under ``sampling``."""
+    model = Interpolator.load(job.run, "meta")
     role = model.condition_role
     there = {r.key for r in latents.records(model.encode_key, role)}
     pairs = [
         pair.pair_key
         for pair in latents.pairs()
         if pair.status == "ok"
-        and (split is None or pair.split == split)
-        and (wanted is None or {pair.pair_key, pair.thick_key} & set(wanted))
+        and (job.split is None or pair.split == job.split)
+        and (job.keys is None or {pair.pair_key, pair.thick_key} & set(job.keys))
         and (pair.pair_key if role in PAIR_ROLES else pair.thick_key) in there
     ]
-    apart = samples if uncertainty else 1
-    advance = _counter(on_progress, apart * len(pairs))
+    stores_wanted = job.samples if job.apart else 1
+    advance = _counter(on_progress, stores_wanted * len(pairs))
     stores: list[LatentStore] = []
     failed: dict[str, str] = {}
-    for number in range(apart):
+    for number in range(stores_wanted):
         drawing = SampleSettings(
-            sampler=options["sampler"],
-            num_inference_steps=options["num_inference_steps"],
-            seed=options["seed"] + number,
-            samples=1 if uncertainty else samples,
+            sampler=job.sampler,
+            num_inference_steps=job.steps,
+            seed=job.seed + number,
+            samples=1 if job.apart else job.samples,
         )
         left = [key for key in pairs if key not in failed]
-        out, lost = sample_store(latents, run, model, left, drawing, spread, advance)
+        out, lost = sample_store(latents, job.run, model, left, drawing, spread, advance)
         stores.append(out)
         failed |= lost
-    facts = {"checkpoint_sha256": model.checkpoint_sha256, "sampling": sampling_facts(model, options, samples)}
+    options = {"sampler": job.sampler, "num_inference_steps": job.steps, "seed": job.seed}
+    facts = {"checkpoint_sha256": model.checkpoint_sha256, "sampling": sampling_facts(model, options, job.samples)}
     return Sampled(model.encode_key, stores, facts, failed)
 
 

@@ -113,7 +113,7 @@ def _trainer(job: VaeTrainingJob, module: Any, crops: CropSource, held_out: list
     import torch
 
     from diffusion.config import BudgetConfig, OptimiserConfig, ValidationConfig
-    from diffusion.training import LoopConfig, Trainer, World
+    from diffusion.training import LoopConfig, Trainer, Watch, World
 
     config = job.config
     settings = LoopConfig(
@@ -135,9 +135,9 @@ def _trainer(job: VaeTrainingJob, module: Any, crops: CropSource, held_out: list
         CropStream(crops, config.validate_every),
         settings,
         job.run,
-        validate=partial(reconstruction_figures, crops=held_out),
         world=World(device=torch.device(job.device)),
         identity={**identity, "window": job.window},
+        watch=Watch(validate=partial(reconstruction_figures, crops=held_out)),
     )
 
 

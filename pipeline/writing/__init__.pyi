@@ -1,4 +1,9 @@
-from .ct_image import is_written_series as is_written_series, write_ct_series as write_ct_series
+from .ct_image import (
+    FileOptions as FileOptions,
+    WrittenSeries as WrittenSeries,
+    is_written_series as is_written_series,
+    write_ct_series as write_ct_series,
+)
 from .dataset import IMPLEMENTATION_UID as IMPLEMENTATION_UID, implementation_version as implementation_version
 from .enhanced_ct import check_enhanced as check_enhanced, write_enhanced_ct as write_enhanced_ct
 from .nifti import write_nifti as write_nifti

@@ -53,6 +53,21 @@ def series_digest(hu: NDArray[np.int16], geometry: Geometry, identity: SeriesIde
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """How slices are stored.
+
+    Attributes:
+        transfer_syntax: ``explicit`` (native little endian), ``jpegls`` or ``htj2k``, all lossless.
+        slope: RescaleSlope, below 1 for quantities finer than 1 HU.
+        threads: Slices that are written at once.
+    """
+
+    transfer_syntax: str = "explicit"
+    slope: float = 1.0
+    threads: int = 2
+
+
 def write_ct_series(
     hu: NDArray[np.int16],
     geometry: Geometry,
@@ -61,22 +76,19 @@ def write_ct_series(
     *,
     uids: SeriesIdentity,
     provenance: Provenance,
-    transfer_syntax: str = "explicit",
-    slope: float = 1.0,
-    threads: int = 2,
+    files: FileOptions = FileOptions(),
     progress: Callable[[int], None] | None = None,
 ) -> WrittenSeries:
     """Write one CT Image Storage instance a slice into a new folder, which appears whole or not at all.
 
     Args:
-        hu: (z, y, x) int16, in the order of ``geometry.z_mm``; values are HU / ``slope``.
+        hu: (z, y, x) int16, in the order of ``geometry.z_mm``; values are HU / ``files.slope``.
         geometry: Lattice of ``hu``; SliceThickness is ``geometry.thickness_mm``, spacing comes from the positions.
         header: Acquisition facts of the source series that stay true.
         out_dir: Folder to make; it must not exist.
         uids: Whose series this is and which slices it came from.
         provenance: How it was made.
-        transfer_syntax: ``explicit`` (native little endian), ``jpegls`` or ``htj2k``, all lossless.
-        slope: RescaleSlope, below 1 for quantities finer than 1 HU.
+        files: Transfer syntax, rescale slope and threads.
         progress: Called with the number of slices written since the last call.
 
     Raises:
@@ -84,9 +96,9 @@ def write_ct_series(
     """
     if hu.dtype != np.int16 or hu.shape != geometry.shape_zyx:
         raise AssertionError(f"{hu.dtype} {hu.shape} does not fit {geometry.shape_zyx}")
-    syntax = transfer_syntax_uid(transfer_syntax)
+    syntax = transfer_syntax_uid(files.transfer_syntax)
     refuse_existing(out_dir)
-    pixels = PixelFormat.of(hu, transfer_syntax, slope)
+    pixels = PixelFormat.of(hu, files.transfer_syntax, files.slope)
     digest = series_digest(hu, geometry, uids, provenance)
     series_uid = derived_uid("series", digest)
     sop_uids = tuple(derived_uid("derived-instance", digest, str(i)) for i in range(len(hu)))
@@ -114,12 +126,12 @@ def write_ct_series(
                     _SLICE_LOCATION: element(0x0020, 0x1041, "DS", spell_number(geometry.z_mm[i])),
                 }
             )
-            tag, value = pixel_element(pixels.stored(hu[i]), transfer_syntax)
+            tag, value = pixel_element(pixels.stored(hu[i]), files.transfer_syntax)
             _write_file(partial / names[i], (file_prefix(syntax, sop_uids[i]), head, tag, value))
             if progress:
                 progress(1)
 
-        with ThreadPoolExecutor(max(1, threads)) as pool:
+        with ThreadPoolExecutor(max(1, files.threads)) as pool:
             for _ in pool.map(write_slice, range(len(hu))):
                 pass
             # Synced after all are written: one flush of the file system then covers many files.

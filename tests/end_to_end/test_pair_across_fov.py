@@ -18,8 +18,8 @@ from diffusion.config import DataConfig
 from diffusion.data.pairs import plan_pairs
 from diffusion.sampling import Interpolator
 from diffusion.sampling.stage import condition_of
-from latentcache import InputError, LatentStore, PairRecord
-from pipeline.decode import DecodeSettings, WriteSettings, task as decode
+from latentcache import InputError, LatentMeta, LatentStore, PairRecord
+from pipeline.decode import DecodeSelection, DecodeSettings, WriteSettings, task as decode
 from pipeline.encode import task as encode
 from pipeline.encode.plan import EncodePlan
 from pipeline.identity import PrivateStore
@@ -166,11 +166,13 @@ def test_a_generated_series_lies_on_the_thin_field(world: World, tmp_path: Path)
     facts = {"z0_mm": row.z0_mm, "dz_mm": row.dz_mm, "valid_zyx": row.valid_zyx, "source_digest": "0" * 16}
     with generated.writer() as writer:
         staged = generated.stage(
-            store.read(row), encode_key=world.encode_key, key=pair.pair_key, role="thin", **cast(Any, facts)
+            store.read(row), LatentMeta(encode_key=world.encode_key, key=pair.pair_key, role="thin", **cast(Any, facts))
         )
         writer.commit([staged])
     private = world.private
-    tasks = decode.plan(store, private.pointer, private.identity, world.encode_key, generated=[generated])
+    tasks = decode.plan(
+        store, private.pointer, private.identity, world.encode_key, DecodeSelection(generated=[generated])
+    )
     (task,) = [replace(task, fit=None) for task in tasks]
     settings = DecodeSettings(WriteSettings(tmp_path, WINDOW))
     done = decode.decode_one(world.codec, decode.prepare(task, threads=1), settings=settings)

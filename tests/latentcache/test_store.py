@@ -19,6 +19,7 @@ from latentcache import (
     CorruptLatentError,
     Encoding,
     InputError,
+    LatentMeta,
     LatentRecord,
     LatentStore,
     NonFiniteError,
@@ -79,7 +80,7 @@ def stage(store: LatentStore, number: int, array: np.ndarray | None = None, **ch
         "valid_zyx": valid,
         "source_digest": "d",
     }
-    return store.stage(array, **{**arguments, **changes})  # type: ignore[arg-type]
+    return store.stage(array, LatentMeta(**{**arguments, **changes}))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

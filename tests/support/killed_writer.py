@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from latentcache import Encoding, LatentRecord, LatentStore
+from latentcache import Encoding, LatentMeta, LatentRecord, LatentStore
 from latentcache.storage import FileSystem, LocalLocation
 
 ENCODING = Encoding(vae_sha256="0" * 64, vae_architecture={"channels": [8, 16]}, window_center=40, window_width=400)
@@ -42,13 +42,15 @@ def latent(key: str) -> np.ndarray:
 def stage(store: LatentStore, key: str) -> LatentRecord:
     return store.stage(
         latent(key),
-        encode_key=ENCODING.encode_key,
-        key=key,
-        role="thin",
-        z0_mm=1.5,
-        dz_mm=4.0,
-        valid_zyx=(20, 8, 8),
-        source_digest="d",
+        LatentMeta(
+            encode_key=ENCODING.encode_key,
+            key=key,
+            role="thin",
+            z0_mm=1.5,
+            dz_mm=4.0,
+            valid_zyx=(20, 8, 8),
+            source_digest="d",
+        ),
     )
 
 

@@ -130,7 +130,7 @@ def test_times_are_spelled_for_people(seconds: float, said: str) -> None:
 def test_a_refiner_is_trained_resumed_and_used(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.workflows.train_refiner.WIN_DB", 1000.0)  # other tests share the checkpoint
+    monkeypatch.setattr("pipeline.workflows.refiner_training.WIN_DB", 1000.0)  # other tests share the checkpoint
     small = ["--patch", "8,16,16", "--batch", 2, "--width", 4, "--blocks", 1, "--json"]
     words = ["train-refiner", site.store, tmp_path / "run", "--checkpoint", site.run, "--sampling-steps", 1, *small]
     capsys.readouterr()
@@ -156,18 +156,18 @@ def test_a_refiner_is_trained_resumed_and_used(
 def test_a_refiner_that_wins_is_its_checkpoints_default(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.workflows import train_refiner
+    from pipeline.workflows import refiner_training
 
     run = tmp_path / "model"
     shutil.copytree(site.run, run)
     small = ["--patch", "8,16,16", "--batch", 2, "--width", 4, "--blocks", 1, "--steps", 1, "--json"]
     words = ["train-refiner", site.store, tmp_path / "lost", "--checkpoint", run, "--sampling-steps", 1, *small]
-    monkeypatch.setattr(train_refiner, "WIN_DB", 1000.0)
+    monkeypatch.setattr(refiner_training, "WIN_DB", 1000.0)
     capsys.readouterr()
     assert ctpipe(*words) == Exit.OK
     assert result(capsys)["default_of_checkpoint"] is False
     assert not (run / "refiner.safetensors").exists()
-    monkeypatch.setattr(train_refiner, "WIN_DB", -1000.0)
+    monkeypatch.setattr(refiner_training, "WIN_DB", -1000.0)
     words[2] = tmp_path / "won"
     assert ctpipe(*words) == Exit.OK
     won = result(capsys)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from diffusion.config import DataConfig
-from diffusion.data import Batch, PairStream, align_depth, key_of, make_store, stage
+from diffusion.data import Batch, PairStream, ProcessShare, align_depth, key_of, make_store, stage
 from diffusion.data.pairs import whole_latents_inside
 from diffusion.data.synthetic_store import ENCODING, smooth
 from diffusion.networks import build_unet
@@ -120,7 +120,7 @@ def test_readers_do_not_change_the_order(store: LatentStore, readers: int) -> No
 
 def test_ranks_together_see_what_one_process_sees(store: LatentStore) -> None:
     one = PairStream(store, WINDOWS, samples_per_step=4, seed=1)
-    two = [PairStream(store, WINDOWS, samples_per_step=4, seed=1, rank=r, world=2) for r in (0, 1)]
+    two = [PairStream(store, WINDOWS, samples_per_step=4, seed=1, share=ProcessShare(r, 2)) for r in (0, 1)]
     for whole, *parts in zip(*(islice(iter(s), 8) for s in (one, *two)), strict=True):
 
         def drawn(step: Any) -> Iterator[tuple[int, bytes]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.config import TrainConfig, ValidationConfig, load_config
 from diffusion.data import make_store
-from diffusion.losses import ImageLosses, channel_power
+from diffusion.losses import DecodedPart, ImageLosses, channel_power
 from diffusion.objectives import build_objective
 from diffusion.runs import RunCard, read_log
 from diffusion.training import train
@@ -137,7 +137,9 @@ def test_a_best_of_another_metric_is_forgotten_on_resume() -> None:
 
 
 def test_the_l2_of_a_decoded_slab_counts_only_what_can_be_seen() -> None:
-    losses = ImageLosses(linear, [0.0] * 4, [1.0] * 4, ms_ssim_weight=0, perceptual_weight=0, l2_weight=2.0, slab=2)
+    losses = ImageLosses(
+        linear, [0.0] * 4, [1.0] * 4, ms_ssim_weight=0, perceptual_weight=0, l2_weight=2.0, part=DecodedPart(slab=2)
+    )
     clean = torch.zeros(2, 4, 2, 8, 8)
     clean[1] += 50.0  # decoded far beyond the window, where an error is clipped
     predicted = (clean + 0.5).requires_grad_(True)

@@ -14,7 +14,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from diffusion.losses import ImageLosses, VGG19Features, load_vgg19, ms_ssim, perceptual_distance
+from diffusion.losses import DecodedPart, ImageLosses, VGG19Features, load_vgg19, ms_ssim, perceptual_distance
 from diffusion.losses.ms_ssim import scales_for
 from latentcache import InputError
 
@@ -173,7 +173,7 @@ def latents(seed: int) -> Tensor:
 
 def losses(vgg: VGG19Features | None = None, **changed: float) -> ImageLosses:
     settings = {"ms_ssim_weight": 0.1, "perceptual_weight": 0.1 if vgg else 0.0, **changed}
-    return ImageLosses(decode, [0.1] * 4, [0.5] * 4, vgg=vgg, slab=3, **settings)  # type: ignore[arg-type]
+    return ImageLosses(decode, [0.1] * 4, [0.5] * 4, vgg=vgg, part=DecodedPart(slab=3), **settings)  # type: ignore[arg-type]
 
 
 def test_a_perfect_prediction_costs_nothing(vgg: VGG19Features) -> None:
@@ -233,11 +233,13 @@ def test_a_fifth_of_the_slices_goes_through_vgg19() -> None:
 
     torch.manual_seed(0)
     counting = Counting()
-    ImageLosses(decode, [0.0] * 4, [1.0] * 4, vgg=counting, slab=5)(latents(0), latents(1), MASK, ALL, generators())
+    ImageLosses(decode, [0.0] * 4, [1.0] * 4, vgg=counting, part=DecodedPart(slab=5))(
+        latents(0), latents(1), MASK, ALL, generators()
+    )
     assert counting.seen == [4, 4, 4, 4], "4 of 20 decoded slices, target and prediction, for two samples"
 
 
 @pytest.mark.parametrize("wrong", [{"slice_fraction": 0.0}, {"slab": 0}, {"crop": 2}])
 def test_settings_that_leave_nothing_to_look_at_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match="fraction"):
-        ImageLosses(decode, [0.0] * 4, [1.0] * 4, perceptual_weight=0, **wrong)  # type: ignore[arg-type]
+        ImageLosses(decode, [0.0] * 4, [1.0] * 4, perceptual_weight=0, part=DecodedPart(**wrong))  # type: ignore[arg-type]

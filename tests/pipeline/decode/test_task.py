@@ -13,8 +13,15 @@ import numpy as np
 import pydicom
 import pytest
 
-from latentcache import InputError, LatentStore
-from pipeline.decode import ComposeSettings, DecodeSettings, WriteSettings, parse_answer, task as decode
+from latentcache import InputError, LatentMeta, LatentStore
+from pipeline.decode import (
+    ComposeSettings,
+    DecodeSelection,
+    DecodeSettings,
+    WriteSettings,
+    parse_answer,
+    task as decode,
+)
 from pipeline.decode.task import DecodeTask
 from pipeline.encode import task as encode
 from pipeline.encode.plan import EncodePlan
@@ -49,12 +56,18 @@ class World:
                     writer.append_catalog([], [done.pair])
                 writer.commit(done.records)
 
-    def plan(self, **options: Any) -> list[DecodeTask]:
+    def plan(self, with_identity: bool = False, **wanted: Any) -> list[DecodeTask]:
         series = {s.series_key: s for s in self.store.series()}
         read = functools.partial(read_series, threads=1)
         protocols = Protocols(self.store.pairs(), series, self.private.pointer, read)
         found: Iterator[DecodeTask] = decode.plan(
-            self.store, self.private.pointer, self.private.identity, self.encode_key, protocols=protocols, **options
+            self.store,
+            self.private.pointer,
+            self.private.identity,
+            self.encode_key,
+            DecodeSelection(**wanted),
+            with_identity=with_identity,
+            protocols=protocols,
         )
         return list(found)
 
@@ -68,13 +81,15 @@ class World:
                 assert row is not None
                 staged = out.stage(
                     (self.store.read(row) + np.float16(bias)).astype(np.float16),
-                    encode_key=self.encode_key,
-                    key=pair.pair_key,
-                    role="thin",
-                    z0_mm=row.z0_mm,
-                    dz_mm=row.dz_mm,
-                    valid_zyx=row.valid_zyx,
-                    source_digest="0" * 16,
+                    LatentMeta(
+                        encode_key=self.encode_key,
+                        key=pair.pair_key,
+                        role="thin",
+                        z0_mm=row.z0_mm,
+                        dz_mm=row.dz_mm,
+                        valid_zyx=row.valid_zyx,
+                        source_digest="0" * 16,
+                    ),
                 )
                 writer.commit([staged])
         return out

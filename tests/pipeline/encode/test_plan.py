@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentcache import Encoding, LatentStore, PairRecord
+from latentcache import Encoding, LatentMeta, LatentStore, PairRecord
 from latentcache.maintenance import pair_digest
 from pipeline.encode.plan import EncodePlan
 from pipeline.volume import SeriesPointer
@@ -44,8 +44,8 @@ def have(store: LatentStore, *latents: tuple[str, str]) -> None:
             writer.commit(
                 [
                     store.stage(
-                        np.zeros((4, 1, 4, 4), np.float16), encode_key=ENCODING.encode_key, key=owner, role=role,
-                        z0_mm=0.0, dz_mm=4.0, valid_zyx=(4, 16, 16), source_digest="",
+                        np.zeros((4, 1, 4, 4), np.float16),
+                        LatentMeta(ENCODING.encode_key, owner, role, 0.0, 4.0, (4, 16, 16), source_digest=""),
                     )
                 ]
             )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentcache import Encoding
+from latentcache import Encoding, LatentMeta
 from pipeline.encode import missing_latents
 from pipeline.encode.plan import EncodePlan
 from pipeline.ingest import IngestOptions, ingest, open_stores
@@ -50,13 +50,15 @@ def test_it_tells_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert by_arrow() == by_plan() == by_hand()
         record = store.stage(
             np.zeros((4, 1, 4, 4), np.float16),
-            encode_key=key,
-            key=series,
-            role=role,  # type: ignore[arg-type]
-            z0_mm=0.0,
-            dz_mm=4.0,
-            valid_zyx=(4, 16, 16),
-            source_digest="d",
+            LatentMeta(
+                encode_key=key,
+                key=series,
+                role=role,  # type: ignore[arg-type]
+                z0_mm=0.0,
+                dz_mm=4.0,
+                valid_zyx=(4, 16, 16),
+                source_digest="d",
+            ),
         )
         with store.writer() as writer:
             writer.commit([record])

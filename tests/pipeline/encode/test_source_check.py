@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pipeline.vae.vae
-from latentcache import LatentRecord, LatentStore
+from latentcache import LatentMeta, LatentRecord, LatentStore
 from latentcache.maintenance import verify
 from pipeline.encode import check_sources, retire_foreign
 from pipeline.encode.source_check import relative_difference
@@ -37,8 +37,8 @@ def swap_latents(bench: Bench, one: str, other: str) -> None:
 
 def _stage(store: LatentStore, row: LatentRecord, array: Any) -> LatentRecord:
     return store.stage(
-        array, encode_key=row.encode_key, key=row.key, role=row.role, z0_mm=row.z0_mm, dz_mm=row.dz_mm,
-        valid_zyx=row.valid_zyx, source_digest=row.source_digest,
+        array, LatentMeta(encode_key=row.encode_key, key=row.key, role=row.role, z0_mm=row.z0_mm, dz_mm=row.dz_mm,
+        valid_zyx=row.valid_zyx, source_digest=row.source_digest),
     )  # fmt: skip
 
 

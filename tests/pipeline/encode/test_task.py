@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from latentcache import LatentRecord, PairRecord
+from latentcache import LatentMeta, LatentRecord, PairRecord
 from pipeline.encode import EncodeTask, task as encode
 from pipeline.encode.task import Prepared, Wanted
 from pipeline.volume import Geometry, Volume, Window
@@ -46,7 +46,8 @@ class Shelf:
     def __init__(self) -> None:
         self.staged: dict[tuple[str, str], tuple[np.ndarray, dict[str, Any]]] = {}
 
-    def stage(self, array: np.ndarray, **facts: Any) -> LatentRecord:
+    def stage(self, array: np.ndarray, meta: LatentMeta) -> LatentRecord:
+        facts = asdict(meta)
         self.staged[facts["key"], facts["role"]] = (array, facts)
         return LatentRecord(
             shape=array.shape, dtype="float16", path="x", crc32c=(), sha256="", mean=(), std=(), **facts

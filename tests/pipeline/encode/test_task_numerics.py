@@ -16,7 +16,7 @@ from diffusion.config import DataConfig
 from diffusion.data import key_of, make_store
 from diffusion.data.pairs import Tables
 from diffusion.data.synthetic_store import ENCODING
-from latentcache import Encoding, InputError, LatentRecord, LatentStore, StoreError
+from latentcache import Encoding, InputError, LatentMeta, LatentRecord, LatentStore, StoreError
 from latentcache.maintenance import migrate, verify
 from latentcache.storage import LocalLocation
 from pipeline.encode import EncodeSettings, encode_store
@@ -87,9 +87,9 @@ def test_latents_of_different_arithmetic_are_not_mixed_unless_asked(
     """As a pool of two kinds of nodes once filled a store: one key, one of the latents from a GPU."""
     real = LatentStore.stage
 
-    def stage(self: LatentStore, *arguments: Any, **facts: Any) -> LatentRecord:
-        record = real(self, *arguments, **facts)
-        on_gpu = facts["key"] == key_of(3, 1)
+    def stage(self: LatentStore, array: Any, meta: LatentMeta) -> LatentRecord:
+        record = real(self, array, meta)
+        on_gpu = meta.key == key_of(3, 1)
         return replace(record, compute_dtype="bfloat16", device_kind="cuda") if on_gpu else record
 
     monkeypatch.setattr(LatentStore, "stage", stage)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentcache import Encoding, InputError, LatentStore, PairRecord
+from latentcache import Encoding, InputError, LatentMeta, LatentStore, PairRecord
 from pipeline.decode import ComposeSettings
-from pipeline.evaluation import EvaluationSettings, evaluate_pairs, finish, load_views, run as evaluate_store
+from pipeline.evaluation import CaseWork, EvaluationSettings, evaluate_pairs, finish, load_views, run as evaluate_store
 from pipeline.identity import PrivateStore
 from pipeline.ingest import ingest
 from pipeline.phantom import write_dataset
@@ -85,8 +85,11 @@ class World:
             latent = self.vae.encode(WINDOW.to_unit(hu)).numpy().astype(np.float16)
             out.append(
                 store.stage(
-                    latent, encode_key=self.encode_key, key=key, role=role, z0_mm=thin.geometry.z_mm[0] + 1.5,  # type: ignore[arg-type]
-                    dz_mm=4.0, valid_zyx=thin.hu.shape, source_digest="x", round_trip_psnr=30.0,
+                    latent,
+                    LatentMeta(
+                        self.encode_key, key, role, thin.geometry.z_mm[0] + 1.5, 4.0, thin.hu.shape,  # type: ignore[arg-type]
+                        source_digest="x", round_trip_psnr=30.0,
+                    ),
                 )
             )  # fmt: skip
         return out
@@ -97,9 +100,8 @@ class World:
     def run(self, folder: Path, latent: Any = None, first: int | None = None, **changes: Any) -> list[Any]:
         settings = replace(SETTINGS, encode_key=self.encode_key, **changes)
         generated = latent or self.truth_latent
-        return list(
-            evaluate_pairs(self.store, self.private, self.vae, self.pairs[:first], generated, settings, folder)  # type: ignore[arg-type]
-        )
+        work = CaseWork(self.store, self.private, self.vae, generated, settings)  # type: ignore[arg-type]
+        return list(evaluate_pairs(work, self.pairs[:first], folder))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from tests.pipeline.evaluation.test_run import BlockVae, SETTINGS, latents_of
 from latentcache.store import LatentStore
-from pipeline.evaluation.run import evaluate_pairs
+from pipeline.evaluation import CaseWork, evaluate_pairs
 from pipeline.identity.private_store import PrivateStore
 from dataclasses import replace
 
@@ -175,7 +177,8 @@ def latent(pair):
         os.kill(os.getpid(), signal.SIGKILL)
     return latents_of(store, encode_key)(pair)
 
-list(evaluate_pairs(store, private, BlockVae(), pairs, latent, replace(SETTINGS, encode_key=encode_key), Path({out!r})))
+settings = replace(SETTINGS, encode_key=encode_key)
+list(evaluate_pairs(CaseWork(store, private, BlockVae(), latent, settings), pairs, Path({out!r})))
 """
 
 
@@ -286,7 +289,9 @@ def test_known_structures_of_phantoms_are_measured(done: tuple[Path, dict[str, A
 def test_no_pair_is_an_error(world: World, tmp_path: Path) -> None:
     settings = EvaluationSettings(WINDOW, world.encode_key)
     with pytest.raises(InputError, match="no pair"):
-        list(evaluate_pairs(world.store, world.private, world.vae, [], world.truth_latent, settings, tmp_path))  # type: ignore[arg-type]
+        list(
+            evaluate_pairs(CaseWork(world.store, world.private, world.vae, world.truth_latent, settings), [], tmp_path)
+        )  # type: ignore[arg-type]
 
 
 def test_the_viewers_volumes_are_kept(done: tuple[Path, dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from latentcache import Encoding, InputError, LatentStore
+from latentcache import Encoding, InputError, LatentMeta, LatentStore
 from pipeline.identity import PrivateStore, forget, whois
 from pipeline.ingest import IngestOptions, ingest, open_stores, scan as ingest_scan
 from tests.support.hospital import study, write_zip
@@ -32,13 +32,15 @@ class Archive:
             records = [
                 store.stage(
                     np.ones((4, 1, 4, 4), np.float16),
-                    encode_key=key,
-                    key=row.series_key,
-                    role=row.role,  # type: ignore[arg-type]
-                    z0_mm=0.0,
-                    dz_mm=4.0,
-                    valid_zyx=(4, 16, 16),
-                    source_digest=row.source_digest,
+                    LatentMeta(
+                        encode_key=key,
+                        key=row.series_key,
+                        role=row.role,  # type: ignore[arg-type]
+                        z0_mm=0.0,
+                        dz_mm=4.0,
+                        valid_zyx=(4, 16, 16),
+                        source_digest=row.source_digest,
+                    ),
                 )
                 for row in self.store.series()
             ]

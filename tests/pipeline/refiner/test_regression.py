@@ -27,7 +27,7 @@ from pipeline.refiner import (
     training_recipe,
 )
 from pipeline.volume import Geometry, Volume, Window, interpolated
-from pipeline.workflows import RefinerSource, train_regression as command
+from pipeline.workflows import RefinerSource, RegressionJob, regression_training as command
 
 
 @pytest.fixture
@@ -97,9 +97,8 @@ def test_a_short_training_already_beats_interpolation(
     monkeypatch.setattr("pipeline.identity.private_store.PrivateStore.open", lambda *_: None)
     monkeypatch.setattr(command, "ALL_STEPS", 60)  # steps end it, not the clock: the result is the same anywhere
     (tmp_path / "run").mkdir()
-    said = command.train_regression_network(
-        str(store.url), tmp_path / "run", None, 1e6, 8, 1, (8, 32, 32), 3e-3, 0, "cpu", None
-    )
+    job = RegressionJob(str(store.url), tmp_path / "run", None, 1e6, 8, 1, (8, 32, 32), 3e-3)
+    said = command.train_regression(job)
     assert said["pairs"] == 2
     assert said["steps"] == 60
     base = interpolated(case.thick, lattice, "cubic")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from latentcache import InputError
 from pipeline.volume import Geometry, SourceHeader
-from pipeline.writing import Provenance, SeriesIdentity, read_provenance, write_ct_series
+from pipeline.writing import FileOptions, Provenance, SeriesIdentity, read_provenance, write_ct_series
 from pipeline.writing.ct_image import WrittenSeries
 
 HEADER = SourceHeader(
@@ -73,7 +73,10 @@ def pixels(n: int = 7) -> NDArray[np.int16]:
 
 
 def write(out: Path, hu: NDArray[np.int16], at: Geometry, **options: Any) -> WrittenSeries:
-    options = {"uids": IDENTITY, "provenance": PROVENANCE} | options
+    files = FileOptions(
+        **{name: options.pop(name) for name in ("transfer_syntax", "slope", "threads") if name in options}
+    )
+    options = {"uids": IDENTITY, "provenance": PROVENANCE, "files": files} | options
     return write_ct_series(hu, at, HEADER, out, **options)
 
 

@@ -4,74 +4,103 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 
 
-def evaluate_rplhr(
-    dataset: Path,
-    run: Path | None,
-    split: str,
-    folder: Path,
-    vae: str,
-    choice: dict[str, Any],
-    detail: str,
-    consistency: bool,
-    device: str,
-    memory_gib: float | None,
-    limit: int | None,
-    regression: Path | None = None,
-    refiner: Path | None = None,
-    on_progress: OnProgress = silent,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RplhrJob:
+    """A user's order to score the baselines, and a run's model where one is given, on RPLHR-CT.
+
+    Attributes:
+        dataset: The folder of the download.
+        out: Folder for results without a run; ``./rplhr`` by default. With a run they go into its own.
+        limit: Cases at most.
+
+    The others are those of :class:`pipeline.workflows.EvaluationJob`.
+    """
+
+    dataset: Path
+    run: Path | None = None
+    split: str = "test"
+    out: Path | None = None
+    vae: str = "tiny"
+    sampler: str | None = None
+    steps: int | None = None
+    samples: int = 1
+    seed: int = 0
+    detail: str = "residual"
+    consistency: bool = True
+    device: str = "cpu"
+    memory_gib: float | None = None
+    limit: int | None = None
+    regression: Path | None = None
+    refiner: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Folder for the results."""
+        if self.run is not None:
+            return self.run / "evaluation" / f"rplhr-{self.split}"
+        return (self.out or Path("rplhr")) / self.split
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of the sampler, as the model takes them."""
+        return {
+            "sampler": self.sampler,
+            "num_inference_steps": self.steps,
+            "samples": self.samples,
+            "seed": self.seed,
+        }
+
+
+def evaluate_rplhr(job: RplhrJob, on_progress: OnProgress = silent) -> tuple[dict[str, Any], Path]:
     """RPLHR-CT by its own protocol: the baselines, and the run's model where one is given.
 
     The model's output is refined as ``ctpipe interpolate`` refines it: by the run's own refiner, another, or none.
+
+    Returns:
+        The document, and the folder of the results.
     """
     from latentcache import InputError
     from pipeline.evaluation import evaluate_dataset, find_cases, finish, log_test_use
 
-    facts: dict[str, Any] = {"protocol": "rplhr", "split": split, "window_hu": [-1024.0, 2048.0]}
+    facts: dict[str, Any] = {"protocol": "rplhr", "split": job.split, "window_hu": [-1024.0, 2048.0]}
     networks: dict[str, Any] = {}
-    if regression is not None:
-        networks["regression"], facts["regression"] = _volume_regression(regression, consistency, device)
-    if run is not None:
-        networks["model"], facts["checkpoint_sha256"], refined_by = _volume_model(
-            run, vae, choice, detail, consistency, device, memory_gib, refiner
-        )
+    if job.regression is not None:
+        found = _volume_regression(job.regression, job.consistency, job.device)
+        networks["regression"], facts["regression"] = found
+    if job.run is not None:
+        networks["model"], facts["checkpoint_sha256"], refined_by = _volume_model(job, job.run)
         facts["settings"] = {
-            "sampling": choice, "detail": detail, "consistency": consistency, "refiner_sha256": refined_by,
-        }  # fmt: skip
-    elif refiner is not None and str(refiner) != "none":
+            "sampling": job.sampling,
+            "detail": job.detail,
+            "consistency": job.consistency,
+            "refiner_sha256": refined_by,
+        }
+    elif job.refiner is not None and str(job.refiner) != "none":
         raise InputError(
             "--refiner without a run",
             expected="a run whose output it corrects",
             remedy="Name the training run: ctpipe evaluate RPLHR-CT RUN --protocol rplhr --refiner REFINER_RUN.",
         )
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    for folder_of in (run, regression):
-        if split == "test" and folder_of is not None:
-            looks = log_test_use(folder_of, "rplhr", len(find_cases(dataset, split)[:limit]))
-            facts["test_evaluations"] = looks if folder_of == run else facts.get("test_evaluations")
+    for folder_of in (job.run, job.regression):
+        if job.split == "test" and folder_of is not None:
+            looks = log_test_use(folder_of, "rplhr", len(find_cases(job.dataset, job.split)[: job.limit]))
+            facts["test_evaluations"] = looks if folder_of == job.run else facts.get("test_evaluations")
     cases = []
-    for case, total in evaluate_dataset(dataset, split, folder, identity, networks, limit):
+    for case, total in evaluate_dataset(job.dataset, job.split, job.folder, identity, networks, job.limit):
         cases.append(case)
         on_progress(JobProgress("scoring", len(cases), total))
-    return finish(folder, cases, facts)
+    return finish(job.folder, cases, facts), job.folder
 
 
-def _volume_model(
-    run: Path,
-    vae: str,
-    choice: dict[str, Any],
-    detail: str,
-    consistency: bool,
-    device: str,
-    memory_gib: float | None,
-    refiner: Path | None,
-) -> tuple[Any, str, str]:
+def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
     """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does;
     the SHA-256 of its checkpoint, and of the refiner ("" for none)."""
     import numpy as np
@@ -83,19 +112,25 @@ def _volume_model(
     from pipeline.workflows.interpolate import condition_latent, encoding_of, latent_positions, told_of
     from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, start_of
 
-    model = Interpolator.load(run, device=device)
+    model = Interpolator.load(run, device=job.device)
     encoding = encoding_of(model)
-    codec = load_codec(vae, device, memory_gib, encoding)
+    codec = load_codec(job.vae, job.device, job.memory_gib, encoding)
     window = Window(encoding.window_center, encoding.window_width)
-    corrects = refiner_of(refiner, device) if refiner else own_refiner(run, model.checkpoint_sha256, device)
+    if job.refiner:
+        corrects = refiner_of(job.refiner, job.device)
+    else:
+        corrects = own_refiner(run, model.checkpoint_sha256, job.device)
     composing = ComposeSettings(
-        detail=parse_detail(detail), consistency=consistency, refiner=corrects, start=start_of(run, device)
+        detail=parse_detail(job.detail),
+        consistency=job.consistency,
+        refiner=corrects,
+        start=start_of(run, job.device),
     )
 
     def generate(thick: Any, thin: Any) -> Any:
         padding = encoding.pad_multiple_zyx
         condition = condition_latent(thick, thin, window, codec, model.alignment, padding, composing.start)
-        latent = model.generate_latent(condition, **told_of(thick, latent_positions(thin)), **choice)
+        latent = model.generate_latent(condition, **told_of(thick, latent_positions(thin)), **job.sampling)
         seen = condition
         if model.condition_role == "thick" and composing.detail == "residual":
             seen = condition_latent(thick, thin, window, codec, "pixel", padding)

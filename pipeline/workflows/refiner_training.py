@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.workflows.job_progress import OnProgress, silent
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from diffusion.config import OptimiserConfig
     from diffusion.data import Step
-    from diffusion.training import Terms
+    from diffusion.training import Progress, Terms, Trainer
     from latentcache import LatentStore
-    from pipeline.refiner import Refiner, RefinerCard, RefinerFile, RefinerPatches
-    from pipeline.workflows.refiner_cases import Sampled
+    from pipeline.refiner import RefinerCard, RefinerFile, RefinerPatches
+    from pipeline.workflows.refiner_cases import RefinerSource, Sampled
 
 
 READ_AHEAD = 4
@@ -28,8 +32,125 @@ WIN_DB = 0.1
 """Gain in PSNR on held-out pairs from which on a refiner is its checkpoint's default."""
 
 
+@dataclass(frozen=True)
+class RefinerJob:
+    """A user's order to train a pixel refiner.
+
+    Attributes:
+        store: An encoded store whose pairs it learns from; ``private`` is its private part where that is elsewhere.
+        run: Folder for the run.
+        checkpoint: The diffusion run whose output it will correct; None: plain interpolation.
+        vae: ``tiny`` or the path of the VAE that encoded the store.
+        patch: Voxels of a patch, (D, H, W); ``batch`` patches a step.
+        width, blocks: Channels and residual blocks of the network.
+        sampling_steps: Of the diffusion run's sampler; None: its default.
+        seed: Of patches, operators and sampling.
+        resume: Continue the run in ``run``.
+    """
+
+    store: str
+    run: Path
+    checkpoint: Path | None = None
+    vae: str = "tiny"
+    steps: int = 4000
+    patch: tuple[int, int, int] = (20, 64, 64)
+    batch: int = 4
+    width: int = 48
+    blocks: int = 6
+    learning_rate: float = 5e-4
+    sampling_steps: int | None = None
+    seed: int = 0
+    resume: bool = False
+    device: str = "cpu"
+    private: str | None = None
+
+
+def train_refiner(
+    job: RefinerJob,
+    on_progress: OnProgress = silent,
+    on_step: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Train the refiner on patches streamed from the archives that the store was made of.
+
+    Half of the patches see the measured thick slices, half see thick slices simulated from the thin ones by other
+    slice profiles, phases and overlaps. The validation split is scored with a profile that training never draws. Where
+    the output of ``checkpoint`` wins by it there, over a linear estimate too, the refiner becomes that run's own.
+
+    Args:
+        on_progress: Progress under ``sampling``, where there is a checkpoint.
+        on_step: Called with each logged step of training.
+
+    Returns:
+        SHA-256 of the refiner, whether it is its checkpoint's default now, parameters, pairs and the run's summary.
+    """
+    from latentcache import LatentStore
+    from pipeline.identity import PrivateStore
+    from pipeline.refiner import PatchSettings, RefinerCard, RefinerConfig, RefinerPatches
+    from pipeline.workflows.refiner_cases import RefinerSource
+
+    prepare_run(job.run, job.resume)
+    latents, people = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
+    cutting = PatchSettings(job.patch, batch=job.batch, seed=job.seed)
+    with tempfile.TemporaryDirectory(prefix="ctpipe-refiner-") as scratch:
+        model: Sampled | None = None
+        facts: dict[str, Any] = {}
+        if job.checkpoint is not None:
+            model, facts = sampled(latents, job, job.checkpoint, on_progress)
+        source = RefinerSource(latents, people, Path(scratch), model)
+        training = RefinerPatches(source.keys("train"), source.case, source.window, cutting)
+        trainer = _trainer(job, source, training, on_step)
+        summary = trainer.run(job.resume)
+        recipe = {"steps": summary.steps, "seed": job.seed, "pairs": len(training.keys), **facts}
+        recipe["held_out"] = {name: round(value, 4) for name, value in summary.validation.items()}
+        card = RefinerCard(
+            RefinerConfig(job.width, job.blocks),
+            (source.window.center, source.window.width),
+            source.spacing_range(training.keys),
+            "residual" if job.checkpoint else "none",
+            recipe,
+        )
+        with trainer.averaged_weights():
+            file, own = keep(trainer.module, card, job.run, job.checkpoint, summary.validation)
+    return {
+        "sha256": file.sha256,
+        "default_of_checkpoint": own,
+        "pairs": len(training.keys),
+        **asdict(summary),
+    }
+
+
+def _trainer(
+    job: RefinerJob, source: RefinerSource, training: RefinerPatches, on_step: Callable[[Progress], None] | None
+) -> Trainer:
+    """The training loop around a new network; the window and the network's size belong to the run's identity."""
+    import torch
+
+    from diffusion.config import BudgetConfig, ValidationConfig
+    from diffusion.training import LoopConfig, Trainer, Watch, World
+    from pipeline.refiner import Refiner, RefinerConfig
+    from pipeline.workflows.refiner_cases import held_out_figures
+
+    config = RefinerConfig(job.width, job.blocks)
+    held_out = source.keys("val")[:HELD_OUT_PAIRS]
+    torch.manual_seed(job.seed)
+    return Trainer(
+        Refiner(config).to(job.device),
+        squared_error,
+        PatchStream(training),
+        LoopConfig(
+            optimiser=optimiser(job.learning_rate, job.steps, job.batch),
+            validation=ValidationConfig(every_epochs=max(1, job.steps // (4 * len(training)))),
+            budget=BudgetConfig(log_every_steps=10),
+        ),
+        job.run,
+        world=World(device=torch.device(job.device)),
+        identity={"config": asdict(config), "window": [source.window.center, source.window.width], "seed": job.seed},
+        watch=Watch(partial(held_out_figures, source, held_out) if held_out else None, on_progress=on_step),
+    )
+
+
 def keep(
-    network: Refiner, card: RefinerCard, run: Path, checkpoint: Path | None, held_out: dict[str, float]
+    network: nn.Module, card: RefinerCard, run: Path, checkpoint: Path | None, held_out: dict[str, float]
 ) -> tuple[RefinerFile, bool]:
     """Write the network into its run and, where it wins, into its checkpoint's; returns the file and whether it won."""
     from pipeline.refiner import FILE_NAME, save_refiner
@@ -142,25 +263,19 @@ def squared_error(module: Any, batch: dict[str, Any], step: int) -> Terms:
 
 
 def sampled(
-    latents: LatentStore,
-    checkpoint: Path,
-    vae: str,
-    steps: int | None,
-    seed: int,
-    device: str,
-    on_progress: OnProgress = silent,
+    latents: LatentStore, job: RefinerJob, checkpoint: Path, on_progress: OnProgress = silent
 ) -> tuple[Sampled, dict[str, Any]]:
     """Sample every training and validation pair once; what was sampled, and what is to be said of it."""
     from latentcache import InputError
     from pipeline.engines import EngineOptions
     from pipeline.vae import load_decoder
     from pipeline.workflows.refiner_cases import Sampled
-    from pipeline.workflows.sample import Spread, sample_pairs
+    from pipeline.workflows.sample import SampleJob, Spread, sample_pairs
 
-    options = {"sampler": None, "num_inference_steps": steps, "seed": seed}
     keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
-    here = Spread(EngineOptions("inline", devices=(device,)))
-    done = sample_pairs(latents, checkpoint, None, keys, options, 1, False, here, on_progress)
+    here = Spread(EngineOptions("inline", devices=(job.device,)))
+    drawing = SampleJob(checkpoint, keys=keys, steps=job.sampling_steps, seed=job.seed)
+    done = sample_pairs(latents, drawing, here, on_progress)
     if done.failed:
         raise InputError(
             f"{len(done.failed)} pairs that cannot be sampled, the first {next(iter(done.failed.items()))}",
@@ -168,5 +283,5 @@ def sampled(
             remedy="Mend those pairs or exclude them, then run this again: what was sampled is kept.",
         )
     encoding = latents.encoding(done.encode_key)
-    decoder = load_decoder(device, spec=vae, expected_sha256=encoding.vae_sha256, extra=encoding.extra)
+    decoder = load_decoder(job.device, spec=job.vae, expected_sha256=encoding.vae_sha256, extra=encoding.extra)
     return Sampled(done.encode_key, done.stores[0], decoder), done.facts
