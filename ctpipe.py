@@ -27,7 +27,12 @@ if TYPE_CHECKING:
         LatentStore as LatentStore,
     )
     from pipeline import (
+        DecodeJob as DecodeJob,
+        EvaluationJob as EvaluationJob,
         Geometry as Geometry,
+        InterpolateJob as InterpolateJob,
+        RefinerJob as RefinerJob,
+        RegressionJob as RegressionJob,
         Volume as Volume,
         Window as Window,
         decode_store as decode_store,
@@ -39,8 +44,15 @@ if TYPE_CHECKING:
         read_series as read_series,
         sample_store as sample_store,
         scan as scan,
+        train_refiner as train_refiner,
+        train_regression as train_regression,
+        write_report as write_report,
     )
-    from pipeline.forward_model import SliceProfile as SliceProfile, slice_operator as slice_operator
+    from pipeline.forward_model import (
+        SliceProfile as SliceProfile,
+        residual_rms as residual_rms,
+        slice_operator as slice_operator,
+    )
     from pipeline.metrics import psnr as psnr, ssim as ssim
     from pipeline.vae import load_vae as load_vae
     from pipeline.writing import (
@@ -53,7 +65,12 @@ HOMES = {
     "diffusion": ("Interpolator", "TrainConfig", "build_objective", "load_config", "train"),
     "latentcache": ("Encoding", "InputError", "LatentStore"),
     "pipeline": (
+        "DecodeJob",
+        "EvaluationJob",
         "Geometry",
+        "InterpolateJob",
+        "RefinerJob",
+        "RegressionJob",
         "Volume",
         "Window",
         "decode_store",
@@ -65,8 +82,11 @@ HOMES = {
         "read_series",
         "sample_store",
         "scan",
+        "train_refiner",
+        "train_regression",
+        "write_report",
     ),
-    "pipeline.forward_model": ("SliceProfile", "slice_operator"),
+    "pipeline.forward_model": ("SliceProfile", "residual_rms", "slice_operator"),
     "pipeline.metrics": ("psnr", "ssim"),
     "pipeline.vae": ("load_vae",),
     "pipeline.writing": ("Provenance", "write_ct_series", "write_enhanced_ct"),
