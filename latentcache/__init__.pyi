@@ -25,6 +25,7 @@ from .records import (
     LATENT_CHANNELS as LATENT_CHANNELS,
     LATENT_ROLES as LATENT_ROLES,
     PAIR_ROLES as PAIR_ROLES,
+    SIMULATED as SIMULATED,
     Encoding as Encoding,
     LatentRecord as LatentRecord,
     LatentRole as LatentRole,

@@ -65,6 +65,10 @@ ACROSS_FIELDS = '"across_fields": true'
 """Stands in the evidence (canonical JSON) of a pair whose in-plane grids differ, so that a column can be searched."""
 
 
+SIMULATED = '"simulated": true'
+"""Stands likewise in the evidence of a pair whose thick series was computed from its thin one."""
+
+
 @dataclass(frozen=True)
 class PairRecord:
     """A thick and a thin series of one acquisition. ``overlap_mm`` is the common extent along the slice normal."""
@@ -87,6 +91,11 @@ class PairRecord:
     def across_fields(self) -> bool:
         """Whether the in-plane grids differ: only the thick HU resampled in plane, ``thick_on_thin``, fit the thin."""
         return ACROSS_FIELDS in self.evidence
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the thick series was never scanned: good to train on, never to be counted with real pairs."""
+        return SIMULATED in self.evidence
 
 
 @dataclass(frozen=True)

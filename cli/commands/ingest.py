@@ -29,6 +29,10 @@ can use it. Run it on a store at any time.
 With --resample-variable-spacing a series whose slices are unevenly spaced, otherwise set aside, is interpolated to even
 positions whenever it is read, and marked. Archives already in the store need --rescan for it.
 
+With --simulate-thick 5 a study that has thin series alone gets a thick one that is computed from it whenever it is
+read: averaged by a drawn slice profile, with noise of its own, the same for the same secret. It is marked as simulated
+in catalog, pairs, reports and DICOM, and never counted with real pairs. Archives already in the store need --rescan.
+
 Examples:
 
   ctpipe ingest /data/archive store
@@ -38,6 +42,8 @@ Examples:
   ctpipe ingest /data/archive store --pair-across-fov
 
   ctpipe ingest /data/archive store --resample-variable-spacing --rescan
+
+  ctpipe ingest /data/thin-only store --simulate-thick 5
 
   ctpipe ingest s3://hospital/ct s3://research/store --private /secure/ct-private
 
@@ -63,6 +69,10 @@ def register(app: typer.Typer) -> None:
         resample_variable_spacing: Annotated[
             bool, typer.Option(help="Take series of uneven spacing too, interpolated to even positions.")
         ] = False,
+        simulate_thick: Annotated[
+            float | None,
+            typer.Option(min=3, max=7.5, help="Slice thickness, mm, of simulated thick series for thin-only studies."),
+        ] = None,
         verify_pixels: Annotated[bool, typer.Option(help="Decode every series now, not only at encode.")] = False,
         rescan: Annotated[bool, typer.Option(help="Read unchanged archives again too.")] = False,
         workers: Annotated[int, typer.Option(min=1, help="Processes, or a cluster's workers, that read headers.")] = 2,
@@ -98,6 +108,7 @@ def register(app: typer.Typer) -> None:
             cluster=spread if engine == "ray" or dask_scheduler else None,
             pair_across_fov=pair_across_fov,
             resample_variable_spacing=resample_variable_spacing,
+            simulate_thick_mm=simulate_thick,
             exclude_folders=tuple(folders),
         )
         with _progress() as advance:

@@ -18,7 +18,16 @@ from pipeline.decode.compose import ComposeSettings, plain_round_trip
 from pipeline.decode.samples import DerivedSeries, DerivedVolume, WriteSettings, average_samples, write_derived
 from pipeline.forward_model import ProtocolFit, Protocols
 from pipeline.vae import Decoder, own_decoder
-from pipeline.volume import Geometry, SeriesPointer, SourceHeader, Volume, Window, geometry_of, onto_field
+from pipeline.volume import (
+    SIMULATED_FLAG,
+    Geometry,
+    SeriesPointer,
+    SourceHeader,
+    Volume,
+    Window,
+    geometry_of,
+    onto_field,
+)
 from pipeline.writing import Provenance, SeriesIdentity
 
 if TYPE_CHECKING:
@@ -223,6 +232,9 @@ def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettin
         vae_sha256=vae.sha256,
         decoder_sha256=own_decoder(vae),
         generation_key=row.source_digest if task.kind == "generated" else "",
+        notes=("the thick slices were simulated from thin ones, not scanned",)
+        if thick is not None and SIMULATED_FLAG in thick.flags
+        else (),
     )
     identity = _identity(prepared, settings.restore_identity)
     return write_derived(task.key, volume, target, prepared.header, identity, provenance, settings.write)

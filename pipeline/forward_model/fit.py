@@ -90,7 +90,11 @@ class Protocols:
     def peers(self, pair: PairRecord) -> list[PairRecord]:
         """Up to ``MAX_PEERS`` other patients' pairs of the same protocol, always the same ones."""
         same = [
-            p for p in self._pairs if p.patient_key != pair.patient_key and self._protocol(p) == self._protocol(pair)
+            p
+            for p in self._pairs
+            if p.patient_key != pair.patient_key
+            and p.simulated == pair.simulated
+            and self._protocol(p) == self._protocol(pair)
         ]
         return sorted([p for p in same if p.split == "train"] or same, key=lambda p: p.pair_key)[:MAX_PEERS]
 

@@ -95,7 +95,7 @@ def read_secret(location: Location, create: bool) -> bytes:
 
 
 _T = TypeVar("_T")
-POINTER_COLUMNS = ("series_key", "series_uid", "sources", "slots", "members", "frames", "even", "seal")
+POINTER_COLUMNS = ("series_key", "series_uid", "sources", "slots", "members", "frames", "even", "seal", "simulated")
 _SEQUENCE = re.compile(r"/(\d{20})-[^/]*$")
 READ_ATTEMPTS = 5
 """Listings of fragments that may be overtaken in a row; a merge takes longer than a listing."""

@@ -53,6 +53,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             "frames": _indices,
             "even": pa.bool_(),
             "seal": _text,
+            "simulated": _text,
         }
     ),
     "quarantine": _schema(
@@ -138,6 +139,7 @@ def series_dict(row: SeriesRow) -> dict[str, Any]:
         "frames": _unless_zero([frame for _, _, frame in row.pointer.members]),
         "even": row.pointer.even,
         "seal": row.pointer.seal,
+        "simulated": row.pointer.simulated,
     }
 
 
@@ -147,7 +149,12 @@ def pointer_of(row: Mapping[str, Any]) -> SeriesPointer:
     slices = zip(row["slots"] or zeros, row["members"], row["frames"] or zeros, strict=True)
     members = tuple((sources[s], int(m), int(f)) for s, m, f in slices)
     return SeriesPointer(
-        row["series_key"], members, even=bool(row["even"]), series_uid=row["series_uid"], seal=row["seal"] or ""
+        row["series_key"],
+        members,
+        even=bool(row["even"]),
+        series_uid=row["series_uid"],
+        seal=row["seal"] or "",
+        simulated=row["simulated"] or "",
     )
 
 

@@ -22,6 +22,7 @@ from pipeline.identity import (
 from pipeline.ingest.overrides import EXCLUDED, Overrides
 from pipeline.ingest.rows import PatientKeys, private_row, public_row, with_reason
 from pipeline.ingest.scan import ArchiveScan, scan_joined
+from pipeline.ingest.simulated import simulated_beside
 from pipeline.pairing import PatientSplits, pair_studies
 from pipeline.reading import ScannedSeries, as_requested
 
@@ -45,6 +46,7 @@ class BatchWriter:
         splits: PatientSplits,
         pair_across_fov: bool = False,
         resample_variable_spacing: bool = False,
+        simulate_thick_mm: float | None = None,
     ) -> None:
         self._store = store
         self._private = private
@@ -55,6 +57,7 @@ class BatchWriter:
         self._splits = splits
         self._across_fov = pair_across_fov
         self._even = resample_variable_spacing
+        self._simulate_thick_mm = simulate_thick_mm
         self.outcomes: Counter[str] = Counter()
 
     def commit(self, scans: Sequence[ArchiveScan]) -> None:
@@ -63,6 +66,8 @@ class BatchWriter:
         self._count(scans, known)
         owner = {scan.found.url: scan.found for scan in scans}
         found = [(as_requested(one) if self._even else one, url) for one, url in self._joined(scans)]
+        if self._simulate_thick_mm is not None:
+            found += simulated_beside(found, self._keys, self._simulate_thick_mm)
         self._patients.learn(one for one, _ in found)
         rows: dict[str, SeriesRecord] = {}
         sources: list[SeriesRow] = []

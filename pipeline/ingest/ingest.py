@@ -52,6 +52,7 @@ class IngestOptions:
         workers: Processes that scan; 1 scans in this one.
         cluster: Scan on this engine's workers instead.
         resample_variable_spacing: Take series of uneven spacing as if scanned evenly, see `even_spacing`.
+        simulate_thick_mm: Give every study without a thick series a simulated one of this slice thickness.
         pair_across_fov: Pair thick series that no thin one has the grid of with one whose field of view lies within.
         exclude_folders: Folders not to enter, such as the store's own.
         batch: Archives a commit.
@@ -66,6 +67,7 @@ class IngestOptions:
     cluster: EngineOptions | None = None
     pair_across_fov: bool = False
     resample_variable_spacing: bool = False
+    simulate_thick_mm: float | None = None
     exclude_folders: tuple[Path, ...] = ()
     batch: int = BATCH
 
@@ -127,7 +129,13 @@ def ingest(
     with store.writer():
         splits = PatientSplits(store, options.overrides.splits)
         writer = BatchWriter(
-            store, private, options.overrides, splits, options.pair_across_fov, options.resample_variable_spacing
+            store,
+            private,
+            options.overrides,
+            splits,
+            options.pair_across_fov,
+            options.resample_variable_spacing,
+            options.simulate_thick_mm,
         )
         done = 0
         for number, batch in enumerate(_batches(itertools.chain(first, jobs), options), start=1):

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentcache import LatentStore
+from latentcache import SIMULATED, LatentStore
 from pipeline.ingest.batch import ARCHIVE_FLAG, SUPERSEDED_FLAG
 from pipeline.ingest.overrides import EXCLUDED
 from pipeline.ingest.plan import one_chunk
@@ -42,6 +42,7 @@ class IngestSummary:
     studies: int = 0
     series: dict[str, int] = field(default_factory=dict)
     pairs: int = 0
+    simulated_pairs: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     paired_splits: dict[str, int] = field(default_factory=dict)
     categories: dict[str, int] = field(default_factory=dict)
@@ -61,12 +62,13 @@ class IngestSummary:
         def counts(values: dict[str, int]) -> str:
             return ", ".join(f"{n} {name}" for name, n in values.items()) or "none"
 
+        simulated = f", {self.simulated_pairs} more simulated" if self.simulated_pairs else ""
         lines = [
             ("archives", counts(self.archives)),
             ("patients", f"{self.patients} ({counts(self.categories)})"),
             ("studies", str(self.studies)),
             ("series", counts(self.series)),
-            ("pairs", str(self.pairs)),
+            ("pairs", str(self.pairs - self.simulated_pairs) + simulated),
             ("splits", f"{counts(self.splits)} patients; with a pair: {counts(self.paired_splits)}"),
             ("set aside", str(len(self.set_aside))),
         ]
@@ -91,7 +93,7 @@ def summarise(store: LatentStore, archives: Mapping[str, int], more: Sequence[Se
     series = catalog.filter(pc.invert(whole))
     usable = series.filter(pc.equal(series["status"], "ok"))
     patients = patient_table(store)
-    pairs = store.pairs_table(("pair_key", "patient_key", "status", "reason"))
+    pairs = store.pairs_table(("pair_key", "patient_key", "status", "reason", "evidence"))
     good = pairs.filter(pc.equal(pairs["status"], "ok"))
     roles = _counts(usable, "role")
     set_aside = pc.sum(pc.not_equal(series["status"], "ok")).as_py() or 0
@@ -101,6 +103,7 @@ def summarise(store: LatentStore, archives: Mapping[str, int], more: Sequence[Se
         studies=pc.count_distinct(series["study_key"]).as_py(),
         series={**roles, **({"set aside": set_aside} if set_aside else {})},
         pairs=len(good),
+        simulated_pairs=pc.sum(pc.match_substring(good["evidence"], SIMULATED)).as_py() or 0,
         splits=_counts(patients, "split"),
         paired_splits=_counts(patients.filter(patients["paired"]), "split"),
         categories=_counts(patients, "category"),

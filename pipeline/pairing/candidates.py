@@ -18,7 +18,7 @@ import numpy as np
 
 from latentcache import PairRecord, SeriesRecord
 from pipeline.identity import Keys
-from pipeline.volume import Geometry, beyond_mm, geometry_of, grid_difference, grid_offset_pixels
+from pipeline.volume import SIMULATED_FLAG, Geometry, beyond_mm, geometry_of, grid_difference, grid_offset_pixels
 
 UNKNOWN = 0.5
 """Similarity where either series names no kernel: neither proof nor objection."""
@@ -187,6 +187,8 @@ def override_pair(thick: SeriesRecord, thin: SeriesRecord, keys: Keys) -> PairRe
 def _record(thick: SeriesRecord, chosen: Candidate, evidence: Mapping[str, Any], keys: Keys) -> PairRecord:
     if chosen.across_fields:
         evidence = {**evidence, "across_fields": True}
+    if SIMULATED_FLAG in thick.flags:
+        evidence = {**evidence, "simulated": True}
     return PairRecord(
         pair_key=keys.pair(thick.series_key, chosen.thin_key),
         study_key=thick.study_key,

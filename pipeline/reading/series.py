@@ -66,6 +66,8 @@ class ScannedSeries:
     """See `SeriesPointer.seal`."""
     instances: tuple[Instance, ...] = field(default=(), repr=False, compare=False)
     """Parsed headers, kept only on request, so that pixels can be read without parsing them again."""
+    simulated: str = ""
+    """See `SeriesPointer.simulated`."""
 
     @property
     def pointer(self) -> SeriesPointer:
@@ -116,7 +118,13 @@ def scan(source: Source, *, keep_instances: bool = False) -> ScanResult:
 
 def pointer_of(scanned: ScannedSeries, series_key: str = "") -> SeriesPointer:
     """Where the slices of a scanned series are."""
-    return SeriesPointer(series_key, scanned.pointer_members, series_uid=scanned.series_uid, seal=scanned.seal)
+    return SeriesPointer(
+        series_key,
+        scanned.pointer_members,
+        series_uid=scanned.series_uid,
+        seal=scanned.seal,
+        simulated=scanned.simulated,
+    )
 
 
 def _give_uids(one: Instance, source: Source, names: dict[int, str]) -> None:

@@ -16,7 +16,7 @@ from pipeline.reading.pixels import FrameReader, hu_dtype, rescale_into
 from pipeline.reading.read_headers import read_instances, source_header
 from pipeline.reading.series import ScannedSeries, digest_and_seal, pointer_of
 from pipeline.reading.stacks import Stack
-from pipeline.volume import SeriesPointer, Volume, on_even_positions
+from pipeline.volume import SeriesPointer, SimulatedThick, Volume, on_even_positions
 
 MAX_VOLUME_BYTES = 16 << 30
 
@@ -41,7 +41,8 @@ def read_series(pointer: SeriesPointer, *, threads: int = 1) -> Volume:
     """
     with ExitStack() as opened:
         volume = _read(pointer, _slices(pointer, opened), threads)
-        return on_even_positions(volume) if pointer.even else volume
+        volume = on_even_positions(volume) if pointer.even else volume
+        return SimulatedThick.from_json(pointer.simulated).of(volume) if pointer.simulated else volume
 
 
 def check_series(pointer: SeriesPointer) -> str:

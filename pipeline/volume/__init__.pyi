@@ -19,6 +19,7 @@ from .resample import (
     row_blocks as row_blocks,
     z_weights as z_weights,
 )
+from .simulated_thick import SIMULATED_FLAG as SIMULATED_FLAG, SimulatedThick as SimulatedThick
 from .volume import SeriesPointer as SeriesPointer, SourceHeader as SourceHeader, Volume as Volume
 from .window import (
     HANDOVER_SLOPE as HANDOVER_SLOPE,

@@ -22,6 +22,9 @@ class SeriesPointer:
     Numbers alone would name whatever lies there now: ``series_uid`` is the SeriesInstanceUID and ``seal`` a hash over
     the SOPInstanceUID, size and CRC-32 (in a folder: modification time) of every slice, both as ingest found them.
     Either is empty where it is not known, and then says nothing.
+
+    ``simulated`` is empty but for a thick series that was never scanned: the slices are then those of a thin one, and
+    this says as JSON how the thick ones follow from it (`SimulatedThick`).
     """
 
     series_key: str
@@ -29,6 +32,7 @@ class SeriesPointer:
     even: bool = False
     series_uid: str = ""
     seal: str = ""
+    simulated: str = ""
 
 
 @dataclass(frozen=True)

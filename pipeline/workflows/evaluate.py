@@ -120,10 +120,14 @@ def evaluate_run(
 def pairs_of(
     latents: Any, encode_key: str, split: str, limit: int | None, role: str = "thick_on_thin"
 ) -> tuple[list[Any], list[str]]:
-    """A split's encoded pairs in the order of their keys, ``limit`` at most, and the keys of those not encoded."""
+    """A split's encoded pairs in the order of their keys, ``limit`` at most, and the keys of those not encoded.
+
+    Pairs whose thick series is simulated are left out where the split has real ones: their figures never mix.
+    """
     condition = "refined_on_thin" if role == "refined_on_thin" else "thick_on_thin"
     encoded = {record.key for record in latents.records(encode_key, condition)}
     usable = sorted((p for p in latents.pairs() if p.split == split and p.status == "ok"), key=lambda p: p.pair_key)
+    usable = [p for p in usable if not p.simulated] or usable
     ready = [p for p in usable if p.pair_key in encoded]
     return ready[:limit], [p.pair_key for p in usable if p.pair_key not in encoded]
 

@@ -1,0 +1,68 @@
+"""Draw thick slices for a thin series, as scanners average them: profile, spacing, overlap, phase, noise."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from pipeline.forward_model.slice_profile import SliceProfile, slice_operator
+from pipeline.volume import Geometry, SimulatedThick
+
+FWHM_MM = (3.0, 7.5)
+"""Slice thicknesses that are drawn around the wanted one, at most."""
+WIDTH_SPREAD = (0.8, 1.35)
+"""Measured width over nominal thickness: 5 mm measure 5.0 to 6.7 mm by scanner."""
+OVERLAP = (0.6, 1.0)
+"""Spacing over thickness where slices overlap; every other series abuts."""
+BLUR = (0.2, 0.5)
+"""Blur of a blurred box, in its widths."""
+NOISE_HU = (2.0, 8.0)
+"""Noise of a thick slice at its own dose."""
+MIN_SLICES = 3
+MIN_WEIGHT = 1e-4
+
+
+def draw_thick(thin: Geometry, thickness_mm: float, key: str, thin_noise_hu: float = 0.0) -> SimulatedThick | None:
+    """A thick series of about ``thickness_mm`` that the thin one allows, the same for the same key; None if too short.
+
+    Args:
+        thin: Lattice of the thin series.
+        key: Of the thin series: seeds the draw.
+        thin_noise_hu: Of the thin slices; what is left of it after averaging counts towards the noise wanted.
+    """
+    digest = hashlib.sha256(f"thick {thickness_mm} {key}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    profile = drawn_profile(rng, thickness_mm)
+    spacing = thickness_mm * (1.0 if rng.random() < 0.5 else float(rng.uniform(*OVERLAP)))
+    low, high = thin.z_mm[0] + profile.fwhm_mm / 2, thin.z_mm[-1] - profile.fwhm_mm / 2
+    z = np.arange(low + rng.random() * spacing, high + 1e-9, spacing)
+    if len(z) < MIN_SLICES:
+        return None
+    matrix = slice_operator(profile, z, np.asarray(thin.z_mm)).matrix
+    matrix[matrix < MIN_WEIGHT] = 0
+    matrix /= matrix.sum(axis=1, keepdims=True)
+    spans = [np.flatnonzero(row)[[0, -1]] for row in matrix]
+    kept = float(np.sqrt((matrix**2).sum(axis=1).mean())) * thin_noise_hu
+    wanted = float(rng.uniform(*NOISE_HU))
+    return SimulatedThick(
+        profile=str(profile),
+        thickness_mm=thickness_mm,
+        z_mm=tuple(float(v) for v in z),
+        first=tuple(int(low) for low, _ in spans),
+        weights=tuple(
+            tuple(round(float(v), 7) for v in row[low : high + 1])
+            for row, (low, high) in zip(matrix, spans, strict=True)
+        ),
+        noise_hu=round(float(np.sqrt(max(0.0, wanted**2 - kept**2))), 3),
+        seed=int(rng.integers(2**31)),
+    )
+
+
+def drawn_profile(rng: np.random.Generator, thickness_mm: float) -> SliceProfile:
+    """A box, a Gaussian or a blurred box, its width 3 to 7.5 mm."""
+    width = float(np.clip(thickness_mm * rng.uniform(*WIDTH_SPREAD), *FWHM_MM))
+    kind = rng.integers(3)
+    if kind == 1:
+        return SliceProfile("gaussian", width)
+    return SliceProfile("box", width, blur_mm=width * float(rng.uniform(*BLUR)) if kind == 2 else 0.0)
