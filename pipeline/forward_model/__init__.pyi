@@ -8,7 +8,7 @@ from .fit import (
     fit_pair as fit_pair,
     fit_profile as fit_profile,
 )
-from .simulation import draw_thick as draw_thick
+from .simulation import draw_thick as draw_thick, thick_under as thick_under
 from .slice_profile import (
     SliceOperator as SliceOperator,
     SliceProfile as SliceProfile,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.forward_model.slice_profile import SliceProfile, slice_operator
 from pipeline.volume import Geometry, SimulatedThick
@@ -39,23 +41,30 @@ def draw_thick(thin: Geometry, thickness_mm: float, key: str, thin_noise_hu: flo
     z = np.arange(low + rng.random() * spacing, high + 1e-9, spacing)
     if len(z) < MIN_SLICES:
         return None
-    matrix = slice_operator(profile, z, np.asarray(thin.z_mm)).matrix
+    without = thick_under(profile, z, thin, thickness_mm)
+    kept = thin_noise_hu * float(np.sqrt(np.mean([np.square(row).sum() for row in without.weights])))
+    wanted = float(rng.uniform(*NOISE_HU))
+    added = float(np.sqrt(max(0.0, wanted**2 - kept**2)))
+    return replace(without, noise_hu=round(added, 3), seed=int(rng.integers(2**31)))
+
+
+def thick_under(
+    profile: SliceProfile, thick_z_mm: NDArray[np.float64], thin: Geometry, thickness_mm: float
+) -> SimulatedThick:
+    """The thick series that a profile makes of a thin one at positions (K,) mm, without noise of its own."""
+    matrix = slice_operator(profile, thick_z_mm, np.asarray(thin.z_mm)).matrix.copy()
     matrix[matrix < MIN_WEIGHT] = 0
     matrix /= matrix.sum(axis=1, keepdims=True)
     spans = [np.flatnonzero(row)[[0, -1]] for row in matrix]
-    kept = float(np.sqrt((matrix**2).sum(axis=1).mean())) * thin_noise_hu
-    wanted = float(rng.uniform(*NOISE_HU))
     return SimulatedThick(
         profile=str(profile),
         thickness_mm=thickness_mm,
-        z_mm=tuple(float(v) for v in z),
+        z_mm=tuple(float(v) for v in thick_z_mm),
         first=tuple(int(low) for low, _ in spans),
         weights=tuple(
             tuple(round(float(v), 7) for v in row[low : high + 1])
             for row, (low, high) in zip(matrix, spans, strict=True)
         ),
-        noise_hu=round(float(np.sqrt(max(0.0, wanted**2 - kept**2))), 3),
-        seed=int(rng.integers(2**31)),
     )
 
 

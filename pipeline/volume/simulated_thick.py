@@ -36,8 +36,8 @@ class SimulatedThick:
     z_mm: tuple[float, ...]
     first: tuple[int, ...]
     weights: tuple[tuple[float, ...], ...]
-    noise_hu: float
-    seed: int
+    noise_hu: float = 0.0
+    seed: int = 0
 
     def geometry(self, thin: Geometry) -> Geometry:
         """The lattice of the thick series."""
