@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pipeline.archive import open_archive
 from pipeline.forward_model import draw_thick, fit_pair, measurement_noise, slice_operator, thick_under
@@ -21,6 +21,7 @@ def thin(count: int = 60, spacing: float = 1.0) -> Geometry:
     return Geometry((count, 8, 8), affine, tuple(spacing * np.arange(count)), spacing)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20), st.floats(3.0, 7.5), st.floats(0.6, 1.5))
 def test_a_draw_is_a_series_that_a_scanner_could_have_made(key: str, thickness: float, spacing: float) -> None:
     at = thin(120, spacing)

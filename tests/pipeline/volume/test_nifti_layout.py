@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pipeline.volume import Geometry, NiftiLayout
 
@@ -14,6 +14,7 @@ LAYOUTS = [
 ]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(LAYOUTS), st.floats(-0.3, 0.3))
 def test_every_voxel_stays_where_it_was(layout: tuple[tuple[int, ...], tuple[float, ...]], angle: float) -> None:
     order, signs = layout
