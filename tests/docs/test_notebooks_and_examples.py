@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "infra" / "notebooks"
 EXAMPLES = ROOT / "infra" / "examples"
 
+TRAIN = " ".join(SMALL["train"] + STEPS)
 TINY = {
     "one_study": "SIZE, SLICES, STUDY, MODEL = 32, 46, '', None",
-    "archive_to_model": f"PATIENTS, SIZE, SLICES, SECONDS = 6, 32, 46, 60\nSETTINGS = {' '.join(SMALL['train'] + STEPS)!r}",
+    "archive_to_model": f"PATIENTS, SIZE, SLICES, SECONDS, SETTINGS = 6, 32, 46, 60, {TRAIN!r}",
     "reading_a_report": "",
 }
 """What replaces a notebook's parameters."""
