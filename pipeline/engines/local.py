@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from latentcache import missing_extra
 from pipeline.engines.contract import EngineOptions, Outcome, P, R, S, Stage, T, attempt, chain
@@ -16,6 +17,20 @@ def _inline(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions
         yield attempt(item, options.attempts, chain(item, stage, lambda work: work(state)))
 
 
+def _dask_scheduler() -> Callable[..., Any]:
+    """Return dask's threaded scheduler.
+
+    Raises:
+        InputError: dask is not installed; names the extra.
+    """
+    try:
+        from dask.threaded import get
+    except ModuleNotFoundError as error:
+        raise missing_extra("dask", "dask", "--engine dask; --engine inline needs nothing") from error
+    scheduler: Callable[..., Any] = get
+    return scheduler
+
+
 def _embedded_dask(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
     """Threads of dask's local scheduler: each carries one item from prepare to run, and waits there for a device.
 
@@ -23,11 +38,7 @@ def _embedded_dask(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
     ``devices * (1 + prefetch)`` prepared items exist. The graph is one task a thread, which takes items until there are
     no more: nothing grows with their number, and no thread waits for the slowest of a window.
     """
-    try:
-        from dask.threaded import get
-    except ModuleNotFoundError as error:
-        raise missing_extra("dask", "dask", "--engine dask; --engine inline needs nothing") from error
-
+    get = _dask_scheduler()
     states: queue.SimpleQueue[S] = queue.SimpleQueue()
     for device in options.devices:
         states.put(stage.setup(device))

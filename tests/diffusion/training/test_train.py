@@ -585,7 +585,7 @@ def test_too_little_memory_is_said_before_the_first_step(
 
 
 def test_every_test_that_the_decision_page_names_exists(repo_root: Path) -> None:
-    page = (repo_root / "infra" / "decisions" / "0007-trainer.md").read_text()
+    page = (repo_root / "infra" / "docs" / "results.md").read_text()
     named, module = [], ""
     for found, name in re.findall(r"`(test_\w+)?::(test_\w+)`", page):
         module = found or module
