@@ -1,4 +1,4 @@
-from .inputs import COMPOSED as COMPOSED
+from .inputs import COMPOSED as COMPOSED, neighbours as neighbours
 from .network import Refiner as Refiner, RefinerConfig as RefinerConfig
 from .patches import (
     PatchSettings as PatchSettings,
@@ -9,17 +9,21 @@ from .patches import (
     positions as positions,
 )
 from .pretrained import (
-    DEFAULT as DEFAULT,
-    PretrainedCard as PretrainedCard,
     PretrainedModel as PretrainedModel,
     RunSettings as RunSettings,
-    flushed as flushed,
     load_pretrained as load_pretrained,
-    outside as outside,
-    shipped_models as shipped_models,
+    native_bfloat16 as native_bfloat16,
     thin_slices as thin_slices,
 )
-from .pretrained_input import HU_RANGE as HU_RANGE
+from .pretrained_input import facts_of as facts_of, linear_weights as linear_weights, to_unit as to_unit
+from .pretrained_network import (
+    DEGREE as DEGREE,
+    RESIDUAL_UNIT as RESIDUAL_UNIT,
+    NetworkConfig as NetworkConfig,
+    PretrainedNetwork as PretrainedNetwork,
+    as_cells as as_cells,
+    fold_of as fold_of,
+)
 from .refiner import (
     FILE_NAME as FILE_NAME,
     START_NAME as START_NAME,

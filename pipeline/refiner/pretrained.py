@@ -4,7 +4,7 @@
     hu = thin_slices(model, thick, thick.geometry.thin_grid(1.0), profile)
 
 It needs neither an autoencoder nor a diffusion run. What it gives is the mean of what the thick slices allow, not yet
-made consistent with them: ``consistency.project`` does that. Weights lie in ``pipeline/weights`` as float16, each with
+made consistent with them: ``consistency.project`` does that. Weights lie in ``pipeline/refiner/weights`` as float16, each with
 its card beside it as JSON: what it was trained on, for what it was trained, and the figures it reached.
 """
 
@@ -39,6 +39,7 @@ SLICES = 32
 """Thin slices at a time."""
 TOLERANCE = 1.1
 """How far, as a factor, a series may lie outside what the card states before it is said."""
+
 
 T = TypeVar("T")
 Arithmetic = Literal["auto", "float32", "bfloat16"]
