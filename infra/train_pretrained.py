@@ -1,6 +1,7 @@
 """The recipe of the shipped refiner: genuine thin CT and phantoms, thick slices simulated in every size.
 
-    python infra/train_pretrained.py DATA --work FAST --out pipeline/refiner/weights/refiner_fast.safetensors --name fast
+    python infra/train_pretrained.py DATA --work FAST --out pipeline/refiner/weights/refiner_fast.safetensors \\
+        --name fast
     python infra/train_pretrained.py DATA --work RUN --out pipeline/refiner/weights/refiner_default.safetensors \\
         --start fast --width 64 --head 32 --blocks 6
 

@@ -11,7 +11,7 @@ from cli.output import AsJson, Exit, emit
 
 
 def register(app: typer.Typer) -> None:
-    models = typer.Typer(help="Models that ship with ctpipe: what there is, and a model's card.")
+    models = typer.Typer()
     models.callback(invoke_without_command=True)(list_models)
     models.command("show")(show_model)
     app.add_typer(models, name="models")

@@ -9,13 +9,23 @@ from .patches import (
     positions as positions,
 )
 from .pretrained import (
+    DEFAULT as DEFAULT,
+    PretrainedCard as PretrainedCard,
     PretrainedModel as PretrainedModel,
     RunSettings as RunSettings,
+    flushed as flushed,
     load_pretrained as load_pretrained,
     native_bfloat16 as native_bfloat16,
+    outside as outside,
+    shipped_models as shipped_models,
     thin_slices as thin_slices,
 )
-from .pretrained_input import facts_of as facts_of, linear_weights as linear_weights, to_unit as to_unit
+from .pretrained_input import (
+    HU_RANGE as HU_RANGE,
+    facts_of as facts_of,
+    linear_weights as linear_weights,
+    to_unit as to_unit,
+)
 from .pretrained_network import (
     DEGREE as DEGREE,
     RESIDUAL_UNIT as RESIDUAL_UNIT,

@@ -41,14 +41,4 @@ from .sample import (
 )
 from .thick_study import ThickStudy as ThickStudy, choose_thick as choose_thick, read_thick as read_thick
 from .train import configuration as configuration, describe as describe, run_training as run_training
-from .train_refiner import (
-    HELD_OUT_PAIRS as HELD_OUT_PAIRS,
-    PatchStream as PatchStream,
-    keep as keep,
-    optimiser as optimiser,
-    prepare_run as prepare_run,
-    sampled as sampled,
-    squared_error as squared_error,
-)
-from .train_regression import seconds_of as seconds_of, train_regression_network as train_regression_network
 from .train_vae import TrainedVae as TrainedVae, VaeTrainingJob as VaeTrainingJob, run_vae_training as run_vae_training

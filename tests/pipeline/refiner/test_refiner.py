@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from latentcache import InputError
 from pipeline.decode import ComposeSettings, compose
-from pipeline.forward_model import SliceProfile, slice_operator
-from pipeline.refiner import Refiner, RefinerCard, RefinerConfig, RefinerFile, neighbours, refine, save_refiner
-from pipeline.refiner.inputs import RefinerInput, ThickView
+from pipeline.forward_model import SliceProfile, ThickMeasurement, slice_operator
+from pipeline.refiner import Refiner, RefinerCard, RefinerConfig, RefinerFile, refine, save_refiner
+from pipeline.refiner.inputs import RefinerInput, ThickView, neighbours
 from pipeline.refiner.network import folded, unfolded
 from pipeline.refiner.refiner import settle, tiles, with_halo
 from pipeline.volume import Geometry, Volume, Window, z_weights
