@@ -99,6 +99,7 @@ def describe_formats() -> dict[str, Any]:
 
     return {
         "archives": ["zip", "folder", "s3://bucket/prefix"],
+        "studies": ["zip", "folder", "DICOMDIR", ".nii", ".nii.gz"],
         "transfer_syntaxes_read": [
             {"uid": uid, "name": READABLE[uid], "lossy": uid in LOSSY_SYNTAXES} for uid in sorted(READABLE)
         ],
@@ -109,8 +110,14 @@ def describe_formats() -> dict[str, Any]:
 
 
 def describe_models() -> dict[str, Any]:
-    """Return names that options take: presets of training, objectives, VAEs that ship."""
+    """Return names that options take: models and VAEs that ship, presets of training, objectives."""
     from diffusion.config import PRESETS
     from diffusion.objectives import OBJECTIVES
+    from pipeline.refiner import shipped_models
 
-    return {"presets": sorted(PRESETS), "objectives": sorted(OBJECTIVES), "vae": ["tiny"]}
+    return {
+        "interpolate": [{"name": model.name, "sha256": model.sha256} for model in shipped_models()],
+        "presets": sorted(PRESETS),
+        "objectives": sorted(OBJECTIVES),
+        "vae": ["tiny"],
+    }

@@ -48,7 +48,9 @@ def execute(name: str, folder: Path) -> str:
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source = f"{parameters.source}\n{TINY[name]}"
-    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+    # No limits that a loaded machine could reach: a kernel alone takes more than nbclient's minute to start there.
+    patient = {"timeout": None, "startup_timeout": 600}
+    nbclient.NotebookClient(notebook, **patient, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.get("text", "") for output in outputs)
 

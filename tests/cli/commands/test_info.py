@@ -55,6 +55,7 @@ def test_exit_codes_and_formats(found: dict[str, Any]) -> None:
     assert read["1.2.840.10008.1.2.1"] is False
     assert read["1.2.840.10008.1.2.4.50"] is True
     assert {"tiny", "medium", "classic"} == set(found["models"]["presets"])
+    assert "default" in {model["name"] for model in found["models"]["interpolate"]}
 
 
 def test_the_command_reference_has_every_command_and_option(found: dict[str, Any], repo_root: Path) -> None:
