@@ -313,7 +313,7 @@ def test_an_alarm_map_lies_beside_the_sample_that_it_judges(world: World, tmp_pa
     (task,) = world.plan(generated=stores, split="test")
     off = ComposeSettings(consistency=False)
     done = run(world, task, tmp_path, answer="sample", alarm_map=True, compose=off)
-    assert done.folders == (f"{task.key}-alarm", task.key)
+    assert done.folders == (task.key, f"{task.key}-alarm")
     (path,) = (tmp_path / f"{task.key}-alarm").iterdir()
     ds = pydicom.dcmread(path)
     assert read_provenance(ds)["kind"] == "alarm"
