@@ -332,7 +332,8 @@ def test_an_alarm_map_lies_beside_the_sample_that_it_judges(world: World, tmp_pa
     (path,) = (tmp_path / f"{task.key}-alarm").iterdir()
     ds = pydicom.dcmread(path)
     assert read_provenance(ds)["kind"] == "alarm"
-    assert "Fabrication alarm" in ds.DerivationDescription
+    derived = ds.SharedFunctionalGroupsSequence[0].DerivationImageSequence[0]
+    assert "Fabrication alarm" in derived.DerivationDescription
     assert "fabrication alarm" in ds.SeriesDescription
     files = [pydicom.dcmread(f) for f in sorted((tmp_path / task.key).glob("*.dcm"))]
     hu = np.stack([f.pixel_array * float(f.RescaleSlope) + float(f.RescaleIntercept) for f in files])
