@@ -97,7 +97,9 @@ def test_a_short_training_already_beats_interpolation(
     monkeypatch.setattr("pipeline.identity.private_store.PrivateStore.open", lambda *_: None)
     monkeypatch.setattr(command, "ALL_STEPS", 60)  # steps end it, not the clock: the result is the same anywhere
     (tmp_path / "run").mkdir()
-    job = RegressionJob(str(store.url), tmp_path / "run", None, 1e6, 8, 1, (8, 32, 32), 3e-3)
+    job = RegressionJob(
+        str(store.url), tmp_path / "run", seconds=1e6, width=8, blocks=1, patch=(8, 32, 32), learning_rate=3e-3
+    )
     said = command.train_regression(job)
     assert said["pairs"] == 2
     assert said["steps"] == 60
