@@ -117,7 +117,7 @@ class PatchSize:
 
 
 @dataclass(frozen=True)
-class SampleWorker:
+class ScanDrawing:
     """What is drawn how often."""
 
     turned: float = 0.25
@@ -129,7 +129,7 @@ class SampleWorker:
     size: PatchSize = field(default_factory=PatchSize)
 
 
-def draw_scan(source: Source, drawing: SampleWorker, rng: np.random.Generator) -> Scan:
+def draw_scan(source: Source, drawing: ScanDrawing, rng: np.random.Generator) -> Scan:
     """A scan of ``source`` as drawn."""
     turned = (
         (1, 0, 2)

@@ -39,8 +39,8 @@ from pretrained_data import (
     THIN_MM,
     Patch,
     PatchSize,
-    SampleWorker,
     Scan,
+    ScanDrawing,
     Source,
     cut,
     draw_scan,
@@ -102,8 +102,8 @@ class Recipe:
         return NetworkConfig(self.width, self.blocks, self.head)
 
     @property
-    def drawing(self) -> SampleWorker:
-        return SampleWorker(size=PatchSize(self.cells, self.thick, self.thin))
+    def drawing(self) -> ScanDrawing:
+        return ScanDrawing(size=PatchSize(self.cells, self.thick, self.thin))
 
 
 @dataclass

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "infra"))
 
-from pretrained_data import PatchSize, SampleWorker, Scan, Source, cut, draw_scan
+from pretrained_data import PatchSize, Scan, ScanDrawing, Source, cut, draw_scan
 from train_pretrained import (
     LEAST_DEPTH,
     Recipe,
@@ -54,7 +54,7 @@ def wedges(seed: int = 0) -> Source:
 def test_any_scan_gives_a_patch_of_whole_cells(seed: int) -> None:
     rng = np.random.default_rng(seed)
     source = wedges()
-    patch = cut(source, draw_scan(source, SampleWorker(), rng), PatchSize(6, 5, 12), rng)
+    patch = cut(source, draw_scan(source, ScanDrawing(), rng), PatchSize(6, 5, 12), rng)
     assert patch.thick.shape[1] % patch.fold == patch.thick.shape[2] % patch.fold == 0
     assert patch.linear.shape == patch.target.shape
     assert patch.linear.shape[1:] == patch.thick.shape[1:]

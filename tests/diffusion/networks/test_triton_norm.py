@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.triton_on_cpu import DEVICE, compile_for_gpus, needs_gpu
 from torch import Tensor, nn
 
 from diffusion.networks import (
@@ -22,6 +21,7 @@ from diffusion.networks import (
 )
 from diffusion.networks.blocks import ModulatedNormSiLU
 from diffusion.networks.fused_norm import is_fused, largest_difference, norm_act
+from tests.support.triton_on_cpu import DEVICE, compile_for_gpus, needs_gpu
 
 # Lanes beyond the last row hold no data; NumPy, which the interpreter computes with, warns of what comes of them.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

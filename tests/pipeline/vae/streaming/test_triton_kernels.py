@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.triton_on_cpu import DEVICE, compile_for_gpus, kernels, needs_gpu
 from torch import Tensor, nn
 
 from pipeline.vae import KlAutoencoder, Vae, VaeArchitecture, VaeWeights
@@ -16,6 +15,7 @@ from pipeline.vae.streaming import SlabExecutor, fused as vae_fused
 from pipeline.vae.streaming.fused import DeviceMoments, assume_fused, is_fused, largest_difference
 from pipeline.vae.streaming.group_norm import ChannelMoments
 from pipeline.vae.streaming.transfers import AtOnce, Lanes, Mark, copy_slices
+from tests.support.triton_on_cpu import DEVICE, compile_for_gpus, kernels, needs_gpu
 
 vae_triton = kernels("pipeline.vae.streaming.triton_kernels")
 # Lanes beyond the last voxel hold no data; NumPy, which the interpreter computes with, warns of what comes of them.
