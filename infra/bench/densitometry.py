@@ -136,7 +136,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace, seconds: flo
         points = 100 * np.array([r["laa950"] - (reference[_scan(r)] if against_thin else r["known"]) for r in own])
         return {"mean": round(float(points.mean()), 2), "worst": round(float(points[np.argmax(np.abs(points))]), 2)}
 
-    scans_of = [{"noise": n, "kernel": k} for n in NOISE for k in KERNELS]
+    scans_of: list[dict[str, Any]] = [{"noise": n, "kernel": k} for n in NOISE for k in KERNELS]
     found: dict[str, Any] = {
         "bench": "densitometry",
         "bias_points": {m: bias(m) for m in methods},
