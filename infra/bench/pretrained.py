@@ -17,6 +17,7 @@ in infra/bench/results/ (not with --quick).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -24,8 +25,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,18 @@ from refiner import FIT_SEED, HELD_OUT_SEEDS, Case, chest, covered, figures_of, 
 from scipy.ndimage import gaussian_filter1d
 
 from pipeline.archive import open_archive
-from pipeline.forward_model import SliceProfile, apply, fit_pair, project, residual_rms, slice_operator, weights
+from pipeline.forward_model import (
+    ProtocolFit,
+    SliceProfile,
+    apply,
+    fit_pair,
+    project,
+    residual_rms,
+    slice_operator,
+    weights,
+)
 from pipeline.metrics import ssim
-from pipeline.phantom import make_patient
+from pipeline.phantom import PhantomPatient, make_patient
 from pipeline.reading import read_scanned, scan
 from pipeline.refiner import PretrainedModel, RunSettings, load_pretrained, native_bfloat16, thin_slices
 from pipeline.volume import Volume, Window, interpolated
@@ -72,38 +83,51 @@ def main() -> None:
         print(json.dumps(timed(options.stage, options)))
         return
     models = {name: load_pretrained(name) for name in options.models.split(",")}
-    found = {
-        case.name: scores(case, models, options.threads)
-        for case in cases(options)
-        if case.name.startswith(options.only)
-    }
+    found = {}
+    for name, make in cases(options).items():
+        if name.startswith(options.only):
+            found[name] = scores(make(), models, options.threads)
+            print(name, json.dumps(found[name]), file=sys.stderr, flush=True)
     report(found, {} if options.no_speed else speed(options), models, options)
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Everything that is scored; nothing of it was trained on."""
+def cases(options: argparse.Namespace) -> dict[str, Callable[[], Case]]:
+    """Everything that can be scored, by name, made when it is asked for; nothing of it was trained on."""
     group = (1.5, 32, 44, 9.0) if options.quick else (1.5, 128, 64, 9.0)
-    other = make_patient(FIT_SEED, *group[1:3], "APE", protocol(*group))
-    for seed in HELD_OUT_SEEDS[: 1 if options.quick else 2]:
+
+    @functools.cache
+    def other() -> PhantomPatient:
+        return make_patient(FIT_SEED, *group[1:3], "APE", protocol(*group))
+
+    def phantom(seed: int) -> Case:
         patient = make_patient(seed, *group[1:3], "APE" if seed % 2 else "non-APE", protocol(*group))
-        fit = fit_pair(other.thin, other.thick)
-        yield Case(f"phantom {seed % 10}, scanned", *covered(patient.thick, patient.thin), fit)
-    if options.quick:
-        return
-    if (options.real / "chest-contrast-1p5mm.nii.gz").is_file():
-        thin = chest(options.real, options.chest_slices)
-        for thickness in (3.0, 5.0, 7.5):
-            yield simulated(f"chest, {thickness:g} mm box", thin, other.thin, thickness, held_out=False)
-            yield simulated(f"chest, {thickness:g} mm new", thin, other.thin, thickness, held_out=True)
-        yield simulated("chest, 5 mm, sharp kernel", kernel(thin, 1.0), other.thin, 5.0, held_out=False)
-        yield simulated("chest, 5 mm, soft kernel", kernel(thin, -0.7), other.thin, 5.0, held_out=False)
-    if (options.real / "chest-lidc-2p5mm.zip").is_file():
-        yield averaged_by_two("chest 2, 5 mm of 2 x 2.5 mm", read_only(options.real / "chest-lidc-2p5mm.zip"))
-    if (options.real / "ape-layout").is_dir():
+        return Case("phantom", *covered(patient.thick, patient.thin), fit_pair(other().thin, other().thick))
+
+    def of_chest(thickness: float, sharpen: float, *, held_out: bool) -> Case:
+        thin = kernel(chest(options.real, options.chest_slices), sharpen)
+        return simulated("chest", thin, other().thin, thickness, held_out=held_out)
+
+    def half(fitted: tuple[int, int], used: tuple[int, int]) -> Case:
         pair = read_pair(options.real)
-        halves = {name: part(pair, *at, slice(None)) for name, at in {"lower": (0, 14), "upper": (14, 28)}.items()}
-        for fitted, used in (("lower", "upper"), ("upper", "lower")):
-            yield Case(f"head pair, {used} half", halves[used][1], halves[used][0], fit_pair(*halves[fitted]))
+        thin, thick = part(pair, *used, slice(None))
+        return Case("head", thick, thin, fit_pair(*part(pair, *fitted, slice(None))))
+
+    seeds = HELD_OUT_SEEDS[: 1 if options.quick else 2]
+    found: dict[str, Callable[[], Case]] = {f"phantom {s % 10}, scanned": partial(phantom, s) for s in seeds}
+    if options.quick:
+        return found
+    if (options.real / "chest-contrast-1p5mm.nii.gz").is_file():
+        for thickness in (5.0, 7.5, 3.0):
+            for name, held_out in (("box", False), ("new", True)):
+                found[f"chest, {thickness:g} mm {name}"] = partial(of_chest, thickness, 0.0, held_out=held_out)
+        found["chest, sharp kernel, 5 mm box"] = partial(of_chest, 5.0, 1.0, held_out=False)
+        found["chest, soft kernel, 5 mm box"] = partial(of_chest, 5.0, -0.7, held_out=False)
+    if (options.real / "ape-layout").is_dir():
+        found["head pair, upper half"] = partial(half, (0, 14), (14, 28))
+        found["head pair, lower half"] = partial(half, (14, 28), (0, 14))
+    if (options.real / "chest-lidc-2p5mm.zip").is_file():
+        found["second chest, 2 x 2.5 mm"] = lambda: averaged_by_two(largest(options.real / "chest-lidc-2p5mm.zip"))
+    return found
 
 
 def kernel(thin: Volume, sharpen: float) -> Volume:
@@ -113,26 +137,24 @@ def kernel(thin: Volume, sharpen: float) -> Volume:
     return replace(thin, hu=np.clip(np.rint(hu + sharpen * (hu - smooth)), -1024, 3071).astype(np.int16))
 
 
-def read_only(path: Path) -> Volume:
-    """The one series of an archive."""
+def largest(path: Path) -> Volume:
+    """The series of most slices in an archive."""
     source = open_archive(path)
-    (one,) = (s for s in scan(source).series if s.status == "ok")
-    volume = read_scanned(source, one, threads=1)
+    most = max((s for s in scan(source).series if s.status == "ok"), key=lambda s: len(s.pointer_members))
+    volume = read_scanned(source, most, threads=1)
     source.close()
     return volume
 
 
-def averaged_by_two(name: str, thin: Volume) -> Case:
+def averaged_by_two(thin: Volume) -> Case:
     """Thick slices that are the mean of two thin ones each; the operator is then known."""
     z, pairs = np.asarray(thin.geometry.z_mm), len(thin.hu) // 2
     at = z[: 2 * pairs].reshape(-1, 2).mean(axis=1)
     thickness = 2 * thin.geometry.spacing_mm_zyx[0]
     hu = np.rint(thin.hu[: 2 * pairs].reshape(pairs, 2, *thin.hu.shape[1:]).mean(axis=1)).astype(np.int16)
     thick = Volume(hu, replace(thin.geometry.with_z(at), thickness_mm=thickness))
-    other = make_patient(FIT_SEED, 64, 64, "APE", protocol(1.5, 64, 64, 9.0))
-    box = SliceProfile("box", thickness)
-    fit = replace(fit_pair(other.thin, other.thick), profile=box, noise_hu=1.0)
-    return Case(name, thick, Volume(thin.hu[: 2 * pairs], thin.geometry.with_z(z[: 2 * pairs])), fit)
+    known = ProtocolFit(SliceProfile("box", thickness), noise_hu=1.0)
+    return Case("", thick, Volume(thin.hu[: 2 * pairs], thin.geometry.with_z(z[: 2 * pairs])), known)
 
 
 def answers(models: dict[str, PretrainedModel], threads: int) -> dict[str, Answer]:
