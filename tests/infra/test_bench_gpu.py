@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "infra" / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "infra" / "bench"
 BARE = {"correctness", "vae", "unet_64", "unet_128", "vae_before", "unet_64_before", "epoch", "compiled", "profile"}
 
 
