@@ -18,7 +18,7 @@ PACKAGES = ("pipeline", "latentcache", "diffusion", "cli")
 MODULES = {
     "dask": {"dask", "distributed"},
     "ray": {"ray"},
-    "report": {"matplotlib", "PIL"},
+    "report": {"matplotlib"},
     "tensorboard": {"tensorboard"},
     "s3": {"obstore"},
     "nifti": {"nibabel"},
@@ -32,7 +32,6 @@ NEEDS = {
     "latentcache.zarr_view": "zarr",
     "latentcache.storage.s3": "s3",
     "pipeline.report.charts": "report",
-    "pipeline.report.images": "report",
 }
 """Modules that are of no use without their extra, so that importing them is refused; and those that import them."""
 

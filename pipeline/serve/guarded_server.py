@@ -15,10 +15,14 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
-from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
-
+from latentcache import missing_extra
 from pipeline.engines import note
 from pipeline.serve.config import LimitsConfig
+
+try:
+    from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
+except ModuleNotFoundError as error:
+    raise missing_extra("pynetdicom", "pacs", "ctpipe serve") from error
 
 log = logging.getLogger("ctpipe.serve")
 
