@@ -115,20 +115,6 @@ def spell_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def told_of(thick: Any, latent_z_mm: Any, profile: Any = None) -> dict[str, Any]:
-    """What a model may be told of a thick volume: its slices, and where the latent slices of its thin grid lie.
-
-    Args:
-        profile: The measured slice profile; None where the thickness stands for it.
-    """
-    from diffusion.networks import ThickSlices
-
-    had = thick.geometry
-    width = profile.fwhm_mm if profile else 0.0
-    slices = ThickSlices(had.z_mm[0], had.spacing_mm_zyx[0], len(had.z_mm), had.thickness_mm or 0.0, width)
-    return {"thick": slices, "z_mm": latent_z_mm}
-
-
 def _text(result: dict[str, Any], out: Path) -> str:
     text = (
         f"{result['source_slices']} slices -> {result['slices']} at {result['spacing_mm']:g} mm "

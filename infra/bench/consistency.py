@@ -196,10 +196,10 @@ def doubt(half: str, pair: Pair, fit: ProtocolFit, name: str, assumed: SliceProf
 
 def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, Any]:
     """A run's output, as `ctpipe interpolate` makes it."""
-    from cli.commands.interpolate import told_of
     from diffusion.sampling import Interpolator
     from pipeline.vae import load_vae
     from pipeline.workflows import condition_latent, latent_positions
+    from pipeline.workflows.interpolate import told_of
 
     thin, thick = pair
     vae, model = load_vae("tiny"), Interpolator.load(run)
