@@ -56,10 +56,7 @@ _blas: int | None = None
 
 
 def pin(threads: int) -> None:
-    """Use this many threads for the arithmetic of torch and of NumPy's and SciPy's BLAS, and flush denormals to zero.
-
-    Where air is exactly zero, convolutions bring forth denormals, which cost a CPU five times the time and more. The
-    switch is a thread's own, and those that torch makes later for it inherit it.
+    """Use this many threads for the arithmetic of torch and of NumPy's and SciPy's BLAS.
 
     OpenMP's count, torch's, is a thread's own: a new thread of an engine would fall back to all cores. Ray gives its
     workers one thread whatever the driver has, and a BLAS promises equal sums only for equal counts.
@@ -68,7 +65,6 @@ def pin(threads: int) -> None:
     import torch
     from threadpoolctl import threadpool_limits
 
-    torch.set_flush_denormal(True)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if _blas != threads:

@@ -36,7 +36,7 @@ function OnStableStudy(studyId, tags, metadata)
     RestApiPost('/modalities/ctpipe/store', '{"Resources": ["' .. studyId .. '"], "Asynchronous": true}')
 end
 """
-HERE = Path(__file__).parent
+SITE = Path(__file__).parents[1] / "support" / "serve_site.py"
 
 
 def pacs(folder: Path, ctpipe_port: int, ports: tuple[int, int] | None = None, route: bool = True) -> Orthanc:
@@ -147,7 +147,7 @@ def answers(port: int) -> bool:
 def killed_service(
     state: Path, port: int, pacs_port: int, *, pause: float, longest_s: float, kills: int
 ) -> Iterator[Victim]:
-    words = [sys.executable, str(HERE / "serve_site.py"), str(state), str(port), str(pacs_port), str(pause)]
+    words = [sys.executable, str(SITE), str(state), str(port), str(pacs_port), str(pause)]
 
     def start() -> subprocess.Popen[bytes]:
         with (state.parent / "log").open("ab") as errors:
