@@ -1,3 +1,4 @@
+from .directory_entries import is_nifti as is_nifti
 from .discover import (
     DEFAULT_CATEGORIES as DEFAULT_CATEGORIES,
     UNLABELLED as UNLABELLED,

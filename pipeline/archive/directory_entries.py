@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import quote
 
-EntryKind = Literal["file", "folder", "zip", "other-archive", "unusable"]
+EntryKind = Literal["file", "folder", "zip", "nifti", "other-archive", "unusable"]
 
 
 _OTHER_ARCHIVES = re.compile(
@@ -50,6 +50,11 @@ def list_folder(folder: str) -> list[DirectoryEntry]:
     """
     with os.scandir(folder) as entries:
         return [_entry_of(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
+
+
+def is_nifti(name: str | os.PathLike[str]) -> bool:
+    """Return whether a path names a NIfTI file by its ending."""
+    return str(name).casefold().endswith((".nii", ".nii.gz"))
 
 
 def why_unlisted(error: OSError) -> str:
@@ -121,6 +126,8 @@ def _entry_of(entry: os.DirEntry[str]) -> DirectoryEntry:
     found = DirectoryEntry(entry.path, entry.name, "file", info.st_size, info.st_mtime_ns, link)
     if entry.name[-4:].casefold() == ".zip":
         found.kind = "zip"
+    elif is_nifti(entry.name):
+        found.kind = "nifti"
     elif refusal := other_archive(entry.name):
         found.kind, found.refusal = "other-archive", refusal
     return found

@@ -1,4 +1,4 @@
-"""Find the archives of a dataset: zips, folders of DICOM files, and zips on an object store.
+"""Find the archives of a dataset: zips, NIfTI files, folders of DICOM files, and zips on an object store.
 
 Work is linear in the number of files, each of which is looked at once; memory does not grow with them, apart from the
 names of the folder at hand. Archives come out while the rest of the tree is still to be listed.
@@ -19,6 +19,7 @@ from latentcache import InputError
 from latentcache.storage import Entry, local_path, open_location
 from pipeline.archive.directory_entries import (
     DirectoryEntry,
+    is_nifti,
     list_folder,
     open_regular,
     other_archive,
@@ -34,13 +35,14 @@ PREAMBLE = 128
 _IGNORED_FOLDERS = {"__MACOSX"}
 _LOOSE_SUFFIXES = {"", ".dcm", ".dicom", ".ima"}
 """Endings of objects that are DICOM files as a rule; in an object store none is opened to find out."""
+NIFTI_ELSEWHERE = "a NIfTI file in an object store, where only zips are read: copy it to a disk"
 _SPECIAL = frozenset("%?#")
 """Characters of a key that have another meaning in the folders of a URL."""
 
 
 @dataclass(frozen=True)
 class FoundArchive:
-    """A zip or a folder, as the file system or object store describes it.
+    """A zip, a NIfTI file or a folder, as the file system or object store describes it.
 
     ``etag`` changes with the content where size and time do not tell: an object store's own, and for a folder a hash of
     its listing. ``category`` is a label of the allow-list. ``url`` is private: it may name a patient.
@@ -67,13 +69,13 @@ def stream_archives(
 ) -> Iterator[FoundArchive]:
     """Yield every archive below a dataset, in a fixed order, while the tree is being listed.
 
-    A ``.zip`` is an archive; loose files count as one folder for each patient: the first level below the category. What
-    cannot be used is yielded with its refusal: links to nothing or to folders, named pipes, sockets, folders that may
-    not be listed, archives of other kinds. Within a folder that counts as one archive, only its reader reports the
-    former.
+    A ``.zip`` is an archive, and so is a NIfTI file; other loose files count as one folder for each patient: the first
+    level below the category. What cannot be used is yielded with its refusal: links to nothing or to folders, named
+    pipes, sockets, folders that may not be listed, archives of other kinds. Within a folder that counts as one archive,
+    only its reader reports the former.
 
     Args:
-        dataset: A folder, a single zip, or an object store's URL such as s3://bucket/prefix.
+        dataset: A folder, a single zip or NIfTI file, or an object store's URL such as s3://bucket/prefix.
         categories: Allow-list of labels; the topmost folder with such a name labels what lies below it.
         exclude: Folders not to enter (the store itself may lie inside the dataset).
 
@@ -220,7 +222,7 @@ def _objects(url: str, entries: Iterable[Entry], name: str, categories: Sequence
     for entry in entries:
         path = PurePosixPath(entry.path)
         category = category_of([*path.parts[:-1], name], categories)
-        refusal = other_archive(path.name)
+        refusal = other_archive(path.name) or (NIFTI_ELSEWHERE if is_nifti(path.name) else "")
         if refusal or path.suffix.casefold() == ".zip":
             modified = int(entry.modified * 1e9)
             where = "/".join((url, *map(_literal, path.parts[:-1]), path.name))

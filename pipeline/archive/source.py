@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from latentcache import InputError
 from latentcache.storage import local_path
-from pipeline.archive.directory_entries import list_folder, open_regular, unlisted_folder, url_of
+from pipeline.archive.directory_entries import is_nifti, list_folder, open_regular, unlisted_folder, url_of
 from pipeline.archive.zip_directory import (
     LOCAL_HEADER,
     LOCAL_NAME_SPARE,
@@ -297,6 +297,18 @@ class FolderSource(_MemberTable):
         """Nothing is held open."""
 
 
+class FileSource(FolderSource):
+    """One file that is no archive, a NIfTI volume, as the only member of a source."""
+
+    def __init__(self, path: Path) -> None:
+        self.url = url_of(str(path))
+        self._root = path.parent
+        info = path.stat()
+        shown = os.fsencode(path.name).decode(errors="backslashreplace")
+        self._odd_names = {0: path.name}
+        _MemberTable.__init__(self, [Member(0, shown, info.st_size, info.st_size, None, stamp=info.st_mtime_ns)])
+
+
 def _files_below(path: Path, limits: Limits) -> tuple[list[Member], dict[int, str]]:
     """Members of a folder, and by number the true names of those whose name is not valid UTF-8."""
     root = path.resolve()
@@ -333,7 +345,8 @@ def _files_below(path: Path, limits: Limits) -> tuple[list[Member], dict[int, st
 
 
 def open_archive(url: str | Path, limits: Limits | None = None) -> Source:
-    """Open a zip (a path, file:// or an object store's URL such as s3://bucket/key.zip) or a folder of DICOM files.
+    """Open a zip (a path, file:// or an object store's URL such as s3://bucket/key.zip), a folder of DICOM files, or a
+    NIfTI file.
 
     Raises:
         InputError: No zip.
@@ -349,6 +362,8 @@ def open_archive(url: str | Path, limits: Limits | None = None) -> Source:
     if path.is_dir():
         return FolderSource(path, limits)
     try:
+        if is_nifti(path):
+            return FileSource(path)
         reader = LocalFile(path)
     except OSError as error:
         raise StorageError(

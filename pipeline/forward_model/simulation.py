@@ -1,4 +1,4 @@
-"""Draw thick slices for a thin series, as scanners average them: profile, spacing, overlap, phase, noise."""
+"""Draw thick slices for a thin series, as scanners make them: profile, spacing, overlap, phase, noise, kernel."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ BLUR = (0.2, 0.5)
 """Blur of a blurred box, in its widths."""
 NOISE_HU = (2.0, 8.0)
 """Noise of a thick slice at its own dose."""
+OTHER_KERNEL = 0.4
+"""Share of thick series that were reconstructed by another kernel than the thin one."""
+SOFTER = 0.7
+"""Share of those whose kernel is softer, as thick series' are as a rule: a blur, else an unsharp mask."""
+BLUR_MM, SHARP_MM, SHARPENING = (0.3, 0.7), 0.6, (0.2, 0.6)
 MIN_SLICES = 3
 MIN_WEIGHT = 1e-4
 
@@ -45,7 +50,19 @@ def draw_thick(thin: Geometry, thickness_mm: float, key: str, thin_noise_hu: flo
     kept = thin_noise_hu * float(np.sqrt(np.mean([np.square(row).sum() for row in without.weights])))
     wanted = float(rng.uniform(*NOISE_HU))
     added = float(np.sqrt(max(0.0, wanted**2 - kept**2)))
-    return replace(without, noise_hu=round(added, 3), seed=int(rng.integers(2**31)))
+    seed = int(rng.integers(2**31))
+    pixels, gain = drawn_kernel(rng, thin.spacing_mm_zyx[1])
+    return replace(without, noise_hu=round(added, 3), seed=seed, kernel_pixels=pixels, kernel_gain=gain)
+
+
+def drawn_kernel(rng: np.random.Generator, pixel_mm: float) -> tuple[float, float]:
+    """Width in pixels and gain of `SimulatedThick`'s kernel; (0, 0) where both series share one."""
+    other, softer = rng.random() < OTHER_KERNEL, rng.random() < SOFTER
+    if not other:
+        return 0.0, 0.0
+    if softer:
+        return round(float(rng.uniform(*BLUR_MM)) / pixel_mm, 3), -1.0
+    return round(SHARP_MM / pixel_mm, 3), round(float(rng.uniform(*SHARPENING)), 3)
 
 
 def thick_under(

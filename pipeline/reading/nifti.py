@@ -33,19 +33,16 @@ class NiftiSeries:
     digest: str
 
 
-def is_nifti(source: str | Path) -> bool:
-    """Whether a path names a NIfTI file by its ending."""
-    return str(source).lower().endswith((".nii", ".nii.gz"))
-
-
 def read_nifti(path: str | Path) -> NiftiSeries:
     """Read a file.
 
     Raises:
         InputError: nibabel is not installed, the file is damaged, it states no affine or no lengths in mm, it is no
-            single volume, its rows and columns are oblique to each other, or its values are not finite.
+            single volume, its rows and columns are oblique to each other, its values are not finite, or it changed
+            while it was read.
     """
     path = Path(path)
+    before = _stamp(path)
     image = _opened(path)
     affine = np.asarray(image.affine, np.float64)
     array = _voxels(image)
@@ -55,7 +52,10 @@ def read_nifti(path: str | Path) -> NiftiSeries:
     if not np.isfinite(values).all():
         raise _refused("values that are NaN or infinite", "finite HU", "Fill them with air, -1024, or write it anew.")
     geometry, flags = lattice(layout.affine_lps(affine, values.shape), values.shape)
-    return NiftiSeries(Volume(_as_hu(values), geometry, flags=flags), layout, _digest(path))
+    volume, digest = Volume(_as_hu(values), geometry, flags=flags), _digest(path)
+    if _stamp(path) != before:
+        raise _refused("bytes that changed while it was read", "a file at rest", "Run the command again.")
+    return NiftiSeries(volume, layout, digest)
 
 
 def lattice(affine: NDArray[np.float64], shape: tuple[int, ...]) -> tuple[Geometry, tuple[str, ...]]:
@@ -124,6 +124,15 @@ def _as_hu(values: NDArray[Any]) -> NDArray[Any]:
     if whole and values.min() >= -32768 and values.max() <= 32767:
         return np.ascontiguousarray(values, dtype=np.int16)
     return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of change; None where there is no file, which reading reports."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_size, info.st_mtime_ns
 
 
 def _digest(path: Path) -> str:

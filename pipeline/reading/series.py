@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from latentcache import InputError, SeriesRole
-from pipeline.archive import Source, StorageError
+from latentcache.storage import local_path
+from pipeline.archive import Source, StorageError, is_nifti
 from pipeline.reading.assembly import assemble
 from pipeline.reading.codecs import LOSSY_SYNTAXES
 from pipeline.reading.header import Header
 from pipeline.reading.instance import Instance
+from pipeline.reading.nifti import read_nifti
 from pipeline.reading.public_attributes import known_kernel
 from pipeline.reading.read_headers import read_instances, source_header
 from pipeline.reading.stacks import THIN_BELOW_MM, Stack
@@ -31,6 +33,10 @@ def as_requested(one: ScannedSeries) -> ScannedSeries:
     )
 
 
+NIFTI_FLAG = "nifti"
+"""Of a series from a NIfTI file, which states neither what was measured nor how thick slices are, nor of whom."""
+AIR_HU = -200
+"""CT shows air around or in the patient; values that never fall below this are no HU, or are cut from within."""
 _MODALITIES = frozenset({"CT", "MR", "PT", "NM", "US", "CR", "DX", "XA", "MG", "SR", "PR", "KO", "SEG"})
 
 
@@ -100,6 +106,8 @@ def scan(source: Source, *, keep_instances: bool = False) -> ScanResult:
     Raises:
         StorageError: The place of the source fails to answer.
     """
+    if is_nifti(source.url):
+        return _scan_nifti(source)
     problems: list[tuple[int, str]] = []
     ignored: list[tuple[int, str]] = []
     instances = read_instances(source, problems, ignored)
@@ -114,6 +122,41 @@ def scan(source: Source, *, keep_instances: bool = False) -> ScanResult:
         stacks = assemble(group, lambda a, b: _same_pixels(source, a, b))
         found.extend(_describe(source, stack, names, keep_instances) for stack in stacks)
     return ScanResult(found, problems, ignored)
+
+
+def _scan_nifti(source: Source) -> ScanResult:
+    """The volume of a NIfTI file, whose keys derive from its bytes; what shows no air, such as a mask, is no CT."""
+    try:
+        found = read_nifti(local_path(source.url))
+    except InputError as error:
+        return ScanResult([], [(0, error.found)], [])
+    geometry, digest = found.volume.geometry, found.digest[:32]
+    uid = _surrogate("nifti", found.digest)
+    is_ct = found.volume.hu.min() <= AIR_HU
+    thick = geometry.spacing_mm_zyx[0] >= THIN_BELOW_MM
+    one = ScannedSeries(
+        pointer_members=tuple((source.url, 0, slot) for slot in range(geometry.shape_zyx[0])),
+        geometry=geometry,
+        header=found.volume.header,
+        status="ok",
+        reason="" if is_ct else "values without air, so a mask or no CT in HU",
+        flags=(*found.volume.flags, NIFTI_FLAG),
+        role_hint="other" if not is_ct else "thick" if thick else "thin",
+        series_uid=uid,
+        discriminator="",
+        study_uid=uid,
+        patient_id="",
+        frame_uid=uid,
+        acquisition="",
+        kernel="",
+        kernel_text="",
+        modality="CT" if is_ct else "OT",
+        folder_hint="",
+        transfer_syntax="",
+        source_digest=digest,
+        seal=digest,
+    )
+    return ScanResult([one], [], [])
 
 
 def pointer_of(scanned: ScannedSeries, series_key: str = "") -> SeriesPointer:

@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 
 from latentcache import InputError
-from pipeline.archive import Scratch, Source, open_archive
+from latentcache.storage import local_path
+from pipeline.archive import Scratch, Source, is_nifti, open_archive
 from pipeline.reading.assembly import order
 from pipeline.reading.instance import Instance
+from pipeline.reading.nifti import read_nifti
 from pipeline.reading.pixels import FrameReader, hu_dtype, rescale_into
 from pipeline.reading.read_headers import read_instances, source_header
-from pipeline.reading.series import ScannedSeries, digest_and_seal, pointer_of
+from pipeline.reading.series import NIFTI_FLAG, ScannedSeries, digest_and_seal, pointer_of
 from pipeline.reading.stacks import Stack
 from pipeline.volume import SeriesPointer, SimulatedThick, Volume, on_even_positions
 
@@ -40,7 +42,10 @@ def read_series(pointer: SeriesPointer, *, threads: int = 1) -> Volume:
         InputError: An archive or slice is gone, damaged, of another series, or no longer what it was; names no file.
     """
     with ExitStack() as opened:
-        volume = _read(pointer, _slices(pointer, opened), threads)
+        if is_nifti(pointer.members[0][0] if pointer.members else ""):
+            volume = _read_nifti(pointer)
+        else:
+            volume = _read(pointer, _slices(pointer, opened), threads)
         volume = on_even_positions(volume) if pointer.even else volume
         return SimulatedThick.from_json(pointer.simulated).of(volume) if pointer.simulated else volume
 
@@ -51,8 +56,22 @@ def check_series(pointer: SeriesPointer) -> str:
     Raises:
         InputError: As `read_series`, but for damage that only pixels show.
     """
+    if is_nifti(pointer.members[0][0] if pointer.members else ""):
+        return _read_nifti(pointer).source_digest
     with ExitStack() as opened:
         return _recognised(pointer, _slices(pointer, opened))[1]
+
+
+def _read_nifti(pointer: SeriesPointer) -> Volume:
+    """The volume of a NIfTI file, once its bytes are known to be those that the pointer was made for."""
+    path = local_path(pointer.members[0][0])
+    if not path.is_file():
+        raise _changed("its file is no longer there")
+    found = read_nifti(path)
+    digest = found.digest[:32]
+    if pointer.seal not in ("", digest) or len(found.volume.hu) != len(pointer.members):
+        raise _changed("its file holds other bytes than were ingested")
+    return replace(found.volume, flags=(*found.volume.flags, NIFTI_FLAG), source_digest=digest)
 
 
 def _slices(pointer: SeriesPointer, opened: ExitStack) -> list[Slice]:

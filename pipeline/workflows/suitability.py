@@ -7,11 +7,10 @@ import re
 import numpy as np
 
 from latentcache import InputError
+from pipeline.reading import AIR_HU
 from pipeline.refiner import PretrainedCard, outside
 from pipeline.volume import Geometry, Volume
 
-AIR_HU = -200
-"""CT shows air around or in the patient; values that never fall below this are no HU, or are cut from within."""
 BODY_HU = -300
 EDGE_SHARE = 0.3
 """Share of the outermost pixels inside the body from which on the field of view is said to be cropped."""

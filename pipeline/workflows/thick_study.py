@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from latentcache import InputError
-from pipeline.archive import open_archive
+from pipeline.archive import is_nifti, open_archive
 from pipeline.identity import Keys, is_placeholder_id
-from pipeline.reading import is_nifti, read_nifti, read_series, scan
+from pipeline.reading import read_nifti, read_series, scan
 from pipeline.volume import Geometry, NiftiLayout, SeriesPointer, Volume
 from pipeline.writing import SeriesIdentity
 

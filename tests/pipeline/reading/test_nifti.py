@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from latentcache import InputError
-from pipeline.reading import is_nifti, read_nifti
+from pipeline.archive import is_nifti
+from pipeline.reading import read_nifti
 from tests.support.nifti_files import RAS, body, nifti
 
 

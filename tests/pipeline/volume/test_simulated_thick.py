@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,3 +37,24 @@ def test_noise_has_the_stated_strength_is_not_white_and_repeats() -> None:
     assert np.mean(noise[:, 1:] * noise[:, :-1]) > 0.3 * noise.var()
     np.testing.assert_array_equal(made.hu, noisy.of(thin(256)).hu)
     assert not np.array_equal(noise, made.hu[1].astype(float) - 350)
+
+
+def edge() -> Volume:
+    one = thin()
+    one.hu[:, :, 32:] += 400
+    return one
+
+
+@pytest.mark.parametrize(("pixels", "gain"), [(0.7, -1.0), (0.8, 0.5)])
+def test_another_kernel_blurs_or_sharpens_edges_and_keeps_the_mean(pixels: float, gain: float) -> None:
+    plain, made = DRAWN.of(edge()).hu, replace(DRAWN, kernel_pixels=pixels, kernel_gain=gain).of(edge()).hu
+    assert made.mean() == pytest.approx(plain.mean(), abs=0.5)
+    step, other = np.abs(np.diff(plain[0, 10].astype(float))).max(), np.abs(np.diff(made[0, 10].astype(float))).max()
+    assert (other < 0.7 * step) if gain < 0 else (other > 1.2 * step)
+    assert made[0, 10, 10] == plain[0, 10, 10]
+
+
+def test_what_an_older_store_recorded_has_one_kernel() -> None:
+    raw = json.loads(DRAWN.to_json())
+    del raw["kernel_pixels"], raw["kernel_gain"]
+    assert SimulatedThick.from_json(json.dumps(raw)) == DRAWN
