@@ -36,6 +36,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file infra/mypy.ini
 	$(BIN)/lint-imports
 
 # The site, without a network; a broken link, a name that is gone or a docstring that contradicts its code fails it.

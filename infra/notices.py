@@ -68,7 +68,7 @@ def canonical(name: str) -> str:
 def licence(found: Distribution) -> str:
     """Licence as stated: SPDX expression (PEP 639), else classifiers, else the first line of the free text."""
     metadata = found.metadata
-    expression = metadata.get("License-Expression")
+    expression = metadata.get("License-Expression")  # type: ignore[attr-defined]
     if expression:
         return str(expression)
     classified = [
@@ -76,7 +76,7 @@ def licence(found: Distribution) -> str:
     ]
     if classified:
         return ", ".join(classified)
-    free = [line.strip() for line in str(metadata.get("License") or "").splitlines() if line.strip()]
+    free = [line.strip() for line in str(metadata.get("License") or "").splitlines() if line.strip()]  # type: ignore[attr-defined]
     if free:
         return free[0]
     return "see its licence file" if licence_texts(found) else NO_LICENCE

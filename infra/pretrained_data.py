@@ -228,7 +228,7 @@ def _along_z(
 ) -> tuple[slice, NDArray[np.float64], slice]:
     """Source slices to read, thick positions (absolute mm) that the estimate sees, and which of those are shown."""
     z = step * np.arange(count)
-    every = positions(z, scan.spacing_mm, scan.phase)
+    every = positions(np.asarray(z, np.float64), scan.spacing_mm, scan.phase)
     shown = min(size.thick, len(every))
     k = int(rng.integers(len(every) - shown + 1))
     low, high = max(0, k - CONTEXT), min(len(every), k + shown + CONTEXT)
@@ -270,7 +270,7 @@ def _in_plane(
     wide = scan.soft[1] * scan.pixel_mm
     for axis in (1, 2):
         n = out.shape[axis]
-        at_mm = (np.arange(counts[axis - 1]) + 0.5) * scan.pixel_mm - 0.5 * steps[axis]
+        at_mm = np.asarray((np.arange(counts[axis - 1]) + 0.5) * scan.pixel_mm - 0.5 * steps[axis], np.float64)
         weights = sampling(n, steps[axis], at_mm, wide)
         out = np.moveaxis(np.moveaxis(out, axis, -1) @ weights.T, -1, axis)
     return np.ascontiguousarray(out)

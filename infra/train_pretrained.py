@@ -438,7 +438,7 @@ def train(options: argparse.Namespace, recipe: Recipe) -> None:
             keep(state, recipe, options.work)
             gains = held_out_gain(state.average, patches, half) if state.step % LOOK_EVERY == 0 or last else gains
             linear, refined, norm = (float(np.mean([e[k] for e in errors])) for k in ("linear", "refined", "norm"))
-            line = {"step": state.step, "cpu_seconds": round(state.cpu_seconds), "norm": round(norm, 3)}
+            line: dict[str, Any] = {"step": state.step, "cpu_seconds": round(state.cpu_seconds), "norm": round(norm, 3)}
             line |= {"gain_db": round(10 * float(np.log10(linear / refined)), 3), "held_out_db": gains}
             with (options.work / "log.jsonl").open("a") as out:
                 out.write(json.dumps(line) + "\n")

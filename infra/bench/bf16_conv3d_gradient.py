@@ -30,7 +30,7 @@ def convolution(x: Tensor, weight: Tensor, seen: Tensor, dtype: torch.dtype) -> 
     dirt = [torch.full((n,), 1e30) for n in (1_000, 100_000, 1_000_000)]
     del dirt
     leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight)]
-    out = F.conv3d(*leaves, padding=1)
+    out = F.conv3d(leaves[0], leaves[1], padding=1)
     by_x, by_weight = torch.autograd.grad(out, leaves, seen.to(dtype))
     return [t.detach().double() for t in (out, by_weight, by_x)]
 

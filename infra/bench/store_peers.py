@@ -33,7 +33,7 @@ def filled_store(root: Path, arrays: list[np.ndarray]) -> Any:
 
     store = LatentStore.create(root, secret_fingerprint="bench")
     key = store.register_encoding(Encoding("0" * 64, {}, 40, 400))
-    valid = tuple(4 * n for n in SHAPE[1:])
+    valid = (4 * SHAPE[1], 4 * SHAPE[2], 4 * SHAPE[3])
     with store.writer() as writer:
         for n, array in enumerate(arrays):
             row = store.stage(

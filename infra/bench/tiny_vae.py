@@ -89,7 +89,7 @@ def real_head(vae: Vae, clock: Clock, folder: Path, quick: bool) -> dict[str, fl
     volumes = [read_series(pointer_of(one)) for one in scan(source).series]
     thick, thin = sorted(volumes, key=lambda v: v.hu.shape[0])
     if quick:
-        geometry = thin.geometry.with_z(thin.geometry.z_mm[40:72])
+        geometry = thin.geometry.with_z(list(thin.geometry.z_mm[40:72]))
         thin = Volume(thin.hu[40:72], geometry)
     return measure_pair(vae, clock, thin, thick, Window())
 

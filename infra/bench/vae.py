@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=5, metavar=("WHO", "PART", "DEPTH", "SIDE", "REPEATS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        who, part, *numbers = options.child
-        print(json.dumps(_measure(who, part, *map(int, numbers), options.threads)))
+        who, part, depth, side, repeats = options.child
+        print(json.dumps(_measure(who, part, int(depth), int(side), int(repeats), options.threads)))
         return
     path = RESULTS / f"vae-cpu{'-quick' if options.quick else ''}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if options.only and path.exists() else {}
@@ -129,7 +129,11 @@ def _measure(who: str, part: str, depth: int, side: int, repeats: int, threads: 
         vae = Vae(VaeWeights(state, architecture, ""), torch.device("cpu"))
         if part == "error":
             return {"error": max(relative_errors(vae, unit, monai_maisi(state)).values())}
-        plan = vae.plan_encode((depth, side, side)) if part == "encode" else vae.plan_decode(latent.shape[1:])
+        plan = (
+            vae.plan_encode((depth, side, side))
+            if part == "encode"
+            else vae.plan_decode((latent.shape[1], latent.shape[2], latent.shape[3]))
+        )
         facts["predicted_gib"] = plan.device_bytes / 2**30
 
         def run() -> Any:
