@@ -78,6 +78,10 @@ def _resolved(context: typer.Context, device: str) -> str:
 
 
 Device = Annotated[str, typer.Option(callback=_resolved, help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Arithmetic of the VAE: auto (as its latents were encoded), fp32 or bf16."),
+]
 MemoryGib = Annotated[float | None, typer.Option(help="Memory budget of the VAE on each device, GiB.")]
 
 

@@ -1,3 +1,4 @@
+from .device_memory import held_by_others as held_by_others
 from .errors import (
     CorruptLatentError as CorruptLatentError,
     CtpipeError as CtpipeError,
@@ -15,6 +16,7 @@ from .numerics import (
     check_bf16_convolutions as check_bf16_convolutions,
     compute_dtype as compute_dtype,
     device_kind as device_kind,
+    dtype_for_latents as dtype_for_latents,
     full_float32 as full_float32,
 )
 from .queries import pairs_where as pairs_where, series_where as series_where

@@ -6,12 +6,21 @@ PyTorch is imported where it is needed, so that a store can be read without it.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from latentcache.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+
+class Computed(Protocol):
+    """What says in which arithmetic latents were computed; `Encoding` does."""
+
+    @property
+    def compute_dtype(self) -> str: ...
+    @property
+    def device_kind(self) -> str: ...
 
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -44,6 +53,18 @@ def compute_dtype(precision: str, device: str) -> str:
     if precision == "auto":
         return "bfloat16" if device_kind(device) == "cuda" else "float32"
     return {"fp32": "float32", "bf16": "bfloat16"}[precision]
+
+
+def dtype_for_latents(precision: str, device: str, latents: Computed) -> str:
+    """The dtype that a VAE computes in beside stored latents: with ``auto`` the latents' own where the device is of
+    their kind, else the device's; ``fp32`` and ``bf16`` ask for another.
+
+    Raises:
+        InputError: An unknown precision.
+    """
+    if precision == "auto" and device_kind(device) == latents.device_kind:
+        return latents.compute_dtype
+    return compute_dtype(precision, device)
 
 
 def full_float32() -> None:

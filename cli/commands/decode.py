@@ -13,6 +13,7 @@ from cli.options import (
     Answer,
     DaskScheduler,
     Detail,
+    Dtype,
     Engine,
     Enhanced,
     Gpus,
@@ -80,6 +81,7 @@ def decode(
     threads: Threads = 2,
     series_timeout: SeriesTimeout = None,
     memory_gib: MemoryGib = None,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> int:
     """Write stored thin latents, or thin latents sampled from thick ones, as DICOM series.
@@ -109,6 +111,7 @@ def decode(
         consistency=consistency, refiner=refiner, transfer_syntax=transfer_syntax, enhanced=enhanced,
         restore_identity=restore_identity,
         private=private, device=spread.devices[0], threads=threads, memory_gib=memory_gib, engine=spread,
+        precision=dtype,
     )  # fmt: skip
     with progress_bars() as show:
         summary = run(job, show)

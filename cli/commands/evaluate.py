@@ -12,6 +12,7 @@ from cli.options import (
     DaskScheduler,
     Detail,
     Device,
+    Dtype,
     MemoryGib,
     Private,
     RayAddress,
@@ -51,6 +52,7 @@ def evaluate(
     refiner: RefinerChoice = None,
     device: Device = "auto",
     memory_gib: MemoryGib = None,
+    dtype: Dtype = "auto",
     private: Private = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate this many pairs at most.")] = None,
     engine: Annotated[
@@ -90,6 +92,7 @@ def evaluate(
     common: dict[str, Any] = {
         "split": split, "vae": vae, "sampler": sampler, "steps": steps, "samples": samples, "seed": seed,
         "detail": detail, "consistency": consistency, "device": device, "memory_gib": memory_gib, "limit": limit,
+        "precision": dtype,
         "regression": regression, "refiner": refiner,
     }  # fmt: skip
     if protocol != "rplhr" and (protocol != "window" or run is None):

@@ -14,6 +14,7 @@ from cli.options import (
     Consistency,
     Detail,
     Device,
+    Dtype,
     Enhanced,
     MemoryGib,
     RefinerChoice,
@@ -67,6 +68,7 @@ def interpolate(
     ] = False,
     device: Device = "auto",
     memory_gib: MemoryGib = None,
+    dtype: Dtype = "auto",
     page: Annotated[bool, typer.Option(help="Write OUT/KEY.html: before and after, what to trust.")] = True,
     as_json: AsJson = False,
 ) -> int:
@@ -95,6 +97,7 @@ def interpolate(
         source, out, model or checkpoint, spacing_mm, trained_spacing_mm, vae, Sampling(sampler, steps, samples, seed),
         uncertainty, uncertainty_map, detail, consistency, fwhm_mm, refiner, transfer_syntax, enhanced,
         restore_identity, device, memory_gib, answer=answer, page=page, alarm_map=alarm_map,
+        precision=dtype,
     )  # fmt: skip
 
     def estimate(seconds: float, shape: tuple[int, ...]) -> None:

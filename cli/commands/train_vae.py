@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.options import Device, Private
+from cli.options import Device, Dtype, Private
 from cli.output import AsJson, Exit, emit, progress_wanted, training_bar
 
 
@@ -31,6 +31,7 @@ def train_vae(
     vgg: Annotated[Path | None, typer.Option(help="State dict of torchvision's vgg19.")] = None,
     discriminator_weight: Annotated[float, typer.Option(min=0, help="Weight of a patch discriminator.")] = 0.0,
     device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of crops and noise.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT's folder .run.")] = False,
     private: Private = None,
@@ -60,6 +61,7 @@ def train_vae(
         perceptual_weight=perceptual_weight,
         discriminator_weight=discriminator_weight,
         seed=seed,
+        precision=dtype,
     )
     job = VaeTrainingJob(out, config, vae, store, window, vgg, device, private, resume)
     with training_bar(progress_wanted()) as show:

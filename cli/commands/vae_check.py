@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Device, MemoryGib, Private
+from cli.options import Device, Dtype, MemoryGib, Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr
 
 
@@ -24,6 +24,7 @@ def vae_check(
     sample: Annotated[int, typer.Option(min=1, help="Series to measure.")] = 4,
     device: Device = "auto",
     memory_gib: MemoryGib = None,
+    dtype: Dtype = "auto",
     plot: Annotated[Path | None, typer.Option(help="Also draw the figures into this .png or .svg.")] = None,
     private: Private = None,
     as_json: AsJson = False,
@@ -38,11 +39,11 @@ def vae_check(
     """
     from rich.progress import Progress
 
-    from latentcache import LatentStore
+    from latentcache import LatentStore, compute_dtype
     from pipeline.evaluation import as_dict, check, plot as draw, sample_series, summarise, table
     from pipeline.identity import PrivateStore
     from pipeline.reading import read_series
-    from pipeline.vae import load_vae
+    from pipeline.vae import load_decoder
     from pipeline.volume import Window
 
     names = [name.strip() for name in windows.split(",") if name.strip()]
@@ -50,7 +51,7 @@ def vae_check(
         Window.parse(name)
     chosen = sample_series(LatentStore.open(store).series(), sample)
     pointers = PrivateStore.open(store, private)
-    network = load_vae(vae, device=device, memory_gib=memory_gib)
+    network = load_decoder(device, spec=vae, memory_gib=memory_gib, dtype=compute_dtype(dtype, device))
     with Progress(console=stderr, disable=not progress_wanted()) as progress:
         bar = progress.add_task("round trips", total=len(chosen) * len(names))
         scores = check(

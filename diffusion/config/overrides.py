@@ -119,7 +119,7 @@ def convert(value: Any, hint: Any, key: str, where: str) -> Any:
             return None
         return convert(value, next(a for a in arguments if a is not type(None)), key, where)
     if origin is Literal:
-        if value in arguments:
+        if any(type(value) is type(known) and value == known for known in arguments):  # 1 is not true
             return value
     elif origin is tuple and isinstance(value, (list, tuple)):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)

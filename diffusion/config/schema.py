@@ -92,6 +92,7 @@ class OptimiserConfig:
         final_fraction: Where the cosine ends, as a share of ``learning_rate``.
         ema_std: Relative width of the power-function EMA (Karras et al. 2023, section 3.1); 0 switches it off.
         precision: ``auto`` is bf16 autocast on a GPU and fp32 on a CPU.
+        compile: ``torch.compile`` of every kind of block once (``blocks``, or true), of the ``whole`` network, or none.
     """
 
     learning_rate: float = 1e-4
@@ -106,7 +107,7 @@ class OptimiserConfig:
     clip_norm: float = 1.0
     ema_std: float = 0.1
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    compile: bool = False
+    compile: Literal[False, True, "blocks", "whole"] = False
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,10 @@ def assume_fused(fused: bool = True) -> Iterator[None]:
 
 def is_fused(x_BCDHW: Tensor) -> bool:
     """Whether `norm_act` may be called for this activation."""
+    if torch.compiler.is_compiling():  # first: what follows would break a compiled block's graph in two
+        return False
     assumed = _ASSUMED.get()
-    if assumed is False or torch.compiler.is_compiling() or x_BCDHW.ndim != 5:
+    if assumed is False or x_BCDHW.ndim != 5:
         return False
     if not x_BCDHW.is_contiguous(memory_format=torch.channels_last_3d) and not isinstance(x_BCDHW, FakeTensor):
         return False

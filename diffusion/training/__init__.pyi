@@ -1,5 +1,12 @@
 from .compilation import what_compilation_lacks as what_compilation_lacks
-from .distributed import World as World, default_device as default_device, join as join, leave as leave
+from .distributed import (
+    World as World,
+    default_device as default_device,
+    join as join,
+    leave as leave,
+    reshard as reshard,
+    shard as shard,
+)
 from .launch import (
     become_torchrun as become_torchrun,
     check_gpus as check_gpus,

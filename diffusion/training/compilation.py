@@ -28,7 +28,7 @@ def check_compilation() -> None:
     """
     if missing := what_compilation_lacks():
         raise InputError(
-            f"optimiser.compile = true without a {' and without '.join(missing)}",
+            f"optimiser.compile without a {' and without '.join(missing)}",
             expected="what torch.compile builds its kernels with",
             remedy="Install gcc and Python's headers (apt-get install gcc libc6-dev python3-dev), or --set "
             "optimiser.compile=false.",

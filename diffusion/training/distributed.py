@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.networks import contiguous_weights
+from diffusion.training.regional import compile_blocks
 
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
 """Ranks wait this long for one that validates or saves."""
@@ -70,37 +71,49 @@ def leave() -> None:
 
 
 def spread(module: nn.Module, world: World, strategy: Literal["ddp", "fsdp"], *, bf16: bool = False) -> nn.Module:
-    """The module as all ranks train it: itself, a DDP wrapper around it, or itself sharded in place (FSDP2).
-
-    FSDP2 shards every large child and the root, so that weights, gradients and the optimiser's moments are each kept
-    once over all ranks. It refuses weights that are not contiguous: they become so, and the activations take their
-    channels-last layout from the input instead.
-
-    Args:
-        bf16: The forward pass runs under bf16 autocast: FSDP2 then gathers weights in bf16, half the traffic of
-            float32, and still sums gradients in float32.
-    """
+    """The module as all ranks train it: itself, a DDP wrapper around it, or itself sharded in place (see `shard`)."""
     if world.size == 1:
         return module
     if strategy == "fsdp":
-        contiguous_weights(module)
-        mesh = init_device_mesh(world.device.type, (world.size,))
-        # Inputs keep their precision: times that are rounded to bf16 fall together.
-        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        policy = half if bf16 else MixedPrecisionPolicy()
-        for child in _large_children(module):
-            fully_shard(child, mesh=mesh, mp_policy=policy)
-        return cast(nn.Module, fully_shard(module, mesh=mesh, mp_policy=policy))
+        return shard(module, world, bf16=bf16)
     devices = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices)
 
 
-def compile_after_spreading(module: nn.Module) -> None:
-    """Compile a module that :func:`spread` has spread: whole, or, where it is sharded, block by block, so that no graph
-    holds a gather of weights."""
+def shard(module: nn.Module, world: World, *, bf16: bool = False) -> nn.Module:
+    """Shard a module in place over all ranks (FSDP2): every large child and the root, so that weights, gradients and
+    the optimiser's moments are each kept once.
+
+    FSDP2 refuses weights that are not contiguous: they become so, and the activations take their channels-last layout
+    from the input instead.
+
+    Args:
+        bf16: The forward pass runs under bf16 autocast: weights are then gathered in bf16, half the traffic of float32,
+            and gradients still summed in float32.
+    """
+    contiguous_weights(module)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    # Inputs keep their precision: times that are rounded to bf16 fall together.
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = half if bf16 else MixedPrecisionPolicy()
+    for child in _large_children(module):
+        fully_shard(child, mesh=mesh, mp_policy=policy)
+    return cast(nn.Module, fully_shard(module, mesh=mesh, mp_policy=policy))
+
+
+def compile_after_spreading(module: nn.Module, extent: Literal[True, "blocks", "whole"], backend: str) -> None:
+    """Compile a module that `spread` has spread.
+
+    Args:
+        extent: ``blocks`` (or True): every kind of block of a U-Net once, seconds instead of minutes; a module that has
+            none is compiled whole. ``whole``: in one graph, or, where it is sharded, one graph per sharded child. No
+            graph holds a gather of weights in either case.
+    """
+    if extent != "whole" and compile_blocks(module, backend):
+        return
     parts = _large_children(module) if isinstance(module, FSDPModule) else [module]
     for part in parts:
-        part.compile()
+        part.compile(backend=backend)
 
 
 def reshard(module: nn.Module) -> None:

@@ -27,6 +27,9 @@ from diffusion.training.optimiser import build_adamw, learning_rate
 from diffusion.training.throughput import Meter, Progress
 from latentcache import InputError
 
+COMPILER = "inductor"
+"""The backend of ``torch.compile``."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -127,7 +130,7 @@ class Trainer:
         self.parameter_count = sum(p.numel() for p in module.parameters())
         self.model = spread(module, self.world, config.parallel.strategy, bf16=self._in_bf16)
         if config.optimiser.compile:
-            compile_after_spreading(module)
+            compile_after_spreading(module, config.optimiser.compile, COMPILER)
         settings = config.optimiser
         self.optimizer = build_adamw(module, settings, self.world.device)
         self.ema = PowerEma(module, settings.ema_std) if settings.ema_std > 0 else None

@@ -6,12 +6,17 @@ step; compiled block by block, every width is compiled once and used again (PyTo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from diffusion.networks import DepthAttention, ResidualBlock
 
 
-def compile_blocks(module: nn.Module, backend: str = "inductor") -> int:
+def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
     """Compile every residual and attention block in place; returns how many. Parameters keep their names.
 
     Shapes are taken as they come first and made symbolic where they change, so that windows of other depths need no
@@ -19,5 +24,8 @@ def compile_blocks(module: nn.Module, backend: str = "inductor") -> int:
     """
     blocks = [m for m in module.modules() if isinstance(m, (ResidualBlock, DepthAttention))]
     for block in blocks:
-        block.compile(backend=backend)
+        if isinstance(block, FSDPModule):  # its hooks gather weights: they stay outside of the graph
+            block.forward = torch.compile(block.forward, backend=backend)
+        else:
+            block.compile(backend=backend)
     return len(blocks)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.networks import Stage, UNetConfig, build_unet
+from diffusion.networks import Stage, UNetConfig, assume_fused, build_unet
 from diffusion.training.distributed import World
-from latentcache import InputError, free_host_bytes
+from latentcache import InputError, free_host_bytes, held_by_others
 
 if TYPE_CHECKING:
     from diffusion.config import TrainConfig
@@ -65,7 +65,9 @@ def estimate_step(
     settings = config.optimiser
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and world.device.type == "cuda")
     with_average = settings.ema_std > 0
-    parameters, flops, saved, stage = count_forward(config.model, config.data.batch_size, shape_dhw, bf16)
+    parameters, flops, saved, stage = count_forward(
+        config.model, config.data.batch_size, shape_dhw, bf16, fused=world.device.type == "cuda"
+    )
     sharers = world.size if config.parallel.strategy == "fsdp" else 1
     state = parameters * 4 * (5 if with_average else 4) // sharers
     activations = saved + (stage if config.model.activation_checkpointing else 0)
@@ -126,16 +128,23 @@ def count_image_losses(config: TrainConfig, shape_dhw: tuple[int, int, int], dec
 
 
 def count_forward(
-    model: UNetConfig, batch: int, shape_dhw: tuple[int, int, int], bf16: bool
+    model: UNetConfig, batch: int, shape_dhw: tuple[int, int, int], bf16: bool, *, fused: bool = False
 ) -> tuple[int, float, int, int]:
     """Parameters, forward operations, bytes kept for the backward pass, and the largest block's share of such bytes
-    where blocks are recomputed (it lives while that block's backward pass runs)."""
-    with warnings.catch_warnings(), FakeTensorMode():
+    where blocks are recomputed (it lives while that block's backward pass runs).
+
+    Args:
+        fused: Count what is kept where the Triton kernels run, as they do on a GPU: a normalised activation less a
+            layer.
+    """
+    with warnings.catch_warnings(), FakeTensorMode(), assume_fused(fused):
         # A fused kernel's absence is no concern of a run on shapes alone.
         warnings.simplefilter("ignore")
         net = build_unet(model)
         parameters = sum(p.numel() for p in net.parameters())
         x = torch.zeros(batch, model.latent_channels + model.condition_channels, *shape_dhw)
+        if fused:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         t = torch.zeros(batch)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(x, t)
@@ -204,7 +213,7 @@ def check_resources(need: StepEstimate, config: TrainConfig, device: torch.devic
             f"weights, gradients and optimiser, {need.activation_bytes / 2**30:.1f} for activations, "
             f"{need.image_bytes / 2**30:.1f} for the image losses, {need.exchange_bytes / 2**30:.1f} for the exchange "
             f"of gradients); "
-            f"{present / 2**30:.1f} GiB are free on {device.type}",
+            f"{present / 2**30:.1f} GiB are free on {device.type}{held_by_others(device)}",
             expected="a step that fits",
             remedy="; ".join(remedies(config)) + ".",
         )

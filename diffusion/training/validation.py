@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from diffusion.config import ValidationConfig
 from diffusion.data import PairStream
@@ -119,9 +120,7 @@ def on_first_rank(
     figures_of: Callable[[UNet], dict[str, float]], module: nn.Module, card: RunCard, world: World
 ) -> dict[str, float]:
     """Figures that one rank computes on a whole model while the others wait; all return them."""
-    weights = None
-    if isinstance(module, FSDPModule):
-        weights = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in module.state_dict().items()}
+    weights = whole_weights(module, world) if isinstance(module, FSDPModule) else None
     found: list[Any] = [None]
     if world.rank == 0:
         unet = module
@@ -134,3 +133,14 @@ def on_first_rank(
         dist.broadcast_object_list(found, src=0)
     result: dict[str, float] = found[0]
     return result
+
+
+def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor]:
+    """A sharded module's weights by name, whole, on the first rank; nothing on the others, which take part in gathering
+    a tensor at a time and keep none (2.4 GB a GPU for the preset ``medium``)."""
+    weights: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.rank == 0:
+            weights[name] = whole
+    return weights

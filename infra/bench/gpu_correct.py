@@ -12,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.config import OptimiserConfig
-from diffusion.networks import UNet, build_unet, fused_norm, model_preset
+from diffusion.networks import ThickSlices, UNet, build_unet, fused_norm, model_preset
 from diffusion.objectives import build_objective
 from diffusion.runs import PowerEma, checkpoint
 from diffusion.sampling import Interpolator
-from diffusion.training import build_adamw, measured_matmul_rate
+from diffusion.training import World, build_adamw, measured_matmul_rate, reshard, shard
 from pipeline.refiner import Refiner, RefinerConfig
 from pipeline.vae import load_vae
 from pipeline.vae.streaming import SlabExecutor, fused as vae_fused
@@ -146,7 +147,14 @@ def generation(device: torch.device, small: bool) -> dict[str, Any]:
     """A few sampler steps in depth windows."""
     interpolator = Interpolator.from_parts(network(device).eval(), build_objective("epsilon"), [0.0] * 4, [1.0] * 4)
     condition = torch.randn(4, 10 if small else 20, 16, 24)
-    found = interpolator.generate_latent(condition, num_inference_steps=2 if small else 4, depth_window=8)
+    depth = condition.shape[1]
+    found = interpolator.generate_latent(
+        condition,
+        num_inference_steps=2 if small else 4,
+        depth_window=8,
+        thick=ThickSlices(0.0, 5.0, depth, 5.0),
+        z_mm=4.0 * np.arange(depth),
+    )
     assert torch.as_tensor(found).isfinite().all()
     return {}
 
@@ -165,25 +173,22 @@ def refiner_step(device: torch.device, small: bool) -> dict[str, Any]:
 
 
 def one_rank_fsdp(device: torch.device, small: bool) -> dict[str, Any]:
-    """A step of the sharded network: bf16 gathers, activations channels last."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
+    """A step of the network as the trainer shards it: bf16 gathers, activations channels last."""
     with tempfile.TemporaryDirectory() as folder:
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                mesh = init_device_mesh(device.type, (1,))
-                policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if device.type == "cuda" else None
-                torch.manual_seed(0)
-                net = build_unet(model_preset("tiny")).to(device)
-                for block in net.blocks():
-                    fully_shard(block, mesh=mesh, **({"mp_policy": policy} if policy else {}))
-                fully_shard(net, mesh=mesh, **({"mp_policy": policy} if policy else {}))
-                x = torch.randn(1, 8, 4, 16, 16, device=device).to(memory_format=torch.channels_last_3d)
-                net(x, torch.ones(1, device=device)).square().sum().backward()
+                net = network(device)
+                model = shard(net, World(device=device), bf16=device.type == "cuda")
+                optimiser = build_adamw(net, OptimiserConfig(), device)
+                x = torch.randn(1, 8, 4, 16, 16, device=device)
+                x = x.to(memory_format=torch.channels_last_3d)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    model(x, torch.ones(1, device=device)).float().square().sum().backward()
+                optimiser.step()
+                reshard(net)
         finally:
             torch.distributed.destroy_process_group()
     return {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentcache import InputError, LatentStore
+from latentcache import Encoding, InputError, LatentStore, dtype_for_latents
 from pipeline.decode import task as decode
 from pipeline.decode.samples import DerivedSeries
 from pipeline.decode.task import EVERYTHING, DecodeSelection, DecodeSettings, DecodeTask, PreparedDecode
@@ -98,23 +98,36 @@ class VaeSettings:
         spec: ``tiny`` or a path.
         memory_gib: Most memory that it may take; None: what is free.
         threads: Threads of one device's arithmetic; pinned, for equal bytes on every engine.
+        precision: ``auto`` (the latents' own where the device is of their kind), ``fp32`` or ``bf16``.
     """
 
     spec: str = "tiny"
     memory_gib: float | None = None
     threads: int = 2
+    precision: str = "auto"
 
     def loader(self, store: LatentStore, encode_key: str, gpu_share: float) -> Callable[[str], Decoder]:
         """A function that loads it on a device, and refuses one that did not encode these latents."""
         encoding = store.encoding(encode_key)
         return functools.partial(
-            load_decoder,
+            load_decoder_for,
+            encoding,
+            self.precision,
             spec=self.spec,
             memory_gib=self.memory_gib,
             gpu_share=gpu_share,
-            expected_sha256=encoding.vae_sha256,
-            extra=encoding.extra,
         )
+
+
+def load_decoder_for(encoding: Encoding, precision: str, device: str, **options: Any) -> Decoder:
+    """Load the decoder of an encoding's latents on a worker's device; ``options`` as `load_decoder` takes them."""
+    return load_decoder(
+        device,
+        expected_sha256=encoding.vae_sha256,
+        extra=encoding.extra,
+        dtype=dtype_for_latents(precision, device, encoding),
+        **options,
+    )
 
 
 def decode_store(

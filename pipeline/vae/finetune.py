@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from latentcache import InputError
+from latentcache import InputError, compute_dtype
 from latentcache.storage import fresh_draft
 from pipeline.vae.architecture import KlAutoencoder, VaeArchitecture
 from pipeline.vae.weights import VaeWeights, load_weights
@@ -39,6 +39,7 @@ class VaeTrainConfig:
         final_phase: Share of the run, at its end, under squared error alone, which is what PSNR measures.
         discriminator_after: Share of the run after which the patch discriminator counts.
         ema_std: Relative width of the averaged weights' profile; see `diffusion.runs.PowerEma`.
+        precision: ``auto`` is bf16 autocast on a GPU and fp32 on a CPU, ``fp32`` and ``bf16`` are those.
         validate_every: Steps between looks at the validation volumes; ``validation_crops`` are looked at.
     """
 
@@ -57,6 +58,7 @@ class VaeTrainConfig:
     validate_every: int = 200
     validation_crops: int = 16
     seed: int = 0
+    precision: str = "auto"
     architecture: VaeArchitecture = field(default_factory=VaeArchitecture)
 
     def __post_init__(self) -> None:
@@ -191,7 +193,7 @@ def reconstruction_losses(
         progress: Share of the run that is done.
     """
     device = x.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    with torch.autocast(device, torch.bfloat16, enabled=compute_dtype(config.precision, device) == "bfloat16"):
         mean, log_variance = module.network.encode(x)
         image = module.network.decode(mean + torch.exp(log_variance / 2) * noise).float()
     l1, mse = (image - x).abs().mean(), (image - x).square().mean()

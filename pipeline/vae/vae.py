@@ -15,7 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from latentcache import InputError, NonFiniteError, check_bf16_convolutions, device_kind, free_host_bytes, full_float32
+from latentcache import (
+    InputError,
+    NonFiniteError,
+    check_bf16_convolutions,
+    compute_dtype,
+    free_host_bytes,
+    full_float32,
+)
 from pipeline.vae.architecture import KlAutoencoder, VaeArchitecture
 from pipeline.vae.sliding_window import as_encoded, sliding
 from pipeline.vae.streaming import Field, Plan, SlabExecutor, Stored, Stream, as_image, free_bytes, make_plan
@@ -53,8 +60,8 @@ def load_decoder(
 
     from pipeline.vae.streaming import share_gib
 
-    arithmetic = None if dtype is None else getattr(torch, dtype)
-    if device_kind(device) == "cuda" and arithmetic != torch.float32:
+    arithmetic: torch.dtype = getattr(torch, dtype or compute_dtype("auto", device))
+    if arithmetic == torch.bfloat16:
         check_bf16_convolutions(torch.device(device))
     memory_gib = memory_gib or share_gib(torch.device(device), gpu_share)
     vae: Decoder = as_encoded(load_vae(spec, device=device, memory_gib=memory_gib, dtype=arithmetic), extra or {})

@@ -62,6 +62,7 @@ class DecodeJob:
     engine: EngineOptions | None = None
     threads: int = 2
     memory_gib: float | None = None
+    precision: str = "auto"
 
 
 def decode(job: DecodeJob, on_progress: OnProgress = silent) -> DecodeSummary:
@@ -172,7 +173,7 @@ def _decode_into_folder(
             writing, composing, restore_identity=job.restore_identity, compose_stored=job.consistency is True
         ),
         engine,
-        vae=VaeSettings(job.vae, job.memory_gib, job.threads),
+        vae=VaeSettings(job.vae, job.memory_gib, job.threads, job.precision),
         selection=DecodeSelection(
             sampled.stores if sampled else (), sampled.failed if sampled else {}, job.keys, job.split
         ),

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def device() -> tuple[str, str]:
     from diffusion.training import measured_matmul_rate
 
     if not torch.cuda.is_available():
+        if why := driver_without_gpu(torch.version.cuda):
+            return "problem", why
         rate = measured_matmul_rate(torch.device("cpu"), torch.float32)
         return "note", f"no CUDA device: training and encoding run on the CPU ({rate / 1e9:.0f} GFLOP/s measured)"
     from latentcache import check_bf16_convolutions
@@ -102,6 +105,30 @@ def device() -> tuple[str, str]:
         check_bf16_convolutions(torch.device("cuda", index))
         rows.append(f"{name} {free / 2**30:.0f}/{total / 2**30:.0f} GiB free, {rate / 1e12:.0f} TFLOP/s in bf16")
     return "ok", "; ".join(rows)
+
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def driver_without_gpu(cuda: str | None) -> str:
+    """Why a machine that has an NVIDIA driver has no GPU for torch; empty where there is no driver.
+
+    Args:
+        cuda: The CUDA release that torch was built for; None: for none.
+    """
+    if not NVIDIA_DRIVER.exists():
+        return ""
+    first = NVIDIA_DRIVER.read_text(errors="replace").partition("\n")[0].strip()
+    if cuda is None:
+        return f"an NVIDIA driver is here ({first}), but this torch is built without CUDA: install the CUDA build"
+    import torch
+
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        reason = "it names no device: look at CUDA_VISIBLE_DEVICES, and at how the container is given its GPUs"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+    return f"an NVIDIA driver is here ({first}), but torch for CUDA {cuda} finds no GPU: {reason}"
 
 
 def disk() -> tuple[str, str]:

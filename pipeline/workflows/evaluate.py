@@ -53,6 +53,7 @@ class EvaluationJob:
     vgg19: Path | None = None
     engine: EngineOptions | None = None
     threads: int = 2
+    precision: str = "auto"
 
 
 def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[dict[str, Any], Path]:
@@ -80,7 +81,7 @@ def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[
         latents, job.run, model, pairs, evaluation.views, settings, Spread(engine, job.threads), on_progress
     )
     evaluation = replace(
-        evaluation, identity=_identity(sampled.generation_key, evaluation, facts, tuned_decoder(job.vae))
+        evaluation, identity=_identity(sampled.generation_key, evaluation, facts, tuned_decoder(job.vae), job.precision)
     )
     folder = job.run / "evaluation" / job.split
     looks = _log_looks(job, sampled.generation_key, len(pairs))
@@ -148,16 +149,19 @@ def _vaes(job: EvaluationJob, latents: Any, encode_key: str, engine: EngineOptio
     """Load the VAE here, before any work, unless workers of their own score."""
     from pipeline.decode import VaeSettings
 
-    load = VaeSettings(job.vae, job.memory_gib).loader(latents, encode_key, 1.0)
+    load = VaeSettings(job.vae, job.memory_gib, precision=job.precision).loader(latents, encode_key, 1.0)
     return _Vaes(load(job.device), None) if engine.name == "inline" else _Vaes(None, load)
 
 
-def _identity(generation_key: str, evaluation: EvaluationSettings, facts: dict[str, Any], tuned: str) -> str:
+def _identity(
+    generation_key: str, evaluation: EvaluationSettings, facts: dict[str, Any], tuned: str, precision: str = "auto"
+) -> str:
     """Changes with anything that changes a score."""
     from pipeline.evaluation import SCORES_VERSION
 
     parts = [generation_key, evaluation.compose, SCORES_VERSION, facts["regression"], facts["perceptual"]]
     parts += [tuned] if tuned else []
+    parts += [f"dtype {precision}"] if precision != "auto" else []
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:16]
 
 

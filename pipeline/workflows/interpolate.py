@@ -94,12 +94,17 @@ def run_interpolation(
     study = ThickStudy(scanned, thick, PrivateStore.open(str(job.private or job.out), create=True).keys)
     if job.enhanced and study.layout is None:
         check_enhanced(thick.header)
-    loaded = load_model(job.model, vae=job.vae, device=job.device, memory_gib=job.memory_gib)
+    loaded = load_model(job.model, vae=job.vae, device=job.device, memory_gib=job.memory_gib, precision=job.precision)
     return interpolate_with(loaded, study, job, on_progress, on_estimate)
 
 
 def load_model(
-    model: str | Path | None = None, *, vae: str = "tiny", device: str = "auto", memory_gib: float | None = None
+    model: str | Path | None = None,
+    *,
+    vae: str = "tiny",
+    device: str = "auto",
+    memory_gib: float | None = None,
+    precision: str = "auto",
 ) -> LoadedModel | PretrainedModel:
     """Return a model ready for any number of studies: a shipped one, or a run's with the VAE that it was trained with.
 
@@ -116,7 +121,7 @@ def load_model(
     device = resolve_device(device)
     run = Interpolator.load(Path(model), device=device)
     encoding = encoding_of(run)
-    return LoadedModel(run, load_codec(vae, device, memory_gib, encoding), encoding, Path(model))
+    return LoadedModel(run, load_codec(vae, device, memory_gib, encoding, precision), encoding, Path(model))
 
 
 def interpolate_with(

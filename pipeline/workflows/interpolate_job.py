@@ -44,6 +44,7 @@ class InterpolateJob:
         restore_identity: Keep the patient's identity, for use inside the hospital.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         memory_gib: Memory budget of the VAE.
+        precision: Arithmetic of a training run's VAE: ``auto``, ``fp32`` or ``bf16``.
         private: Where the secret of the pseudonyms is kept; by default ``out``.
         answer: ``mean`` of the samples for viewing, one ``sample`` for measuring, or ``both``.
         page: Write a page for people beside the series.
@@ -72,6 +73,7 @@ class InterpolateJob:
     answer: str = "mean"
     page: bool = True
     alarm_map: bool = False
+    precision: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class RplhrJob:
     consistency: bool = True
     device: str = "cpu"
     memory_gib: float | None = None
+    precision: str = "auto"
     limit: int | None = None
     regression: Path | None = None
     refiner: Path | None = None
@@ -114,7 +115,7 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
 
     model = Interpolator.load(run, device=job.device)
     encoding = encoding_of(model)
-    codec = load_codec(job.vae, job.device, job.memory_gib, encoding)
+    codec = load_codec(job.vae, job.device, job.memory_gib, encoding, job.precision)
     window = Window(encoding.window_center, encoding.window_width)
     if job.refiner:
         corrects = refiner_of(job.refiner, job.device)

@@ -83,9 +83,10 @@ def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[st
     }
 
 
-def load_codec(spec: str, device: str, memory_gib: float | None, encoding: Any) -> Any:
-    """The VAE that the run was trained with, in the arithmetic of its latents where the device is of their kind."""
-    from latentcache import device_kind
+def load_codec(spec: str, device: str, memory_gib: float | None, encoding: Any, precision: str = "auto") -> Any:
+    """The VAE that the run was trained with; ``auto``: in the arithmetic of its latents where the device is of their
+    kind."""
+    from latentcache import dtype_for_latents
     from pipeline.vae import load_decoder
 
     return load_decoder(
@@ -94,7 +95,7 @@ def load_codec(spec: str, device: str, memory_gib: float | None, encoding: Any) 
         memory_gib=memory_gib,
         expected_sha256=encoding.vae_sha256,
         extra=encoding.extra,
-        dtype=encoding.compute_dtype if device_kind(device) == encoding.device_kind else None,
+        dtype=dtype_for_latents(precision, device, encoding),
     )
 
 

@@ -77,7 +77,7 @@ def run_vae_training(job: VaeTrainingJob, on_progress: Callable[[Progress], None
     """
     import torch
 
-    from latentcache import InputError, check_bf16_convolutions
+    from latentcache import InputError, check_bf16_convolutions, compute_dtype, full_float32
     from pipeline.vae import CropSource, VaeInTraining, load_weights
     from pipeline.volume import Window
 
@@ -86,8 +86,16 @@ def run_vae_training(job: VaeTrainingJob, on_progress: Callable[[Progress], None
         raise InputError(
             "a perceptual weight and no perceptual network", expected="VGG19 weights", remedy="Give --vgg PATH."
         )
-    if device.type == "cuda":
+    if compute_dtype(config.precision, job.device) == "bfloat16":
+        if device.type == "cpu":
+            raise InputError(
+                "--dtype bf16 on a CPU",
+                expected="fp32 there: in bfloat16 some weight gradients of 3-D convolutions are not computed at all",
+                remedy="Leave --dtype out (auto).",
+            )
         check_bf16_convolutions(device)
+    elif config.precision == "fp32":
+        full_float32()
     start = None if job.vae is None else load_weights(job.vae)
     torch.manual_seed(config.seed)
     module = VaeInTraining(config, start).to(device)

@@ -27,8 +27,11 @@ SEQUENCES = {
     "how-to": [DOCS / "how-to" / name for name in ("build-a-cache.md", "train.md", "evaluate.md", "thin-one-study.md")]
     + [DOCS / "store-format.md"],
 }
-PARSED = [DOCS / name for name in ("how-to/run-on-ray.md", "how-to/run-on-kubernetes.md", "serve.md")]
-OTHER_PROGRAMS = {"pip", "ray", "docker", "kubectl", "make"}
+PARSED = [
+    DOCS / name
+    for name in ("how-to/run-on-ray.md", "how-to/run-on-kubernetes.md", "how-to/measure-on-a-gpu.md", "serve.md")
+]
+OTHER_PROGRAMS = {"python", "pip", "ray", "docker", "kubectl", "make"}
 
 NETWORK = ["model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.groups=4", "model.heads=2",
            "model.time_embedding=16", "data.readers=0", "optimiser.samples_per_step=2"]  # fmt: skip

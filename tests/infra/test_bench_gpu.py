@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -40,6 +44,7 @@ def run(*words: str) -> dict[str, Any]:
 def test_every_row_runs_at_a_small_size() -> None:
     """With time enough for a busy machine; on two idle cores it takes under a minute."""
     found = run("--seconds", "1500")
+    print(f"{found['cpu_seconds']} s of CPU")
     assert all(row["ok"] for row in found["rows"].values()), found["rows"]
     assert found["end_to_end_ok"] is True
     expected = {"encode_s", "decode_s", "encode_fraction", "decode_fraction", "step_64_s", "mfu_64", "mfu_64_of_989",
@@ -77,6 +82,49 @@ def test_a_row_that_hangs_or_crashes_costs_no_other(gpu: ModuleType, tmp_path: P
     assert kept["before"] == 1
     assert "no such kernel" in kept["rows"]["crashes"]["why"]
     assert kept["rows"]["ends"]["ok"] is True
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # of this test, not the bench
+def test_rows_of_the_cpu_mode_are_ended_by_their_own_limits(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str, *, small: bool, say: Callable[..., None]) -> None:
+        say(**{f"{name}_began": 1})
+        if name == "hangs":
+            time.sleep(1000)
+        if name == "crashes":
+            raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "run_row", row)
+    monkeypatch.setattr(gpu, "forking", lambda: multiprocessing.get_context("fork"))
+    # One after the other: what is forked here from a pool's thread would wait for that thread when it ends.
+    monkeypatch.setattr(gpu, "ThreadPoolExecutor", lambda workers: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setitem(sys.modules, "gpu_loaded", cast(ModuleType, SimpleNamespace(CPU_SECONDS=0.0)))
+    kept: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu, "write", lambda result, target: kept.append(json.loads(json.dumps(result["rows"]))))
+    rows = [gpu.Row("hangs", "", "", 3, 0.01), gpu.Row("crashes", "", "", 2, 0.9), gpu.Row("ends", "", "", 1, 0.9)]
+    assert gpu.measure(rows, 300.0, True, tmp_path) is False
+    assert [len(rows) for rows in kept] == [1, 2, 3, 3], "the JSON is written after every row"
+    assert "ended after its 3 s" in kept[-1]["hangs"]["why"]
+    assert "no such kernel" in kept[-1]["crashes"]["why"]
+    assert kept[-1]["ends"]["ok"] is True, kept[-1]["ends"]
+    assert kept[-1]["ends"]["cpu_seconds"] >= 0
+
+
+def test_the_peers_come_last_on_a_cpu_too_and_nothing_is_kept(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setattr(gpu, "forking", lambda: None)
+    monkeypatch.setattr(gpu, "write", lambda result, target: pytest.fail("figures of a CPU"))
+
+    def begin(row: Any, limit: float, context: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        begun.append((row.name, limit))
+        return {}, {"ok": True, "seconds": 0}
+
+    monkeypatch.setattr(gpu, "in_a_process", begin)
+    assert gpu.measure(list(gpu.ROWS), 60.0, True, None)
+    assert {name for name, _ in begun} == BARE | {"commands", "peers"}
+    assert (begun[0][0], begun[-1][0]) == ("commands", "peers")
+    assert all(limit <= 24 for name, limit in begun if name != "commands")
 
 
 def test_the_peers_come_last_and_correctness_first(gpu: ModuleType) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from latentcache import InputError, check_bf16_convolutions, compute_dtype, device_kind, full_float32, numerics
+from latentcache import (
+    InputError,
+    check_bf16_convolutions,
+    compute_dtype,
+    device_kind,
+    dtype_for_latents,
+    full_float32,
+    numerics,
+)
 from latentcache.numerics import check_cudnn_version, check_large_convolution
 
 SMALL = (8, 4, 12, 12)
@@ -24,6 +33,26 @@ def test_auto_is_bf16_on_a_gpu_and_float32_on_a_cpu() -> None:
     assert device_kind("cuda:7") == "cuda"
     with pytest.raises(InputError, match=r"--dtype fp16; expected auto, fp32, bf16"):
         compute_dtype("fp16", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("latents", "device", "precision", "expected"),
+    [
+        (("float32", "cuda"), "cuda:1", "auto", "float32"),
+        (("bfloat16", "cuda"), "cuda", "auto", "bfloat16"),
+        (("float32", "cpu"), "cuda", "auto", "bfloat16"),
+        (("bfloat16", "cuda"), "cpu", "auto", "float32"),
+        (("float32", "cuda"), "cuda", "bf16", "bfloat16"),
+        (("bfloat16", "cuda"), "cuda", "fp32", "float32"),
+    ],
+)
+def test_a_vae_computes_as_its_latents_were_computed_unless_asked(
+    latents: tuple[str, str], device: str, precision: str, expected: str
+) -> None:
+    encoding = SimpleNamespace(compute_dtype=latents[0], device_kind=latents[1])
+    assert dtype_for_latents(precision, device, cast(Any, encoding)) == expected
+    with pytest.raises(InputError, match="--dtype half"):
+        dtype_for_latents("half", device, cast(Any, encoding))
 
 
 @pytest.mark.parametrize("version", [90800, 91002, 91400, 91401])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +33,22 @@ def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int], *, b
         sizes = zip(x_DHWC.shape[:3], padding, layer.kernel_size, layer.stride, strict=True)
         return x_DHWC.new_empty([*((n + 2 * p - k) // s + 1 for n, p, k, s in sizes), layer.out_channels])
     x = as_image(x_DHWC)
-    if x.device.type == "cpu" and torch._C._has_mkldnn:
+    if x.device.type == "cpu" and mkldnn_convolves(x.dtype):
         # What conv3d calls for large inputs; for small ones (one channel, a thin slab) it would choose a path that is
         # many times slower.
         y = torch.mkldnn_convolution(x, layer.weight, layer.bias if bias else None, padding, layer.stride, (1, 1, 1), 1)
     else:
         y = F.conv3d(x, layer.weight, layer.bias if bias else None, layer.stride, padding)
     return as_slab(y).contiguous()
+
+
+@lru_cache
+def mkldnn_convolves(dtype: torch.dtype) -> bool:
+    """Whether this CPU's convolution library takes a dtype: bfloat16 needs AVX-512, without which PyTorch's own is slow
+    but right."""
+    if not torch._C._has_mkldnn:
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def as_image(x_DHWC: Tensor) -> Tensor:

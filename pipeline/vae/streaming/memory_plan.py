@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentcache import InputError, free_host_bytes
+from latentcache import InputError, free_host_bytes, held_by_others
 from pipeline.vae import KlAutoencoder, VaeArchitecture
 from pipeline.vae.streaming.executor import SlabExecutor
 from pipeline.vae.streaming.layers import Stream
@@ -158,7 +158,7 @@ def make_plan(
         )
     needed, free = smallest.device_bytes / GIB, budget_bytes / GIB
     raise InputError(
-        f"the VAE's {part} needs {needed:.2f} GiB for {size}, with {free:.2f} GiB free",
+        f"the VAE's {part} needs {needed:.2f} GiB for {size}, with {free:.2f} GiB free{held_by_others(device)}",
         expected="a volume within the memory budget",
         remedy="Raise --memory-gib, free memory, use a machine with more, or crop the field of view.",
     )

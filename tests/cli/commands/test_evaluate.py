@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,3 +144,11 @@ def test_rplhr_scores_the_model_with_its_refiner(
         ctpipe("evaluate", tmp_path, *words, "--refiner", refiner, "--out", tmp_path / "out")
     assert ctpipe("evaluate", tmp_path, *words, "--out", tmp_path / "out") == Exit.OK
     assert "model" not in result(capsys)["methods"]
+
+
+def test_scores_in_another_arithmetic_are_other_scores() -> None:
+    module = importlib.import_module("pipeline.workflows.evaluate")
+    common: Any = ("key", SimpleNamespace(compose="c"), {"regression": "", "perceptual": ""}, "")
+    named = [module._identity(*common, precision) for precision in ("auto", "fp32", "bf16")]
+    assert len(set(named)) == 3
+    assert named[0] == module._identity(*common), "results that are there already stay what they are"

@@ -234,12 +234,75 @@ def test_compilation_comes_after_sharding_and_block_by_block(monkeypatch: pytest
             compiled.append(type(self).__name__)
 
     monkeypatch.setattr(world_module._large_children, "__defaults__", (1,))
-    world_module.compile_after_spreading(spread(Net(), World(), "fsdp"))
+    world_module.compile_after_spreading(spread(Net(), World(), "fsdp"), "whole", "eager")
     assert compiled == ["Net"], "one process: nothing is sharded"
     compiled.clear()
     monkeypatch.setattr(world_module, "FSDPModule", Net)
-    world_module.compile_after_spreading(Net())
+    world_module.compile_after_spreading(Net(), "blocks", "eager")
     assert compiled == ["Block", "Block"], "a graph around a gather would hold the weights of its first call"
+
+
+COMPILED = """
+import diffusion.training.distributed as module
+from torch.distributed.fsdp import FSDPModule
+module._large_children.__defaults__ = (1,)
+results = {}
+for extent in (False, "blocks"):
+    net = network()
+    model = spread(net, world, "fsdp")
+    if extent:
+        module.compile_after_spreading(net, extent, "eager")
+    compiled = [type(m).__name__ for m in net.modules() if m._compiled_call_impl is not None or "forward" in vars(m)]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    losses = []
+    for _ in range(2):
+        loss = model(*inputs()).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    sharded = any(isinstance(m, FSDPModule) and m._compiled_call_impl is not None for m in net.modules())
+    results[str(extent)] = {"losses": losses, "compiled": sorted(set(compiled)), "sharded": sharded,
+                            "names": sorted(net.state_dict())}
+print(json.dumps(results))
+leave()
+"""
+
+
+def test_compiled_blocks_of_a_sharded_network_train_as_the_network_does() -> None:
+    for out in on_ranks(SETUP + COMPILED):
+        plain, compiled = json.loads(out).values()
+        assert plain["compiled"] == []
+        assert compiled["compiled"] == ["DepthAttention", "FSDPResidualBlock", "ResidualBlock"]
+        assert not compiled["sharded"], "a gather of weights would be in the graph"
+        assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
+        assert compiled["names"] == plain["names"], "a checkpoint of the one is one of the other"
+
+
+FIRST = """
+from types import SimpleNamespace
+from diffusion.training.validation import on_first_rank, whole_weights
+net = network()
+expected = {n: t.clone() for n, t in net.state_dict().items()}
+spread(net, world, "fsdp")
+weights = whole_weights(net, world)
+kept = sum(t.numel() for t in weights.values())
+same = all(torch.equal(expected[n], t) for n, t in weights.items())
+seen = []
+def figures(unet):
+    seen.append(all(torch.equal(expected[n], t) for n, t in unet.state_dict().items()))
+    return {"x": 4.0}
+found = on_first_rank(figures, net, SimpleNamespace(unet_config=CONFIG), world)
+print(json.dumps([kept, same, seen, found, sum(t.numel() for t in expected.values())]))
+leave()
+"""
+
+
+def test_a_validation_on_the_first_rank_leaves_no_whole_weights_on_the_others() -> None:
+    (first, second) = (json.loads(out) for out in on_ranks(SETUP + FIRST))
+    count = first[-1]
+    assert first == [count, True, [True], {"x": 4.0}, count]
+    assert second == [0, True, [], {"x": 4.0}, count]
 
 
 def test_any_is_the_plain_answer_of_one_process() -> None:

@@ -27,6 +27,18 @@ def test_counting_on_shapes_is_what_a_real_forward_pass_keeps() -> None:
     assert counted == pytest.approx(sum(kept.values()), rel=0.02)
 
 
+def test_where_the_kernels_run_a_step_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's GroupNorm, modulation and SiLU keep what goes into each; the kernel what goes into the first."""
+    _, flops, plain, _ = count_forward(SMALL, 1, (6, 16, 16), bf16=True)
+    _, same_flops, fused, _ = count_forward(SMALL, 1, (6, 16, 16), bf16=True, fused=True)
+    assert same_flops == flops
+    assert fused < 0.8 * plain
+    config = load_config("tiny", None, ["precision=bf16"])[0]
+    on_cpu = estimate_step(config, (8, 32, 32), World())
+    on_gpu = estimate_step(config, (8, 32, 32), World(device=torch.device("cuda")))
+    assert on_gpu.activation_bytes < 0.8 * on_cpu.activation_bytes
+
+
 def test_recomputation_keeps_a_fraction() -> None:
     _, flops, whole, none = count_forward(SMALL, 1, (6, 16, 16), bf16=False)
     checkpointed = replace(SMALL, activation_checkpointing=True)
@@ -117,6 +129,17 @@ def test_too_little_memory_names_amounts_and_remedies(tmp_path: Path, monkeypatc
     with pytest.raises(InputError, match=r"GiB are free on cpu.*data\.batch_size=1.*activation_checkpointing=true"):
         check_resources(need, config, torch.device("cpu"), tmp_path)
     assert not any("batch_size" in hint for hint in remedies(replace(config, data=replace(config.data, batch_size=1))))
+
+
+def test_another_process_on_the_gpu_is_named_where_a_step_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = estimate_step(load_config("tiny")[0], (8, 32, 32), World())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    with pytest.raises(InputError, match=r"GiB are free on cuda; other processes hold about 80\.0 of its 80\.0 GiB"):
+        check_resources(need, load_config("tiny")[0], torch.device("cuda"), tmp_path)
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(

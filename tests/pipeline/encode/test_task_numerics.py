@@ -55,6 +55,12 @@ def test_the_driver_names_the_arithmetic_of_its_workers() -> None:
     assert named["auto", "cpu"].encode_key == named["fp32", "cpu"].encode_key
 
 
+def test_no_gpu_where_one_is_asked_for_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device in this process"):
+        load_encoder("cuda:0", EncodeSettings(vae="/no/such/weights"))
+
+
 def test_a_worker_on_another_kind_of_device_is_refused_before_it_encodes(tmp_path: Path) -> None:
     store = LatentStore.create(tmp_path / "s", secret_fingerprint="f" * 16)
     settings = EncodeSettings()

@@ -115,6 +115,11 @@ def test_shipped_rates_say_where_they_come_from_and_are_what_was_measured(repo_r
     assert "H100" in gpu["device"]
     assert Rates().encode_gpu_s == pytest.approx(gpu["encode_s"], rel=0.01)
     assert SOURCES["encode_gpu_s"].startswith("measured: infra/bench/gpu.py")
+    for page in ("README.md", "infra/docs/how-to/measure-on-a-gpu.md"):
+        text = " ".join((repo_root / page).read_text().split())
+        assert f"{gpu['encode_s']} s a thin series" in text, page
+    for key in ("decode_s", "step_64_s", "step_64_batch2_s", "step_64_compiled_s", "step_128_s", "step_128_batch2_s"):
+        assert f"{gpu[key]:g}" in text, key
 
 
 @pytest.mark.parametrize("given_rates", [{"warp": "9"}, {"commit_s": "fast"}, {"commit_s": "0"}, {"commit_s": "nan"}])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion.config import BudgetConfig, load_config
+from latentcache import InputError, numerics
 from pipeline.workflows import doctor
 
 MEDIUM, _ = load_config("medium")
@@ -51,3 +54,37 @@ def test_the_epoch_of_a_hopeless_machine_is_a_problem(monkeypatch: pytest.Monkey
 )
 def test_lengths_are_spelled_as_a_person_says_them(seconds: float, text: str) -> None:
     assert doctor.spelled(seconds) == text
+
+
+def test_a_driver_that_torch_cannot_use_is_a_problem_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path / "version")
+    assert doctor.driver_without_gpu("13.0") == "", "a machine without a GPU"
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01\nGCC version\n")
+
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    level, text = doctor.device()
+    assert level == "problem"
+    assert "470.82.01" in text
+    assert "torch for CUDA 13.0 finds no GPU: The NVIDIA driver on your system is too old" in text
+    assert "built without CUDA" in doctor.driver_without_gpu(None)
+
+
+def test_a_cudnn_of_the_wrong_kind_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1 << 30, 2 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    monkeypatch.setattr("diffusion.training.measured_matmul_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(numerics, "check_large_convolution", lambda device: 0.0)
+    with pytest.raises(InputError, match=r"cuDNN 9\.10\.0"):
+        doctor.device()
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    assert doctor.device() == ("ok", "H100 1/2 GiB free, 1 TFLOP/s in bf16")

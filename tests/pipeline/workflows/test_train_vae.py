@@ -166,3 +166,12 @@ def test_the_command_trains_the_tiny_preset_and_says_where_it_is(tmp_path: Path)
     assert result["architecture"]["upsampling"] == "trilinear"
     assert (result["out"], result["run"]) == (str(out), str(tmp_path / "tiny.run"))
     assert load_weights(out).architecture.channels == (16, 32, 64)
+
+
+def test_the_arithmetic_is_chosen_and_bf16_refused_on_a_cpu(tmp_path: Path) -> None:
+    """Where weight gradients of 3-D convolutions are not computed in it: infra/decisions/0011-bf16-on-cpu.md."""
+    job = VaeTrainingJob(tmp_path / "x.safetensors", replace(SMALL, precision="bf16"))
+    with pytest.raises(InputError, match=r"--dtype bf16 on a CPU"):
+        run_vae_training(job)
+    with pytest.raises(InputError, match=r"--dtype half; expected auto, fp32, bf16"):
+        run_vae_training(replace(job, config=replace(SMALL, precision="half")))

@@ -33,6 +33,16 @@ def test_pinned_host_memory_is_held_against_what_the_host_has() -> None:
         plan(6, 8)
 
 
+def test_a_gpu_too_small_is_refused_and_who_else_holds_its_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"encoder needs .* GiB for 300x512x512, with 0\.20 GiB free; expected"):
+        plan(0.2, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 28, 24 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    with pytest.raises(InputError, match=r"with 0\.20 GiB free; other processes hold about 23\.8 of its 24\.0 GiB"):
+        plan(0.2, None)
+
+
 def test_a_volume_that_the_device_holds_needs_no_host_memory() -> None:
     assert plan(40, 0.5).host_bytes == 0
 

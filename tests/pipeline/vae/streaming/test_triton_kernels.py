@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.vae import KlAutoencoder, Vae, VaeArchitecture, VaeWeights
+from pipeline.vae import KlAutoencoder, Vae, VaeArchitecture, VaeWeights, load_vae
 from pipeline.vae.streaming import SlabExecutor, fused as vae_fused
 from pipeline.vae.streaming.fused import DeviceMoments, assume_fused, is_fused, largest_difference
 from pipeline.vae.streaming.group_norm import ChannelMoments
@@ -21,6 +21,31 @@ vae_triton = kernels("pipeline.vae.streaming.triton_kernels")
 # Lanes beyond the last voxel hold no data; NumPy, which the interpreter computes with, warns of what comes of them.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 SMALL = VaeArchitecture(channels=(16, 32), num_res_blocks=(1, 1), norm_num_groups=8)
+
+
+def networks() -> list[nn.Module]:
+    """The published architecture and the shipped one, without weights."""
+    with torch.device("meta"):
+        return [KlAutoencoder(a) for a in (VaeArchitecture(), VaeArchitecture.from_dict(load_vae("tiny").architecture))]
+
+
+def widths() -> list[int]:
+    """Channels of everything that is normalised, or that a convolution writes with its statistics or without."""
+    layers = [layer for network in networks() for layer in network.modules()]
+    found = {layer.num_channels for layer in layers if isinstance(layer, nn.GroupNorm)}
+    found |= {layer.out_channels for layer in layers if isinstance(layer, nn.Conv3d)}
+    return sorted(found - {1})
+
+
+def one_channel_layers() -> list[tuple[int, int]]:
+    """(channels in, channels out) of the layers that read or write an image."""
+    layers = [layer for network in networks() for layer in network.modules() if isinstance(layer, nn.Conv3d)]
+    return sorted({(x.in_channels, x.out_channels) for x in layers if 1 in (x.in_channels, x.out_channels)})
+
+
+def test_the_widths_are_the_networks() -> None:
+    assert {4, 64, 128, 256} <= set(widths())
+    assert {(1, 64), (64, 1)} < set(one_channel_layers()), "and those of the shipped VAE"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +91,7 @@ def test_the_slabs_do_not_show_in_the_statistics() -> None:
     close(found[0][2].cpu(), expected.m2)
 
 
-@pytest.mark.parametrize("channels", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize("channels", widths())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_width_of_the_networks(channels: int, dtype: torch.dtype) -> None:
     """Against float64: within float32's error, or what rounding the result to bfloat16 costs. Parts of wider
@@ -96,9 +121,9 @@ def within(found: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_first_and_last_layer_of_the_published_width(dtype: torch.dtype) -> None:
+def test_every_first_and_last_layer_of_the_networks(dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(4)
-    for into, out in ((1, 64), (64, 1)):
+    for into, out in one_channel_layers():
         layer = nn.Conv3d(into, out, 3, device=DEVICE).to(dtype)
         window = torch.randn((4, 5, 7, into), generator=random).to(DEVICE, dtype)
         found = torch.empty((2, 5, 7, out), dtype=dtype, device=DEVICE)
