@@ -1,3 +1,4 @@
+from .directory_entries import nested_archive as nested_archive
 from .discover import (
     DEFAULT_CATEGORIES as DEFAULT_CATEGORIES,
     UNLABELLED as UNLABELLED,
