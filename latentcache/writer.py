@@ -24,6 +24,7 @@ from latentcache.shard import SHARD, Layout
 from latentcache.storage import Location
 from latentcache.tables import (
     COLUMNS,
+    DROPPED,
     KeyIndex,
     Kind,
     Snapshot,
@@ -185,10 +186,10 @@ class Writer:
             return
         path, data = snapshot_path(self._committed.number), self._committed.to_json()
         try:
-            if self._location.read(path) == data:
-                return
+            if self._location.read(path) in (data, DROPPED):
+                return  # as it was, or expired or forgotten since
         except FileNotFoundError:
-            return  # expired or forgotten since
+            return
         log.warning("snapshot %d was replaced by a driver without the lease: put back", self._committed.number)
         self._location.put(path, data)
 

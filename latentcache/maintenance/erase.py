@@ -16,11 +16,11 @@ from latentcache.tables import (
     Fragment,
     Kind,
     Snapshot,
+    drop_snapshot,
     load_snapshot,
     read_fragment,
     read_table,
     snapshot_numbers,
-    snapshot_path,
     write_fragment,
 )
 
@@ -133,7 +133,7 @@ def _delete_history(location: Location, current: Snapshot) -> int:
     count = 0
     for number in snapshot_numbers(location):
         if number != current.number:
-            location.delete(snapshot_path(number))
+            drop_snapshot(location, number)
             count += 1
     named = {f.path for kind in KINDS for f in current.fragments[kind]}
     for kind in KINDS:

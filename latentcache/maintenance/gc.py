@@ -10,7 +10,15 @@ from itertools import groupby
 from latentcache import LatentStore, StoreError, Writer
 from latentcache.maintenance.pins import EXPIRING, mark_path, pinned_snapshots
 from latentcache.storage import TEMPORARY, Entry, Location
-from latentcache.tables import KINDS, Snapshot, load_snapshot, read_fragment, snapshot_numbers, snapshot_path
+from latentcache.tables import (
+    KINDS,
+    Snapshot,
+    drop_snapshot,
+    load_snapshot,
+    read_fragment,
+    snapshot_numbers,
+    snapshot_path,
+)
 
 GRACE_S = 24 * 3600.0
 ARRAYS = "latents.zarr"
@@ -49,7 +57,7 @@ def collect(
         StoreError: A driver is committing. gc holds the lease, so that no attempt is committed while it looks.
     """
     with store.writer() as writer:
-        total = _collect(store.location, writer, grace_s, dry_run, expire_snapshots)
+        total = _collect(store, writer, grace_s, dry_run, expire_snapshots)
     for name in store.location.folders("generated"):
         try:
             child = store.generated(name)
@@ -74,22 +82,25 @@ class _Found:
         return [*self.fragments, *(e for group in self.attempts for e in group), *self.asides]
 
 
-def _collect(location: Location, writer: Writer, grace_s: float, dry_run: bool, expire_snapshots: bool) -> Garbage:
+def _collect(store: LatentStore, writer: Writer, grace_s: float, dry_run: bool, expire_snapshots: bool) -> Garbage:
+    location, base = store.location, store.current_snapshot
     oldest = time.time() - grace_s
-    doomed = _expired(location, oldest) if expire_snapshots else []
+    doomed = _expired(location, oldest, base) if expire_snapshots else []
     if doomed and not dry_run:
         for entry in doomed:
             location.put(mark_path(_number(entry)), b"{}")
         # A run may have pinned one since; from now on none can, see pins.pin.
         pinned = set(pinned_snapshots(location))
         doomed = [entry for entry in doomed if _number(entry) not in pinned]
-    found = _garbage(location, oldest, doomed)
+    found = _garbage(location, oldest, doomed, base)
     if not dry_run:
         if doomed or found.rest:
             # A driver that lost the lease while it slept may hold a fragment that is about to go, with nothing but a
             # put between it and a snapshot that names it. This takes the number that it would put.
             writer.replace(lambda base: Snapshot(base.number + 1, base.fragments))
-        for entry in (*doomed, *list(location.list(EXPIRING)), *found.rest):
+        for entry in doomed:
+            drop_snapshot(location, _number(entry))
+        for entry in (*list(location.list(EXPIRING)), *found.rest):
             location.delete(entry.path)
     objects = [*doomed, *found.rest]
     return Garbage(
@@ -102,10 +113,11 @@ def _collect(location: Location, writer: Writer, grace_s: float, dry_run: bool, 
     )
 
 
-def _garbage(location: Location, oldest: float, doomed: list[Entry]) -> _Found:
+def _garbage(location: Location, oldest: float, doomed: list[Entry], base: Snapshot) -> _Found:
+    """What no snapshot names but the doomed; ``base`` counts also where a listing does not show it yet."""
     gone = {e.path for e in doomed}
-    numbers = [n for n in snapshot_numbers(location) if snapshot_path(n) not in gone]
-    paths, attempts = named(location, [load_snapshot(location, n) for n in numbers])
+    numbers = [n for n in snapshot_numbers(location) if snapshot_path(n) not in gone and n != base.number]
+    paths, attempts = named(location, [base, *(load_snapshot(location, n) for n in numbers)])
     fragments = [
         e
         for kind in KINDS
@@ -139,9 +151,9 @@ def _all_older(group: Iterable[Entry], oldest: float) -> bool:
     return all(e.modified < oldest for e in group)
 
 
-def _expired(location: Location, oldest: float) -> list[Entry]:
+def _expired(location: Location, oldest: float, base: Snapshot) -> list[Entry]:
     numbers = snapshot_numbers(location)
-    kept = {snapshot_path(n) for n in (*pinned_snapshots(location), *numbers[-1:])}
+    kept = {snapshot_path(n) for n in (*pinned_snapshots(location), *numbers[-1:], base.number)}
     named = {snapshot_path(n) for n in numbers}
     return [e for e in location.list("snapshots") if e.path in named - kept and e.modified < oldest]
 

@@ -18,7 +18,17 @@ import pyarrow.parquet as pq
 
 from latentcache import FORMAT_VERSION, STORE, Lease, StoreError
 from latentcache.storage import Location
-from latentcache.tables import KINDS, SCHEMAS, Fragment, Kind, Snapshot, snapshot_numbers, snapshot_path, write_fragment
+from latentcache.tables import (
+    KINDS,
+    SCHEMAS,
+    Fragment,
+    Kind,
+    Snapshot,
+    drop_snapshot,
+    snapshot_numbers,
+    snapshot_path,
+    write_fragment,
+)
 
 DEFAULTS_OF_0: dict[Kind, dict[str, str]] = {"pairs": {"status": "ok", "reason": ""}, "timings": {"stage": ""}}
 
@@ -151,7 +161,7 @@ def _upgraded(
 def _drop_older(location: Location) -> None:
     numbers = snapshot_numbers(location)
     for number in numbers[:-1]:
-        location.delete(snapshot_path(number))
+        drop_snapshot(location, number)
     kept = Snapshot.from_json(location.read(snapshot_path(numbers[-1])), snapshot_path(numbers[-1]))
     named = {f.path for kind in KINDS for f in kept.fragments[kind]}
     for kind in KINDS:

@@ -16,7 +16,7 @@ import re
 
 from latentcache import InputError, StoreError
 from latentcache.storage import Location
-from latentcache.tables import snapshot_path
+from latentcache.tables import has_snapshot
 
 EXPIRING = "expiring"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -31,11 +31,11 @@ def pin(location: Location, name: str, number: int) -> None:
     """
     location.put(_path(name), json.dumps({"snapshot": number}).encode())
     # The pin first, then the looks: gc marks first and then looks for pins, so that one of the two sees the other.
-    for path, wanted, why in (
-        (mark_path(number), False, "gc is dropping it"),
-        (snapshot_path(number), True, "it does not exist"),
+    for fine, why in (
+        (lambda: not _exists(location, mark_path(number)), "gc is dropping it"),
+        (lambda: has_snapshot(location, number), "it does not exist"),
     ):
-        if _exists(location, path) != wanted:
+        if not fine():
             location.delete(_path(name))
             raise StoreError(
                 f"snapshot {number} cannot be pinned: {why}",

@@ -36,7 +36,7 @@ class Location(Protocol):
         """Store an object that must not exist yet, durably. Raises FileExistsError if the name is taken."""
 
     def put(self, path: str, data: bytes) -> None:
-        """Store or replace an object, durably and at once. Only the lease needs this."""
+        """Store or replace an object, durably and at once: the lease, pins, and snapshots that are dropped."""
 
     def read(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""

@@ -10,12 +10,15 @@ from .schema import (
     to_table as to_table,
 )
 from .snapshots import (
+    DROPPED as DROPPED,
     Fragment as Fragment,
     Keep as Keep,
     Snapshot as Snapshot,
     check_version as check_version,
     distinct as distinct,
+    drop_snapshot as drop_snapshot,
     extend as extend,
+    has_snapshot as has_snapshot,
     load_snapshot as load_snapshot,
     read_fragment as read_fragment,
     read_table as read_table,

@@ -105,6 +105,9 @@ def arrow_memory_pool() -> Iterator[None]:
 
 
 SNAPSHOTS = "snapshots"
+DROPPED = b'{"dropped": true}\n'
+"""What a snapshot's file holds once it is dropped. The name stays taken: a driver that slept at its put, for however
+long, finds it so, and cannot commit a snapshot that lies behind the current one."""
 _FRAGMENT = re.compile(r"[a-z]+/[A-Za-z0-9_-]+\.parquet")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 Keep = Callable[[pa.Table], Any]
@@ -211,8 +214,9 @@ def snapshot_path(number: int) -> str:
 
 
 def snapshot_numbers(location: Location) -> list[int]:
-    """Numbers of all snapshots, ascending."""
-    names = (entry.path.rsplit("/", 1)[-1] for entry in location.list(SNAPSHOTS))
+    """Numbers of all snapshots that stand, ascending; of those that were dropped only the names are left."""
+    entries = (entry for entry in location.list(SNAPSHOTS) if entry.size != len(DROPPED))
+    names = (entry.path.rsplit("/", 1)[-1] for entry in entries)
     return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
 
 
@@ -234,13 +238,28 @@ def load_snapshot(location: Location, number: int | None = None) -> Snapshot:
     path = snapshot_path(number)
     try:
         data = location.read(path)
-    except FileNotFoundError as error:
+    except FileNotFoundError:
+        data = DROPPED
+    if data == DROPPED:
         raise StoreError(
             f"snapshot {number} does not exist",
             expected="a snapshot that the store still keeps",
             remedy="`ctpipe status STORE` lists them; removed patients and gc --expire take old ones away.",
-        ) from error
+        )
     return Snapshot.from_json(data, path)
+
+
+def has_snapshot(location: Location, number: int) -> bool:
+    """Whether a snapshot stands."""
+    try:
+        return location.size(snapshot_path(number)) != len(DROPPED)
+    except FileNotFoundError:
+        return False
+
+
+def drop_snapshot(location: Location, number: int) -> None:
+    """Remove what a snapshot says and leave its name taken, see ``DROPPED``. Repeating it is harmless."""
+    location.put(snapshot_path(number), DROPPED)
 
 
 def write_fragment(location: Location, kind: Kind, table: pa.Table) -> Fragment:

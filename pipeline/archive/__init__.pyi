@@ -1,4 +1,5 @@
 from .directory_entries import is_nifti as is_nifti
+from .directory_entries import nested_archive as nested_archive
 from .discover import (
     DEFAULT_CATEGORIES as DEFAULT_CATEGORIES,
     UNLABELLED as UNLABELLED,

@@ -17,6 +17,19 @@ _OTHER_ARCHIVES = re.compile(
     r"\.(7z|rar|r\d\d|z\d\d|tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|z)|iso|cab|(zip|7z|rar)\.\d{3})$"
 )
 """Endings of archives that are not read, the parts of split zips among them."""
+LOOSE_SUFFIXES = {"", ".dcm", ".dicom", ".ima"}
+"""Endings of files that are DICOM as a rule."""
+_SIGNATURES = (
+    (b"PK\x03\x04", "zip"),
+    (b"7z\xbc\xaf\x27\x1c", "7z"),
+    (b"Rar!\x1a\x07", "rar"),
+    (b"\x1f\x8b\x08", "gz"),
+    (b"BZh", "bz2"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zst"),
+)
+_TAR_AT = 257
+"""Where a tar's header says ``ustar`` (POSIX.1-1988)."""
 _COMPRESSED_DICOM = re.compile(r"\.(dcm|dicom|ima)\.(gz|bz2|xz|zst)$")
 _TYPES = {
     stat.S_IFIFO: "a named pipe",
@@ -83,6 +96,32 @@ def other_archive(name: str) -> str:
     if match := _COMPRESSED_DICOM.search(name):
         return f"a DICOM file inside a compressed one ({match.group(2)}), which is not read: unpack it"
     return ""
+
+
+def nested_archive(name: str, head: bytes, in_zip: bool) -> str:
+    """Return why a file that is no DICOM is not looked into although it is an archive; empty for all else.
+
+    Args:
+        name: The file's name within its zip or folder.
+        head: Its first bytes. They count where the name has no ending or a DICOM file's: a document may be a zip too.
+        in_zip: Whether a zip holds it. Archives by name that a folder holds are archives of their own.
+    """
+    name = name.replace("\\", "/").rpartition("/")[2].casefold()
+    if name.startswith("."):  # a Mac's notes on a file bear the file's name
+        return ""
+    kind = ""
+    if os.path.splitext(name)[1] in LOOSE_SUFFIXES:
+        tar = "tar" if head[_TAR_AT : _TAR_AT + 5] == b"ustar" else ""
+        kind = next((kind for start, kind in _SIGNATURES if head.startswith(start)), tar)
+    elif in_zip and name.endswith(".zip"):
+        kind = "zip"
+    elif in_zip and (match := _OTHER_ARCHIVES.search(name)):
+        kind = match.group(1)
+    return _within(kind) if kind else other_archive(name) if in_zip else ""
+
+
+def _within(kind: str) -> str:
+    return f"an archive within the archive ({kind}), which is not looked into: unpack it beside the others"
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from latentcache import InputError
 from latentcache.storage import Entry, local_path, open_location
 from pipeline.archive.directory_entries import (
+    LOOSE_SUFFIXES,
     DirectoryEntry,
     is_nifti,
     list_folder,
@@ -33,8 +34,6 @@ UNLABELLED = "unlabelled"
 PREAMBLE = 128
 """Bytes before ``DICM`` in a DICOM file (PS3.10 section 7.1)."""
 _IGNORED_FOLDERS = {"__MACOSX"}
-_LOOSE_SUFFIXES = {"", ".dcm", ".dicom", ".ima"}
-"""Endings of objects that are DICOM files as a rule; in an object store none is opened to find out."""
 NIFTI_ELSEWHERE = "a NIfTI file in an object store, where only zips are read: copy it to a disk"
 _SPECIAL = frozenset("%?#")
 """Characters of a key that have another meaning in the folders of a URL."""
@@ -218,7 +217,7 @@ def _remote(url: str, categories: Sequence[str]) -> Iterator[FoundArchive]:
 
 def _objects(url: str, entries: Iterable[Entry], name: str, categories: Sequence[str]) -> Iterator[FoundArchive]:
     """Zips as they are listed, archives of other kinds with a refusal, and at the end what holds loose files."""
-    loose: Counter[tuple[str, ...]] = Counter()
+    loose: Counter[tuple[str, ...]] = Counter()  # by name: in an object store none is opened to find out
     for entry in entries:
         path = PurePosixPath(entry.path)
         category = category_of([*path.parts[:-1], name], categories)
@@ -227,7 +226,7 @@ def _objects(url: str, entries: Iterable[Entry], name: str, categories: Sequence
             modified = int(entry.modified * 1e9)
             where = "/".join((url, *map(_literal, path.parts[:-1]), path.name))
             yield FoundArchive(where, entry.size, modified, entry.etag, category, refusal)
-        elif path.suffix.casefold() in _LOOSE_SUFFIXES and not path.name.startswith("."):
+        elif path.suffix.casefold() in LOOSE_SUFFIXES and not path.name.startswith("."):
             labelled = category_of(path.parts[:-1][:1], categories) != UNLABELLED
             unit = path.parts[:-1][: 2 if labelled else 1]
             if path.suffix or len(unit) > labelled:  # files without a suffix beside the archives are notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from latentcache import InputError
-from pipeline.archive import Source, StorageError
+from pipeline.archive import Source, StorageError, nested_archive
 from pipeline.reading.header import NeedMoreError, NotDicomError, parse_header
 from pipeline.reading.instance import MULTIFRAME_CLASSES, Instance, instance_of
 from pipeline.reading.public_attributes import identity_facts, public_facts
@@ -43,7 +43,8 @@ def read_instances(
                 else:
                     found.append(one)
             except NotDicomError as error:
-                ignored.append((index, error.found))
+                nested = nested_archive(member.name, head, in_zip=member.crc32 is not None)
+                (problems if nested else ignored).append((index, nested or error.found))
             except NeedMoreError:
                 longer.append(index)
             except StorageError:

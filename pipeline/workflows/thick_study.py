@@ -146,8 +146,9 @@ def identity_of(thick: Volume, scanned: Scanned, keys: Keys, restore: bool) -> S
     if restore:
         return SeriesIdentity.original(thick.header)
     anonymous = is_placeholder_id(scanned.patient_id)
+    named = keys.patient(scanned.patient_id, str(thick.header.identity.get("IssuerOfPatientID") or ""))
     return SeriesIdentity.pseudonymous(
-        patient_key=keys.patient_of_study(scanned.study_uid) if anonymous else keys.patient(scanned.patient_id),
+        patient_key=keys.patient_of_study(scanned.study_uid) if anonymous else named,
         study_key=keys.study(scanned.study_uid),
         frame_key=keys.frame(scanned.frame_uid) or series_key,
         source_key=series_key,

@@ -6,15 +6,19 @@ reported as committed is in the last snapshot, and what was lost was reported as
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pyarrow as pa
 import pytest
 
 from latentcache import LatentStore, Lease, StoreError
 from latentcache.lease import LEASE
-from latentcache.maintenance import collect, pin, pinned_snapshots, verify
-from latentcache.tables import snapshot_path
+from latentcache.maintenance import collect, forget_patient, pin, pinned_snapshots, verify
+from latentcache.maintenance.erase import rewrite
+from latentcache.storage import Entry
+from latentcache.tables import Kind, snapshot_numbers, snapshot_path
 from tests.support.bucket import Bucket
 from tests.support.killed_writer import ENCODING, stage
 
@@ -245,3 +249,164 @@ def pinned_during_gc(moment: str, at: int) -> bool | None:
     assert not list(bucket.list("expiring"))
     assert verify(LatentStore.open(bucket)).problems == []
     return told[0]
+
+
+def expire(bucket: Bucket) -> None:
+    bucket.delete(LEASE)
+    age(bucket)
+    collect(LatentStore.open(bucket), expire_snapshots=True)
+
+
+def forget_somebody(bucket: Bucket) -> None:
+    bucket.delete(LEASE)
+    forget_patient(LatentStore.open(bucket), "f" * 16)
+
+
+@pytest.mark.parametrize("drop", [expire, forget_somebody])
+def test_a_driver_that_slept_until_its_snapshots_number_was_dropped_commits_nothing(
+    drop: Callable[[Bucket], None],
+) -> None:
+    """What the model found: its number had been committed by another, then dropped, and so was free again."""
+    bucket = Bucket()
+    store = store_in(bucket)
+    done: list[str] = []
+
+    def meanwhile() -> None:
+        for key in KEYS[1:3]:
+            take_over_and_commit(bucket, key, done)
+        drop(bucket)
+
+    with store.writer() as writer:
+        staged = stage(store, KEYS[0])
+        once(bucket, "look", "snapshots/", meanwhile)
+        with pytest.raises(StoreError, match="committed by another driver"):
+            writer.commit([staged])
+    assert committed(bucket) == set(done) == set(KEYS[1:3])
+    assert 1 not in snapshot_numbers(bucket)
+    with pytest.raises(StoreError, match="snapshot 1 does not exist"):
+        LatentStore.open(bucket, snapshot=1)
+    with pytest.raises(StoreError, match="does not exist"):
+        pin(bucket, "run", 1)
+    assert verify(LatentStore.open(bucket)).problems == []
+
+
+def test_a_listing_that_lacks_the_newest_snapshot_does_not_make_its_files_garbage() -> None:
+    """A network file system may show a folder as it was a moment ago."""
+    bucket = Bucket()
+    store = store_in(bucket)
+    for key in KEYS[:2]:
+        with store.writer() as writer:
+            writer.commit([stage(store, key)])
+    age(bucket)
+    opened = LatentStore.open(bucket)
+    real, listings = bucket.list, list[str]()
+
+    def lagging(prefix: str) -> Iterator[Entry]:
+        listings.extend([prefix] * (prefix == "snapshots"))
+        for entry in real(prefix):
+            if len(listings) != 2 or not entry.path.endswith("2.json"):  # gc's own, after the writer's
+                yield entry
+
+    bucket.list = lagging  # type: ignore[method-assign]
+    with contextlib.suppress(StoreError):
+        collect(opened)
+    bucket.list = real  # type: ignore[method-assign]
+    assert len(listings) > 2
+    assert committed(bucket) == set(KEYS[:2])
+    assert verify(LatentStore.open(bucket)).problems == []
+
+
+def add(bucket: Bucket, key: str) -> list[str]:
+    store = LatentStore.open(bucket)
+    with store.writer() as writer:
+        return [row.key for row in writer.commit([stage(store, key)])]
+
+
+def all_rows(kind: Kind, table: pa.Table) -> pa.Array:
+    return pa.array([True] * len(table), pa.bool_())
+
+
+def merge(bucket: Bucket, key: str) -> list[str]:
+    with LatentStore.open(bucket).writer() as writer:
+        writer.replace(lambda base: rewrite(bucket, base, all_rows))
+    return []
+
+
+def tidy(bucket: Bucket, key: str) -> list[str]:
+    collect(LatentStore.open(bucket), expire_snapshots=True)
+    return []
+
+
+def pin_last(bucket: Bucket, key: str) -> list[str]:
+    pin(bucket, f"run-{key}", LatentStore.open(bucket).snapshot)
+    return []
+
+
+ACTIONS: dict[str, Callable[[Bucket, str], list[str]]] = {"add": add, "merge": merge, "gc": tidy, "pin": pin_last}
+
+
+def attempt(bucket: Bucket, action: str, key: str, done: list[str]) -> None:
+    with contextlib.suppress(StoreError):
+        done += ACTIONS[action](bucket, key)
+
+
+def requests_of(bucket: Bucket, first: str) -> list[tuple[str, str]]:
+    seen: list[tuple[str, str]] = []
+    bucket.at = lambda moment, path: seen.append((moment, path))
+    attempt(bucket, first, KEYS[2], [])
+    return seen
+
+
+def old_store() -> Bucket:
+    """A store of two commits, two days old."""
+    bucket = Bucket()
+    store_in(bucket)
+    for key in KEYS[:2]:
+        add(bucket, key)
+    age(bucket)
+    return bucket
+
+
+def stop_at(bucket: Bucket, at: int, others: list[str], done: list[str]) -> None:
+    """At the given request let others do their work, each when the one before has been dead for two days."""
+    seen: list[str] = []
+
+    def hook(moment: str, path: str) -> None:
+        seen.append(moment)
+        if len(seen) == at + 1:
+            bucket.at = lambda *_: None
+            for action in others:
+                bucket.delete(LEASE)
+                attempt(bucket, action, KEYS[3], done)
+                age(bucket)
+
+    bucket.at = hook
+
+
+@pytest.mark.parametrize(
+    "second", [*ACTIONS, *(pytest.param(f"{one} gc", marks=pytest.mark.slow) for one in ("add", "merge", "pin"))]
+)
+@pytest.mark.parametrize("first", ACTIONS)
+def test_every_request_of_one_with_the_whole_of_others_in_between(first: str, second: str) -> None:
+    """At each request in turn the first stops, is taken for dead, others do all their work, and it goes on."""
+    moments = requests_of(old_store(), first)
+    assert len(moments) > 3
+    for at in range(len(moments)):
+        bucket, done = old_store(), list(KEYS[:2])
+        stop_at(bucket, at, second.split(), done)
+        attempt(bucket, first, KEYS[2], done)
+        bucket.at = lambda *_: None
+        where = f"{first} stopped at {moments[at]} while others did {second}"
+        assert set(done) <= committed(bucket), where
+        found = verify(LatentStore.open(bucket))
+        assert found.problems == [], where
+        for number in pinned_snapshots(bucket):
+            assert LatentStore.open(bucket, snapshot=number).records(), where
+        bucket.delete(LEASE)
+        assert attempt_again(bucket) == {KEYS[2], *done}, where
+
+
+def attempt_again(bucket: Bucket) -> set[str]:
+    """What is there once the first has run again, undisturbed, as a user would who was told of a failure."""
+    add(bucket, KEYS[2])
+    return committed(bucket)

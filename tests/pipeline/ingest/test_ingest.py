@@ -231,6 +231,53 @@ def test_what_cannot_be_used_is_listed_by_key_and_stops_nothing(
     assert again.set_aside == summary.set_aside
 
 
+def test_archives_within_archives_are_listed_by_key(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    """By name where a zip holds them, by content where the name does not tell; documents and a Mac's notes are not."""
+    inner = write_zip(bench.data.parent / "inner.zip", study("PAT2", 4)).read_bytes()
+    tar = bytes(257) + b"ustar" + bytes(250)
+    within = {
+        "Doe^Jane/old.zip": inner,
+        "old.tar.gz": b"\x1f\x8b\x08",
+        "old.7z": b"7z",
+        "image.dcm.gz": b"x",
+        "Doe^Jane/EXPORT": inner,
+        "Doe^Jane/BACKUP.dcm": tar,
+    }
+    harmless = {"letter.docx": inner, "__MACOSX/._old.zip": b"x", "._old.zip": b"x", "notes.txt": b"PK", "empty": b""}
+    archive = write_zip(bench.data / "a.zip", study("PAT1", 3), extra=[*within.items(), *harmless.items()])
+    only = write_zip(bench.data / "b.zip", [], extra=[("Roe^Rob.zip", inner)])
+    summary = bench.run()
+    keys = bench.private.keys
+    reasons = {item.key: item.reason for item in summary.set_aside}
+    assert "6 of its files cannot be read, 2 of them: an archive within the archive (zip)" in reasons.pop(
+        keys.archive(str(archive))
+    )
+    assert "an archive within the archive (zip)" in reasons.pop(keys.archive(str(only)))
+    assert not reasons
+    assert summary.pairs == 1
+    private = bench.private.table("quarantine").to_pylist()
+    assert {row["member"] for row in private if row["member"]} == {*within, "Roe^Rob.zip"}
+    assert not any(name in "".join(capfd.readouterr()) + summary.text() for name in ("Doe", "Roe"))
+    assert bench.run().set_aside == summary.set_aside
+
+
+def test_an_archive_among_loose_files_is_listed_once(bench: Bench) -> None:
+    inner = write_zip(bench.data.parent / "inner.zip", []).read_bytes()
+    folder = bench.data / "APE" / "Loe^Loose"
+    folder.mkdir(parents=True)
+    for i, data in enumerate(thick("1.2.9.5").files()):
+        (folder / f"{i}.dcm").write_bytes(data)
+    (folder / "OLD").write_bytes(b"PK\x03\x04" + inner)
+    (folder / "old.rar").write_bytes(b"Rar!")
+    reasons = sorted(item.reason for item in bench.run().set_aside if item.kind == "archive")
+    assert len(reasons) == 2
+    assert (
+        reasons[0] == "1 of its files cannot be read: an archive within the archive (zip), which is not looked "
+        "into: unpack it beside the others"
+    )
+    assert "not read (rar)" in reasons[1]
+
+
 def test_an_entry_that_can_be_used_again_or_has_gone_is_no_longer_reported(bench: Bench) -> None:
     target = bench.data.parent / "target.zip"
     (bench.data / "a.zip").symlink_to(target)

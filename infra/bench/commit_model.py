@@ -1,0 +1,58 @@
+"""The commit protocol's model in every order of requests, crashes, lost answers and sleeps: how many states.
+
+    python infra/bench/commit_model.py [--processes 3] [--quick]
+
+Prints a line a set of processes and keeps infra/bench/results/commit_model.json after each. The model is
+tests/support/commit_model.py; infra/docs/store-guarantees.md says what it holds and what it leaves out. A fault ends
+with exit code 1 and the way to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+
+
+def main() -> int:
+    from tests.support.commit_model import explore, sets_of
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=3, help="drivers, gcs and pins at once")
+    parser.add_argument("--quick", action="store_true", help="two processes; nothing is kept")
+    options = parser.parse_args()
+    out = Path(__file__).parent / "results" / "commit_model.json"
+    sets = list(sets_of(2 if options.quick else options.processes))
+    began, rows = time.perf_counter(), list[dict[str, Any]]()
+    for chosen, rules, budget in sets:
+        started = time.perf_counter()
+        found = explore(chosen, rules, **budget)
+        store = "conditional puts" if rules.conditional else "no conditional puts"
+        seconds = round(time.perf_counter() - started, 1)
+        rows.append({"store": store, "processes": " + ".join(chosen), **budget, "states": found.states, "s": seconds})
+        print(f"{store}: {rows[-1]['processes']}: {found.states:,} states, {seconds} s", flush=True)
+        if found.fault:
+            print(found.fault, *found.way, sep="\n  ")
+            return 1
+        result = {
+            "states": sum(row["states"] for row in rows),
+            "seconds": round(time.perf_counter() - began, 1),
+            "faults": 0,
+            "sets_done": len(rows),
+            "sets": len(sets),
+            "rows": rows,
+        }
+        if not options.quick:
+            out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name != "rows"}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
