@@ -9,7 +9,7 @@ from .errors import (
     missing_extra as missing_extra,
     no_ray_cluster as no_ray_cluster,
 )
-from .host_memory import free_host_bytes as free_host_bytes
+from .host_memory import free_host_bytes as free_host_bytes, peak_bytes as peak_bytes
 from .lease import Lease as Lease
 from .moments import ROW as ROW, Moments as Moments, merge_all as merge_all, moments_of as moments_of
 from .numerics import (

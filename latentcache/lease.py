@@ -43,20 +43,24 @@ class LeaseRecord:
 
 def _uptime() -> float:
     """Seconds that pass for a process that is stopped and for a machine that sleeps too, and never jump."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    # macOS and Windows count sleep in the monotonic clock itself.
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def _host() -> str:
     """Differs between machines, boots and containers: process numbers mean the same only where it is equal."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    identity = boot.read_text() + os.readlink("/proc/self/ns/pid") if boot.exists() else uuid.uuid4().hex
+    identity = (
+        boot.read_text(encoding="utf-8") + os.readlink("/proc/self/ns/pid") if boot.exists() else uuid.uuid4().hex
+    )
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def _process(number: int) -> str:
     """The process number and its start time, so that a reused number is another process; empty if there is none."""
     try:
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return ""
     return "" if fields[0] == "Z" else f"{number}-{fields[19]}"

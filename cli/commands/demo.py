@@ -113,9 +113,9 @@ def _claim(out: Path) -> None:
 
 
 def _peak_rss_gib() -> float:
-    import resource
+    from latentcache import peak_bytes
 
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    return round(peak_bytes() / 2**30, 2)
 
 
 def _text(result: dict[str, Any], out: Path) -> str:

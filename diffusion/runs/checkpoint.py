@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusion.runs.ema import PowerEma
 from latentcache import InputError
+from latentcache.storage import sync_file, sync_folder
 
 FORMAT = 1
 WEIGHTS, AVERAGE, TRAINING, STATE = "model.safetensors", "ema.safetensors", "training.safetensors", "state.json"
@@ -155,17 +156,17 @@ class CheckpointFolder:
             files = {WEIGHTS: contents.weights, AVERAGE: contents.average, TRAINING: contents.training}
             for name, tensors in files.items():
                 save_file(tensors, aside / name)
-                _sync(aside / name)
+                sync_file(aside / name)
             state = {**contents.state, "format": FORMAT, "crc32c": {name: _crc32c(aside / name) for name in files}}
-            (aside / STATE).write_text(json.dumps(state, indent=1, sort_keys=True))
-            _sync(aside / STATE)
-            _sync(aside)
+            (aside / STATE).write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
+            sync_file(aside / STATE)
+            sync_folder(aside)
             serial = len(list(self.root.glob(f"step-{step:09d}-*")))
             final = self.root / f"step-{step:09d}-{serial}"
             os.rename(aside, final)
             for which in ("last", "best") if best else ("last",):
                 self._point(which, final.name)
-            _sync(self.root)
+            sync_folder(self.root)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
@@ -189,7 +190,7 @@ class CheckpointFolder:
                 expected="a run that has saved one",
                 remedy="Start it without --resume.",
             )
-        state: dict[str, Any] = json.loads((folder / STATE).read_text())
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if state["format"] > FORMAT:
             raise CheckpointError(
                 f"a checkpoint of format {state['format']}",
@@ -319,14 +320,6 @@ def _crc32c(path: Path) -> int:
     for block in _blocks(path):
         value = google_crc32c.extend(value, block)
     return value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

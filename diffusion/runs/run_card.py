@@ -105,7 +105,7 @@ class RunCard:
         """Writes ``run.json`` aside and renames it into place."""
         run_dir.mkdir(parents=True, exist_ok=True)
         aside = fresh_draft(run_dir / (RUN_CARD + ".tmp"))
-        aside.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        aside.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         aside.replace(run_dir / RUN_CARD)
 
     @classmethod
@@ -113,7 +113,7 @@ class RunCard:
         """Reads ``run.json``. Raises :class:`InputError` where it is absent, no JSON, or lacks a key."""
         path = run_dir / RUN_CARD
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"no {RUN_CARD} in {run_dir}",

@@ -143,7 +143,7 @@ def _begun(
     if world.rank == 0:
         pin_snapshot(store, card)
         card.write(run_dir)
-        (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n")
+        (run_dir / CONFIG).write_text(json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return card, stream, held_out
 
 

@@ -1,8 +1,6 @@
 from .atomic import (
     atomic_folder as atomic_folder,
     refuse_existing as refuse_existing,
-    sync_file as sync_file,
-    sync_folder as sync_folder,
     write_text as write_text,
     written_aside as written_aside,
 )
@@ -19,4 +17,15 @@ from .planted_links import (
     fresh_draft as fresh_draft,
     is_foreign as is_foreign,
     refuse_planted as refuse_planted,
+)
+from .system_calls import (
+    BINARY as BINARY,
+    READ_FLAGS as READ_FLAGS,
+    bytes_at as bytes_at,
+    lock_alone as lock_alone,
+    process_is_gone as process_is_gone,
+    read_at as read_at,
+    sync_file as sync_file,
+    sync_folder as sync_folder,
+    user_number as user_number,
 )

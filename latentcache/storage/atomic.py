@@ -13,6 +13,7 @@ from pathlib import Path
 
 from latentcache import InputError
 from latentcache.storage.planted_links import fresh_draft
+from latentcache.storage.system_calls import process_is_gone, sync_file, sync_folder
 
 
 @contextmanager
@@ -39,24 +40,6 @@ def write_text(path: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def sync_folder(path: Path) -> None:
-    """Make a folder's entries durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_file(path: Path) -> None:
-    """Make a file's bytes durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def refuse_existing(path: Path) -> None:
     """Raise InputError when an output path is taken, by a link to nothing too; nothing is ever overwritten."""
     if os.path.lexists(path):
@@ -72,7 +55,7 @@ def _remove_abandoned(out_dir: Path) -> None:
     form = re.compile(re.escape(f".{out_dir.name}.{socket.gethostname()}.") + r"(\d+)(\.[0-9a-f]+)?\.partial")
     for entry in out_dir.parent.iterdir():
         found = form.fullmatch(entry.name)
-        if found and not Path(f"/proc/{found[1]}").exists() and Path("/proc/self").exists():
+        if found and process_is_gone(int(found[1])):
             shutil.rmtree(entry, ignore_errors=True)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from latentcache import StoreError
 from latentcache.storage.base import TEMPORARY, Buffer, Entry
 from latentcache.storage.planted_links import refuse_planted
+from latentcache.storage.system_calls import READ_FLAGS, read_at, sync_folder
 
 FILE_SCHEME = "file://"
 IOV_MAX = 1024
@@ -61,11 +62,7 @@ class FileSystem:
         path.rmdir()
 
     def fsync_folder(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(path)
 
 
 class LocalLocation:
@@ -132,13 +129,13 @@ class LocalLocation:
         return self._at(path).read_bytes()
 
     def read_into(self, path: str, offset: int, groups: Sequence[Sequence[NDArray[Any]]]) -> Iterator[None]:
-        descriptor = os.open(self._at(path), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(self._at(path), READ_FLAGS)
         try:
             for group in groups:
                 for first in range(0, len(group), IOV_MAX):
                     batch: Sequence[Any] = group[first : first + IOV_MAX]
                     wanted = sum(b.nbytes for b in batch)
-                    if os.preadv(descriptor, batch, offset) != wanted:
+                    if read_at(descriptor, batch, offset) != wanted:
                         _read_slowly(descriptor, offset, batch)
                     offset += wanted
                 yield
@@ -226,7 +223,7 @@ def _read_slowly(descriptor: int, offset: int, buffers: Sequence[Any]) -> None:
     for buffer in buffers:
         view = memoryview(buffer).cast("B")
         while view:
-            count = os.preadv(descriptor, [view], offset)
+            count = read_at(descriptor, [view], offset)
             if count == 0:
                 raise EOFError("the file is shorter than its index says")
             view, offset = view[count:], offset + count

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache import InputError
-from latentcache.storage import local_path
+from latentcache.storage import bytes_at, local_path
 from pipeline.archive.directory_entries import is_nifti, list_folder, open_regular, unlisted_folder, url_of
 from pipeline.archive.zip_directory import (
     LOCAL_HEADER,
@@ -140,7 +140,7 @@ class LocalFile:
         parts = []
         while length > 0:
             try:
-                part = os.pread(self._descriptor, length, offset)
+                part = bytes_at(self._descriptor, length, offset)
             except OSError as error:
                 raise StorageError(f"an archive that can no longer be read ({error.strerror})") from None
             if not part:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentcache import InputError
+from latentcache.storage import process_is_gone
 
 MARK = ".at-work-"
 
@@ -20,7 +21,7 @@ def _remove_abandoned(out: Path) -> None:
     form = re.compile(re.escape(f"{MARK}{socket.gethostname()}.") + r"(\d+)\.[0-9a-f]{32}")
     for entry in out.iterdir():
         found = form.fullmatch(entry.name)
-        if found and not Path(f"/proc/{found[1]}").exists() and Path("/proc/self").exists():
+        if found and process_is_gone(int(found[1])):
             entry.unlink(missing_ok=True)
 
 

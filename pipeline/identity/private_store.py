@@ -39,6 +39,7 @@ from latentcache.storage import (
     is_foreign,
     open_location,
     refuse_planted,
+    user_number,
 )
 from pipeline.identity.keys import MIN_SECRET_BYTES, Keys
 from pipeline.identity.private_tables import (
@@ -183,7 +184,7 @@ class PrivateStore:
     def log_whois(self, key: str, found: bool) -> None:
         """Record that somebody asked who a key is. Put before the answer is given."""
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        question = {"key": key, "found": found, "time": when, "uid": os.getuid()}
+        question = {"key": key, "found": found, "time": when, "uid": user_number()}
         self._at.put_once(f"whois/{_sequence()}.json", [json.dumps(question).encode()])
 
     def whois_log(self) -> list[dict[str, Any]]:
@@ -372,7 +373,7 @@ def _sequence(names: Sequence[str] = ()) -> str:
 def _local(root: Path, create: bool) -> LocalLocation:
     refuse_planted(root)
     # The superuser, as in most containers, works in folders of others and for them.
-    if os.geteuid() != SUPERUSER and is_foreign(root, follow=True):
+    if is_foreign(root, follow=True) and os.geteuid() != SUPERUSER:
         raise InputError(
             "a private part that belongs to another user, who could read all that is written there",
             expected="a folder of this user's or the superuser's",

@@ -162,7 +162,7 @@ def load_pretrained(spec: str | Path = DEFAULT) -> PretrainedModel:
             remedy="`ctpipe models` lists what there is.",
         )
     try:
-        card = PretrainedCard.of(json.loads(path.with_suffix(".json").read_text()))
+        card = PretrainedCard.of(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
     except (OSError, KeyError, TypeError, ValueError):
         raise InputError(
             f"{path.name} without a card",

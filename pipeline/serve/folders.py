@@ -10,7 +10,6 @@ STATE/private/lock            held by the one running service
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from latentcache import StoreError
-from latentcache.storage import sync_folder
+from latentcache.storage import BINARY, lock_alone, sync_folder
 
 GIB = 1 << 30
 
@@ -66,9 +65,9 @@ class Folders:
     def lock(self) -> IO[str]:
         """Return the open lock file. Raises StoreError where another service runs on this folder."""
         path = self.private / "lock"
-        file = open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w")  # noqa: SIM115 - held while the service runs
+        file = open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="utf-8")  # noqa: SIM115 - held while the service runs
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_alone(file.fileno())
         except OSError:
             file.close()
             raise StoreError(
@@ -121,7 +120,7 @@ def write_durably(path: Path, data: bytes, sync: Callable[[int], None] = os.fsyn
         sync_folder(path.parent.parent)
     draft = path.with_suffix(".part")
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o600), "wb") as file:
             file.write(data)
             file.flush()
             sync(file.fileno())

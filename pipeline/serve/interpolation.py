@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from latentcache import InputError
 from pipeline.identity import PrivateStore
 from pipeline.refiner import PretrainedModel
 from pipeline.serve.config import ServeConfig
@@ -17,25 +15,19 @@ def interpolation(settings: ServeConfig) -> Callable[[InterpolateRequest], Inter
     """Return what makes a thin series, with every model and its VAE loaded: a wrong one fails the start, no study.
 
     Raises:
-        InputError: A rule without a model, or a model that cannot be loaded.
+        InputError: A model that cannot be loaded.
     """
     loaded: dict[str, LoadedModel | PretrainedModel] = {}
     for rule in settings.rules:
         model = rule.model or settings.model
-        if not model:
-            raise InputError(
-                f"rule {rule.name} has no model",
-                expected="a training run's folder",
-                remedy="Set model for all rules, or in the rule.",
-            )
         if model not in loaded:
-            loaded[model] = load_model(Path(model), vae=settings.vae, device=settings.device)
+            loaded[model] = load_model(model or None, vae=settings.vae, device=settings.device)
 
     def interpolate(request: InterpolateRequest) -> InterpolateResult:
         job = InterpolateJob(
             str(request.source),
             request.out,
-            Path(request.model),
+            request.model or None,
             request.spacing_mm,
             transfer_syntax=request.transfer_syntax,
             restore_identity=request.restore_identity,

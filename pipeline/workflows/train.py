@@ -59,7 +59,7 @@ def configuration(settings: dict[str, Any], on_note: Callable[[str], None] | Non
 
     kept = Path(settings["run"]) / "config.json"
     if settings["resume"] and kept.exists() and settings["preset"] is None and settings["config"] is None:
-        base = from_dict(json.loads(kept.read_text()))
+        base = from_dict(json.loads(kept.read_text(encoding="utf-8")))
         config, notes = load_config(base.preset, None, settings["overrides"], base=base)
     else:
         config, notes = load_config(settings["preset"], settings["config"], settings["overrides"])

@@ -49,6 +49,8 @@ def write_nifti(
             nibabel.save(image, path)
             sync_file(path)
         sidecar = partial / "provenance.json"
-        sidecar.write_text(json.dumps({"SyntheticData": "YES", **json.loads(provenance.to_json())}, indent=1))
+        sidecar.write_text(
+            json.dumps({"SyntheticData": "YES", **json.loads(provenance.to_json())}, indent=1), encoding="utf-8"
+        )
         sync_file(sidecar)
     return tuple(out_dir / f"{name}{layout.suffix}" for name in volumes)

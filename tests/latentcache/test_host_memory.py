@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from latentcache import free_host_bytes
+from latentcache import free_host_bytes, peak_bytes
 
 
 def group(root: Path, limit: str, current: int, droppable: int) -> Path:
@@ -34,3 +35,10 @@ def test_without_a_limit_the_machine_decides(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=12345))
     assert free_host_bytes(tmp_path) == 12345
     assert free_host_bytes(group(tmp_path, "max", 1, 0)) == 12345
+
+
+def test_the_peak_is_in_bytes_whoever_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = psutil.Process().memory_info().rss
+    assert held / 2 < peak_bytes() < 200 * held
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert held / 2 < peak_bytes() < 200 * held

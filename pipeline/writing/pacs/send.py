@@ -133,7 +133,7 @@ def _still_to_send(folder: Path, destination: str, files: list[Path]) -> list[Pa
     path = left_list(folder)
     if not path.exists():
         return list(files)
-    noted = json.loads(path.read_text())
+    noted = json.loads(path.read_text(encoding="utf-8"))
     if noted.get("destination") != destination:
         return list(files)
     left = set(noted["left"])
