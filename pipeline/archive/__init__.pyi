@@ -1,5 +1,4 @@
-from .directory_entries import is_nifti as is_nifti
-from .directory_entries import nested_archive as nested_archive
+from .directory_entries import is_nifti as is_nifti, nested_archive as nested_archive
 from .discover import (
     DEFAULT_CATEGORIES as DEFAULT_CATEGORIES,
     UNLABELLED as UNLABELLED,
