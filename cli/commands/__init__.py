@@ -1,1 +1,1 @@
-"""One file per command of `ctpipe`."""
+"""The commands of `ctpipe`; related ones share a file."""

@@ -199,7 +199,7 @@ def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, 
     from diffusion.sampling import Interpolator
     from pipeline.vae import load_vae
     from pipeline.workflows import condition_latent, latent_positions
-    from pipeline.workflows.interpolate import told_of
+    from pipeline.workflows.interpolation.interpolate import told_of
 
     thin, thick = pair
     vae, model = load_vae("tiny"), Interpolator.load(run)

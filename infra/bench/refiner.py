@@ -47,7 +47,7 @@ from pipeline.refiner import RefinerFile, held_out_operator, positions
 from pipeline.vae import Vae, load_vae
 from pipeline.volume import Geometry, Volume, Window, common_slices, interpolated
 from pipeline.workflows import condition_latent, latent_positions
-from pipeline.workflows.interpolate import told_of
+from pipeline.workflows.interpolation.interpolate import told_of
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW = Window.parse("maisi")

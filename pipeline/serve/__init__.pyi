@@ -7,8 +7,12 @@ from .config import (
     read_config as read_config,
 )
 from .contract import InterpolateRequest as InterpolateRequest, InterpolateResult as InterpolateResult
-from .folders import Folders as Folders
 from .interpolation import interpolation as interpolation
-from .queue import Queue as Queue
 from .service import Service as Service
-from .status import read_status as read_status, state_folder as state_folder, status_text as status_text
+from .state import (
+    Folders as Folders,
+    Queue as Queue,
+    read_status as read_status,
+    state_folder as state_folder,
+    status_text as status_text,
+)

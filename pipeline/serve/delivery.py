@@ -8,8 +8,7 @@ from typing import Any
 from latentcache import InputError
 from pipeline.engines import note
 from pipeline.serve.config import DestinationConfig, TimingConfig
-from pipeline.serve.folders import Folders
-from pipeline.serve.queue import Delivery, Queue
+from pipeline.serve.state import Delivery, Folders, Queue
 from pipeline.writing.pacs import Destination, SendSummary, send_folder
 
 log = logging.getLogger("ctpipe.serve")
@@ -25,7 +24,7 @@ def destination_of(name: str, config: DestinationConfig) -> Destination:
         from pipeline.writing.pacs import StowRs
 
         return StowRs(config.stow_rs, timeout_s=config.timeout_s)
-    from pipeline.serve.receiver import client_tls
+    from pipeline.serve.node import client_tls
     from pipeline.writing.pacs import CStore
 
     title, _, address = config.c_store.rpartition("@")

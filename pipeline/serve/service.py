@@ -10,15 +10,12 @@ from typing import Any
 
 from pipeline.engines import note
 from pipeline.identity import PrivateStore
-from pipeline.serve.commitment import Commitment
 from pipeline.serve.config import ServeConfig, check_config
 from pipeline.serve.contract import Interpolate
 from pipeline.serve.delivery import Deliverer, destinations
-from pipeline.serve.folders import Folders, remove_path
-from pipeline.serve.intake import Intake
 from pipeline.serve.monitoring import Monitoring
-from pipeline.serve.queue import Queue
-from pipeline.serve.receiver import Receiver, client_tls
+from pipeline.serve.node import Commitment, Intake, Receiver, client_tls
+from pipeline.serve.state import Folders, Queue, remove_path
 from pipeline.serve.watch import Watch
 from pipeline.serve.worker import Worker
 from pipeline.writing.pacs import Destination

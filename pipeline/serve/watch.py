@@ -13,8 +13,8 @@ from pipeline.archive import Limits, open_archive
 from pipeline.engines import note
 from pipeline.identity import Keys
 from pipeline.serve.config import WatchConfig
-from pipeline.serve.intake import Intake, Taken, Verdict
-from pipeline.serve.queue import Queue
+from pipeline.serve.node import Intake, Taken, Verdict
+from pipeline.serve.state import Queue
 
 log = logging.getLogger("ctpipe.serve")
 

@@ -17,9 +17,8 @@ from pipeline.engines import note
 from pipeline.reading import ScannedSeries, parse_header, scan
 from pipeline.serve.config import RuleConfig, ServeConfig
 from pipeline.serve.contract import Interpolate, InterpolateRequest
-from pipeline.serve.folders import Folders, remove_path
-from pipeline.serve.queue import Claim, Made, Queue
 from pipeline.serve.rules import SeriesFacts, select
+from pipeline.serve.state import Claim, Folders, Made, Queue, remove_path
 from pipeline.workflows import choose_thick
 
 log = logging.getLogger("ctpipe.serve")

@@ -110,7 +110,7 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
     from pipeline.decode import ComposeSettings, compose, parse_detail
     from pipeline.metrics import require_finite
     from pipeline.volume import Window
-    from pipeline.workflows.interpolate import condition_latent, encoding_of, latent_positions, told_of
+    from pipeline.workflows.interpolation import condition_latent, encoding_of, latent_positions, told_of
     from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, start_of
 
     model = Interpolator.load(run, device=job.device)
@@ -159,7 +159,7 @@ def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, 
 
     def told_by(thick: Any, thin: Any) -> dict[str, Any]:
         from diffusion.networks import ThickSlices
-        from pipeline.workflows.interpolate import latent_positions
+        from pipeline.workflows.interpolation import latent_positions
 
         had = thick.geometry
         slices = ThickSlices(had.z_mm[0], had.spacing_mm_zyx[0], len(had.z_mm), had.thickness_mm or 0.0)

@@ -55,8 +55,8 @@ _INTERPOLATE = (
     _COMMON
     + """
 from pipeline.archive import open_archive
-from pipeline.workflows.interpolate import InterpolateSettings, interpolate
-from pipeline.workflows.thick_study import choose_thick, pointer_of
+from pipeline.workflows.interpolation.interpolate import InterpolateSettings, interpolate
+from pipeline.workflows.interpolation.thick_study import choose_thick, pointer_of
 from pipeline.identity.keys import Keys
 from pipeline.reading.series import scan
 from pipeline.reading.volume_reader import read_series

@@ -33,8 +33,8 @@ from pipeline.serve import (
 from pipeline.serve.config import RuleConfig, ServeConfig
 from pipeline.volume import Window
 from pipeline.workflows import InterpolateSettings, choose_thick
-from pipeline.workflows.interpolate import interpolate
-from pipeline.workflows.thick_study import pointer_of
+from pipeline.workflows.interpolation.interpolate import interpolate
+from pipeline.workflows.interpolation.thick_study import pointer_of
 from tests.support.average_codec import AverageCodec
 from tests.support.hospital import Scan, thick
 

@@ -130,7 +130,7 @@ def test_times_are_spelled_for_people(seconds: float, said: str) -> None:
 def test_a_refiner_is_trained_resumed_and_used(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.workflows.refiner_training.WIN_DB", 1000.0)  # other tests share the checkpoint
+    monkeypatch.setattr("pipeline.workflows.training.refiner.WIN_DB", 1000.0)  # other tests share the checkpoint
     small = ["--patch", "8,16,16", "--batch", 2, "--width", 4, "--blocks", 1, "--json"]
     words = ["train-refiner", site.store, tmp_path / "run", "--checkpoint", site.run, "--sampling-steps", 1, *small]
     capsys.readouterr()

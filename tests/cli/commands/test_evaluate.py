@@ -30,7 +30,7 @@ def refiner(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:  # no
     run = tmp_path_factory.mktemp("refiner") / "run"
     small = ["--patch", "8,16,16", "--batch", 2, "--width", 4, "--blocks", 1, "--steps", 2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.workflows.refiner_training.WIN_DB", 1000.0)
+        patch.setattr("pipeline.workflows.training.refiner.WIN_DB", 1000.0)
         ctpipe("train-refiner", site.store, run, "--checkpoint", site.run, "--sampling-steps", 1, *small)
     return run
 

@@ -14,7 +14,7 @@ from diffusion.config import load_config
 from diffusion.data import make_store
 from latentcache import InputError, LatentStore
 from pipeline.workflows import configuration
-from pipeline.workflows.train import image_side
+from pipeline.workflows.training.train import image_side
 
 FAST = [
     "--set", "model.width=8", "--set", "model.multipliers=[1,2]", "--set", "model.attention_levels=[1]",

@@ -133,7 +133,7 @@ def test_ray_train_gives_the_losses_of_one_process_and_a_workers_error_as_it_was
 
     from diffusion.runs import read_log
     from diffusion.training import train, train_on_ray
-    from pipeline.workflows.train import run_training
+    from pipeline.workflows.training.train import run_training
 
     overrides = ["model.width=8", "model.groups=4", "model.heads=2", "window=4", "max_steps=4", "max_seconds=null",
                  "samples_per_step=4", "batch_size=2", "every_epochs=0", "readers=0"]  # fmt: skip

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.reading.codecs import READABLE
 from pipeline.serve import LimitsConfig
-from pipeline.serve.intake import Verdict
-from pipeline.serve.receiver import ACCEPTED_CLASSES, NOT_AUTHORISED
+from pipeline.serve.node.intake import Verdict
+from pipeline.serve.node.receiver import ACCEPTED_CLASSES, NOT_AUTHORISED
 from pipeline.writing import IMPLEMENTATION_UID, PRIVATE_CREATOR
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from latentcache import StoreError
 from pipeline.serve import Queue
-from pipeline.serve.queue import Claim, Made
+from pipeline.serve.state.queue import Claim, Made
 
 KEY, OTHER = "a" * 16, "b" * 16
 
@@ -257,7 +257,7 @@ def test_no_order_of_events_loses_a_study_or_makes_two_results_of_the_same_image
 WRITER = """
 import sys
 from pathlib import Path
-from pipeline.serve.queue import Queue, Made
+from pipeline.serve.state.queue import Queue, Made
 queue = Queue(Path(sys.argv[1]))
 queue.restart()
 n = queue.summary()["counters"].get("instances_received", 0)

@@ -89,7 +89,7 @@ def train_regression(job: RegressionJob, on_step: Callable[[Progress], None] | N
         training_pairs,
         training_recipe,
     )
-    from pipeline.workflows.refiner_cases import RefinerSource
+    from pipeline.workflows.training.refiner_cases import RefinerSource
 
     seconds = _budget(job)
     latents, people = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
@@ -117,7 +117,7 @@ def _budget(job: RegressionJob) -> float | None:
     """Seconds to train, None for a budget in processor time; the run's folder is made."""
     from latentcache import InputError
     from pipeline.refiner import FILE_NAME
-    from pipeline.workflows.refiner_training import prepare_run
+    from pipeline.workflows.training.refiner import prepare_run
 
     if sum(given is not None for given in (job.like, job.seconds, job.cpu_seconds)) != 1:
         raise InputError(
@@ -144,7 +144,7 @@ def _trainer(
     from diffusion.config import BudgetConfig, OptimiserConfig, ValidationConfig
     from diffusion.training import LoopConfig, Trainer, Watch, World
     from pipeline.refiner import Refiner, RefinerConfig
-    from pipeline.workflows.refiner_training import PatchStream, squared_error
+    from pipeline.workflows.training.refiner import PatchStream, squared_error
 
     config = RefinerConfig(job.width, job.blocks)
     torch.manual_seed(job.seed)

@@ -35,11 +35,11 @@ from pipeline.identity import Keys, PrivateStore
 from pipeline.refiner import DEFAULT, PretrainedModel, load_pretrained
 from pipeline.vae import own_decoder
 from pipeline.volume import Geometry, Volume, Window, resample_z, z_weights
-from pipeline.workflows.interpolate_job import Interpolated, InterpolateJob, Sampling
-from pipeline.workflows.interpolate_shipped import interpolate_shipped
+from pipeline.workflows.interpolation.job import Interpolated, InterpolateJob, Sampling
+from pipeline.workflows.interpolation.shipped import interpolate_shipped
+from pipeline.workflows.interpolation.thick_study import Scanned, ThickStudy, identity_of, read_thick
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts, start_of
-from pipeline.workflows.thick_study import Scanned, ThickStudy, identity_of, read_thick
 from pipeline.writing import Provenance
 
 log = logging.getLogger("ctpipe.interpolate")

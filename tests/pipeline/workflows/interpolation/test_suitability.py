@@ -10,7 +10,7 @@ import pytest
 from latentcache import InputError
 from pipeline.refiner import load_pretrained
 from pipeline.volume import Geometry, SourceHeader, Volume
-from pipeline.workflows.suitability import check_suitable, kernel_class
+from pipeline.workflows.interpolation.suitability import check_suitable, kernel_class
 from tests.support.dicom_files import anatomy
 
 CARD = load_pretrained().card

@@ -13,8 +13,8 @@ from latentcache import InputError
 from pipeline.engines import note
 from pipeline.reading.codecs import READABLE
 from pipeline.serve.config import ANYONE, ListenConfig, PeerConfig, ServeConfig, TlsConfig
-from pipeline.serve.intake import Intake
-from pipeline.serve.queue import Queue
+from pipeline.serve.node.intake import Intake
+from pipeline.serve.state import Queue
 from pipeline.writing import IMPLEMENTATION_UID, implementation_version
 
 log = logging.getLogger("ctpipe.serve")
@@ -51,7 +51,7 @@ class Receiver:
     def _start(self, listen: ListenConfig) -> Any:
         from pynetdicom import AE, _config, evt
 
-        from pipeline.serve.guarded_server import GuardedServer
+        from pipeline.serve.node.guarded_server import GuardedServer
 
         _config.LOG_HANDLER_LEVEL = "none"
         for name in ("pynetdicom", "pydicom"):  # their messages quote titles and values

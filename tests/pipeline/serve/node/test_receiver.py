@@ -23,8 +23,8 @@ from pydicom.sequence import Sequence as DicomSequence
 
 from pipeline.serve import LimitsConfig, ListenConfig, PeerConfig, Service
 from pipeline.serve.config import TlsConfig
-from pipeline.serve.guarded_server import SPARE_CONNECTIONS
-from pipeline.serve.receiver import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
+from pipeline.serve.node.guarded_server import SPARE_CONNECTIONS
+from pipeline.serve.node.receiver import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
 from tests.support.hospital import Scan
 from tests.support.serve_site import (
     CT,
@@ -268,7 +268,7 @@ def test_a_full_disk_is_answered_with_out_of_resources_and_passes(
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pipeline.serve.folders.os.fsync", full)
+    monkeypatch.setattr("pipeline.serve.state.folders.os.fsync", full)
     assert send(port_of(service), files[1:3]) == [0xA700, 0xA700]
     monkeypatch.undo()
     assert list(service.folders.spool.rglob("*.part")) == []

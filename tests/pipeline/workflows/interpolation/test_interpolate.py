@@ -21,8 +21,8 @@ from pipeline.phantom import write_dataset
 from pipeline.reading import read_series, scan
 from pipeline.volume import Volume, Window
 from pipeline.workflows import InterpolateSettings, choose_thick, condition_latent
-from pipeline.workflows.interpolate import interpolate, onto_spacing
-from pipeline.workflows.thick_study import pointer_of
+from pipeline.workflows.interpolation.interpolate import interpolate, onto_spacing
+from pipeline.workflows.interpolation.thick_study import pointer_of
 from pipeline.writing import read_provenance
 from tests.support.average_codec import AverageCodec
 

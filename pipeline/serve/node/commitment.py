@@ -13,8 +13,8 @@ from pydicom.sequence import Sequence as DicomSequence
 from pipeline.engines import note
 from pipeline.identity import Keys
 from pipeline.serve.config import PeerConfig, ServeConfig
-from pipeline.serve.queue import Queue
-from pipeline.serve.receiver import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
+from pipeline.serve.node.receiver import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
+from pipeline.serve.state import Queue
 from pipeline.writing import IMPLEMENTATION_UID, implementation_version
 
 log = logging.getLogger("ctpipe.serve")

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.workflows.refiner_training import prepare_run
+from pipeline.workflows.training.refiner import prepare_run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

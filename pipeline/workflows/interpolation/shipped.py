@@ -16,10 +16,10 @@ from pipeline.forward_model import SliceProfile
 from pipeline.refiner import HU_RANGE, PretrainedModel, RunSettings, thin_slices
 from pipeline.report import StudyPage, write_study_page
 from pipeline.volume import Geometry, Volume, Window
-from pipeline.workflows.interpolate_job import Interpolated, InterpolateJob
+from pipeline.workflows.interpolation.job import Interpolated, InterpolateJob
+from pipeline.workflows.interpolation.suitability import check_suitable
+from pipeline.workflows.interpolation.thick_study import ThickStudy
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
-from pipeline.workflows.suitability import check_suitable
-from pipeline.workflows.thick_study import ThickStudy
 from pipeline.writing import Provenance
 
 WINDOW = Window((HU_RANGE[0] + HU_RANGE[1]) / 2, HU_RANGE[1] - HU_RANGE[0])

@@ -15,8 +15,7 @@ from pipeline.engines import note
 from pipeline.identity import Keys
 from pipeline.reading import Header, parse_header
 from pipeline.serve.config import LimitsConfig
-from pipeline.serve.folders import GIB, Folders, write_durably
-from pipeline.serve.queue import Queue
+from pipeline.serve.state import GIB, Folders, Queue, write_durably
 from pipeline.writing import ALGORITHM, PRIVATE_CREATOR
 
 log = logging.getLogger("ctpipe.serve")

@@ -7,8 +7,8 @@ from typing import Any
 
 from latentcache import InputError
 from pipeline.serve.config import read_config
-from pipeline.serve.folders import Folders
-from pipeline.serve.queue import Queue
+from pipeline.serve.state.folders import Folders
+from pipeline.serve.state.queue import Queue
 
 
 def state_folder(target: str) -> Path | None:

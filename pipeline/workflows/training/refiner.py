@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusion.training import Progress, Terms, Trainer
     from latentcache import LatentStore
     from pipeline.refiner import RefinerCard, RefinerFile, RefinerPatches
-    from pipeline.workflows.refiner_cases import RefinerSource, Sampled
+    from pipeline.workflows.training.refiner_cases import RefinerSource, Sampled
 
 
 READ_AHEAD = 4
@@ -86,7 +86,7 @@ def train_refiner(
     from latentcache import LatentStore
     from pipeline.identity import PrivateStore
     from pipeline.refiner import PatchSettings, RefinerCard, RefinerConfig, RefinerPatches
-    from pipeline.workflows.refiner_cases import RefinerSource
+    from pipeline.workflows.training.refiner_cases import RefinerSource
 
     prepare_run(job.run, job.resume)
     latents, people = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
@@ -128,7 +128,7 @@ def _trainer(
     from diffusion.config import BudgetConfig, ValidationConfig
     from diffusion.training import LoopConfig, Trainer, Watch, World
     from pipeline.refiner import Refiner, RefinerConfig
-    from pipeline.workflows.refiner_cases import held_out_figures
+    from pipeline.workflows.training.refiner_cases import held_out_figures
 
     config = RefinerConfig(job.width, job.blocks)
     held_out = source.keys("val")[:HELD_OUT_PAIRS]
@@ -269,8 +269,8 @@ def sampled(
     from latentcache import InputError
     from pipeline.engines import EngineOptions
     from pipeline.vae import load_decoder
-    from pipeline.workflows.refiner_cases import Sampled
     from pipeline.workflows.sample import SampleJob, Spread, sample_pairs
+    from pipeline.workflows.training.refiner_cases import Sampled
 
     keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
     here = Spread(EngineOptions("inline", devices=(job.device,)))

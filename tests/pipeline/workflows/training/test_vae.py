@@ -22,7 +22,7 @@ from latentcache import InputError, NonFiniteError
 from pipeline.vae import VaeArchitecture, VaeTrainConfig, load_vae, load_weights
 from pipeline.workflows import VaeTrainingJob, run_vae_training
 
-module = importlib.import_module("pipeline.workflows.train_vae")
+module = importlib.import_module("pipeline.workflows.training.vae")
 
 SMALL = VaeTrainConfig(
     part="all",

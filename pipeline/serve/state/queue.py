@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.serve.database import Database, add_to_counter
+from pipeline.serve.state.database import Database, add_to_counter
 
 STATES = ("receiving", "working", "retry", "sending", "done", "skipped", "held", "quarantined")
 
