@@ -37,13 +37,14 @@ def vae_check(
 
         ctpipe vae-check STORE --vae weights/autoencoder_epoch273.pt --windows soft-tissue,maisi --plot ceiling.png
     """
+    import torch
     from rich.progress import Progress
 
-    from latentcache import LatentStore, compute_dtype
+    from latentcache import LatentStore, check_bf16_convolutions, compute_dtype
     from pipeline.evaluation import as_dict, check, plot as draw, sample_series, summarise, table
     from pipeline.identity import PrivateStore
     from pipeline.reading import read_series
-    from pipeline.vae import load_decoder
+    from pipeline.vae import load_vae
     from pipeline.volume import Window
 
     names = [name.strip() for name in windows.split(",") if name.strip()]
@@ -51,7 +52,10 @@ def vae_check(
         Window.parse(name)
     chosen = sample_series(LatentStore.open(store).series(), sample)
     pointers = PrivateStore.open(store, private)
-    network = load_decoder(device, spec=vae, memory_gib=memory_gib, dtype=compute_dtype(dtype, device))
+    arithmetic = getattr(torch, compute_dtype(dtype, device))
+    if arithmetic == torch.bfloat16:
+        check_bf16_convolutions(torch.device(device))
+    network = load_vae(vae, device=device, memory_gib=memory_gib, dtype=arithmetic)
     with Progress(console=stderr, disable=not progress_wanted()) as progress:
         bar = progress.add_task("round trips", total=len(chosen) * len(names))
         scores = check(

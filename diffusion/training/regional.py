@@ -25,7 +25,7 @@ def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "induc
     blocks = [m for m in module.modules() if isinstance(m, (ResidualBlock, DepthAttention))]
     for block in blocks:
         if isinstance(block, FSDPModule):  # its hooks gather weights: they stay outside of the graph
-            block.forward = torch.compile(block.forward, backend=backend)
+            block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
         else:
             block.compile(backend=backend)
     return len(blocks)

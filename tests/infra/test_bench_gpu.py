@@ -114,6 +114,7 @@ def test_rows_of_the_cpu_mode_are_ended_by_their_own_limits(
 def test_the_peers_come_last_on_a_cpu_too_and_nothing_is_kept(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
     monkeypatch.setattr(gpu, "forking", lambda: None)
+    monkeypatch.setattr(gpu, "ThreadPoolExecutor", lambda workers: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(gpu, "write", lambda result, target: pytest.fail("figures of a CPU"))
 
     def begin(row: Any, limit: float, context: Any) -> tuple[dict[str, Any], dict[str, Any]]:

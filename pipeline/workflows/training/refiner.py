@@ -268,8 +268,7 @@ def sampled(
     """Sample every training and validation pair once; what was sampled, and what is to be said of it."""
     from latentcache import InputError
     from pipeline.engines import EngineOptions
-    from pipeline.vae import load_decoder
-    from pipeline.workflows.sample import SampleJob, Spread, sample_pairs
+    from pipeline.workflows.sample import SampleJob, Spread, load_codec, sample_pairs
     from pipeline.workflows.training.refiner_cases import Sampled
 
     keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
@@ -283,5 +282,5 @@ def sampled(
             remedy="Mend those pairs or exclude them, then run this again: what was sampled is kept.",
         )
     encoding = latents.encoding(done.encode_key)
-    decoder = load_decoder(job.device, spec=job.vae, expected_sha256=encoding.vae_sha256, extra=encoding.extra)
+    decoder = load_codec(job.vae, job.device, None, encoding)
     return Sampled(done.encode_key, done.stores[0], decoder), done.facts
