@@ -5,7 +5,7 @@ two requests another process may go on, a process may crash, an answer may be lo
 that it failed), the lease may look dead to another although its holder only sleeps (a stopped process, a jump of a
 clock), a renewal that was under way may arrive late, the put of a snapshot may arrive a second time, whenever (a client
 that tried again), and a listing of snapshots may lack the newest. Steps are those of latentcache.writer and
-latentcache.maintenance, by name. infra/bench/commit_model.py explores every set of three processes: some millions of states.
+latentcache.maintenance, by name. infra/bench/commit_model.py explores every set of three processes: millions of states.
 """
 
 from __future__ import annotations
