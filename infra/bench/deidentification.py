@@ -66,6 +66,7 @@ def main() -> int:
         print(f"{name:<26}{right:>8} of {n}")
     print(f"{result['identifiers']} identifiers, {result['actions']} actions, {score.share:.4%} right")
     print(*score.leaks[:20], *score.wrong[:20], sep="\n")
+    print(json.dumps(result))
     if not options.quick:
         out = Path(__file__).parent / "results" / "deidentification.json"
         out.write_text(json.dumps(result, indent=1) + "\n")

@@ -46,6 +46,7 @@ def main() -> int:
     }
     for name, value in result.items():
         print(f"{name:<22} {value}")
+    print(json.dumps(result))
     if not options.quick:
         out = Path(__file__).parent / "results" / "soak.json"
         out.write_text(json.dumps(result, indent=1) + "\n")
