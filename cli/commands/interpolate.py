@@ -74,7 +74,8 @@ def interpolate(
 ) -> int:
     """Predict thin slices over the whole extent of a thick series; DICOM out, or NIfTI where the source is.
 
-    Without options a model that ships does it; nothing is downloaded. Pseudonyms come from
+    Without options a model that ships does it; nothing is downloaded. A head's thin slices show the face, which is not
+    removed: pseudonymous, not anonymous. Pseudonyms come from
     CTPIPE_SECRET, else from a secret kept in OUT/private.
 
     Examples:

@@ -31,17 +31,16 @@ def pin(location: Location, name: str, number: int) -> None:
     """
     location.put(_path(name), json.dumps({"snapshot": number}).encode())
     # The pin first, then the looks: gc marks first and then looks for pins, so that one of the two sees the other.
-    for fine, why in (
-        (lambda: not _exists(location, mark_path(number)), "gc is dropping it"),
-        (lambda: has_snapshot(location, number), "it does not exist"),
-    ):
-        if not fine():
-            location.delete(_path(name))
-            raise StoreError(
-                f"snapshot {number} cannot be pinned: {why}",
-                expected="a snapshot that the store still keeps",
-                remedy="`ctpipe status STORE` lists them.",
-            )
+    why = "gc is dropping it" if _exists(location, mark_path(number)) else ""
+    if not why and not has_snapshot(location, number):
+        why = "it does not exist"
+    if why:
+        location.delete(_path(name))
+        raise StoreError(
+            f"snapshot {number} cannot be pinned: {why}",
+            expected="a snapshot that the store still keeps",
+            remedy="`ctpipe status STORE` lists them.",
+        )
 
 
 def unpin(location: Location, name: str) -> None:

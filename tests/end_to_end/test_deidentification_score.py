@@ -5,46 +5,14 @@ infra/bench/deidentification.py does the same with more patients, training, and 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
-from typer.testing import CliRunner
 
-from cli.main import app
-from pipeline.engines import job_log
-from tests.support.deidentification_score import Score, Spoken, score_all, search, worked
+from tests.support.deidentification_score import InProcess, Score, score_all, search, worked
 from tests.support.planted_identifiers import PlantedArchive, Planter, found_in, make_archive, rows_in_files, table
-
-
-class InProcess:
-    """Runs commands without a process for each, and keeps what they log at any level."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._handler = logging.Handler()
-        self._handler.emit = self._keep  # type: ignore[method-assign]
-
-    def _keep(self, record: logging.LogRecord) -> None:
-        self._lines.append(f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}")
-
-    def __call__(self, words: Sequence[str]) -> Spoken:
-        before = (logging.root.level, list(logging.root.handlers), logging.getLogger(job_log.OURS).level)
-        logging.root.addHandler(self._handler)
-        logging.root.setLevel(logging.DEBUG)
-        self._lines.clear()
-        try:
-            result = CliRunner().invoke(app, list(words), standalone_mode=False)
-        finally:
-            logging.root.setLevel(before[0])
-            logging.root.handlers[:] = before[1]
-            logging.getLogger(job_log.OURS).setLevel(before[2])
-        logged = "\n".join(self._lines)
-        code = 1 if result.exception else int(result.return_value or 0)
-        return Spoken(f"{result.stdout}\n{result.stderr}\n{result.exception or ''}\n{logged}", code)
 
 
 @pytest.fixture(scope="module")

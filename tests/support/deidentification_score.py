@@ -11,6 +11,7 @@ import base64
 import gzip
 import io
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,10 @@ import pyarrow.parquet as pq
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from typer.testing import CliRunner
 
+from cli.main import app
+from pipeline.engines import job_log
 from pipeline.identity import PrivateStore
 from tests.support.planted_identifiers import SHORT_NAMES, PlantedArchive, found_in, rows_in_files
 
@@ -52,6 +56,33 @@ class Spoken:
 
 
 Run = Callable[[Sequence[str]], Spoken]
+
+
+class InProcess:
+    """Runs commands without a process for each, and keeps what they log at any level."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._handler = logging.Handler()
+        self._handler.emit = self._keep  # type: ignore[method-assign]
+
+    def _keep(self, record: logging.LogRecord) -> None:
+        self._lines.append(f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}")
+
+    def __call__(self, words: Sequence[str]) -> Spoken:
+        before = (logging.root.level, list(logging.root.handlers), logging.getLogger(job_log.OURS).level)
+        logging.root.addHandler(self._handler)
+        logging.root.setLevel(logging.DEBUG)
+        self._lines.clear()
+        try:
+            result = CliRunner().invoke(app, list(words), standalone_mode=False)
+        finally:
+            logging.root.setLevel(before[0])
+            logging.root.handlers[:] = before[1]
+            logging.getLogger(job_log.OURS).setLevel(before[2])
+        logged = "\n".join(self._lines)
+        code = 1 if result.exception else int(result.return_value or 0)
+        return Spoken(f"{result.stdout}\n{result.stderr}\n{result.exception or ''}\n{logged}", code)
 
 
 @dataclass
