@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-gpu lint docs real clean
+.PHONY: demo test test-all test-gpu test-versions lint docs real clean
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("ctpipe needs Python 3.11, 3.12 or 3.13; this is " + sys.version.split()[0] + ". Run make PYTHON=python3.12") if not (3, 11) <= sys.version_info < (3, 14) else None'
@@ -31,6 +31,10 @@ test-gpu: .venv/.dev
 test-all: .venv/.dev
 	$(BIN)/python -m pytest
 	$(BIN)/python tests/fuzz/fuzz_reading.py --seconds 600
+
+# Every supported Python that is here, lowest and newest dependencies.
+test-versions: .venv/.dev
+	bash .ci/versions all
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

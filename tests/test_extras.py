@@ -66,6 +66,7 @@ def test_every_module_imports_or_names_its_extra() -> None:
     unnamed = {name: text for name, text in refused.items() if not re.search(r"pip install 'ctpipe\[\w+\]'", text)}
     assert unnamed == {}
     assert {name: extra for name, extra in NEEDS.items() if f"ctpipe[{extra}]" not in refused.get(name, "")} == {}
+    assert "pipeline.report.study_page" not in refused, "the page beside an interpolated study needs no extra"
     assert all(name in NEEDS or name.startswith(("pipeline.report.", "pipeline.serve.")) for name in refused), refused
 
 

@@ -124,7 +124,8 @@ def measure(rows: list[Row], seconds: float, small: bool, keep: Path | None) -> 
     def run(row: Row) -> None:
         limit = min(end - time.monotonic(), row.cpu_share * seconds if small else row.seconds)
         if limit < (1 if small else 10):
-            found, outcome = {}, {"ok": False, "why": "no time left"}
+            found: dict[str, Any] = {}
+            outcome: dict[str, Any] = {"ok": False, "why": "no time left"}
         else:
             print(f"-- {row.name} (at most {limit:.0f} s)", flush=True)
             found, outcome = in_a_process(row, limit, rows_context)

@@ -7,7 +7,7 @@ import gc
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -130,7 +130,7 @@ def new_model(config: UNetConfig, device: torch.device) -> UNet:
     return model.to(memory_format=torch.channels_last_3d) if device.type == "cuda" else model  # type: ignore[call-overload, no-any-return]
 
 
-def steps_of(model: UNet, pairs: Iterator[Pair], device: torch.device) -> Iterator[tuple[float, float]]:
+def steps_of(model: UNet, pairs: Iterator[Pair], device: torch.device) -> Generator[tuple[float, float], None, None]:
     """Training steps without end: objective, backward pass, clipping, update. Yields (seconds, of these waiting)."""
     on_gpu = device.type == "cuda"
     optimiser = build_adamw(model, OptimiserConfig(), device)

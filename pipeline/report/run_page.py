@@ -9,11 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from latentcache.storage import write_text
 from pipeline.evaluation import CODE_KNOTS, CODE_KNOTS_HU, SPREAD_STEP_HU, CaseView, label, ordered
 from pipeline.report.certificates import certificate_section, judged_cases
 from pipeline.report.charts import bar_chart, curves_chart, dot_chart, line_chart
 from pipeline.report.images import encode_view
+from pipeline.report.page import write_page
 from pipeline.report.tables import (
     agreement_table,
     case_table,
@@ -90,13 +90,6 @@ def _measures(document: Mapping[str, Any]) -> str:
         ("Nodules and vessels", volume_table(document)),
     )
     return "\n".join(f"<h2>{title}</h2>\n{text}" for title, text in parts if text)
-
-
-def write_page(path: Path, page: str, fields: Mapping[str, str]) -> None:
-    """Fill the template's ``{{NAME}}`` fields and write the file, whole or not at all."""
-    for name, value in fields.items():
-        page = page.replace("{{" + name + "}}", value)
-    write_text(path, page)
 
 
 def _fitting(views: Sequence[CaseView], room: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from latentcache.maintenance import summarise
 from pipeline.report.certificates import certificate_section, judged_cases
 from pipeline.report.charts import histogram
 from pipeline.report.images import data_url
-from pipeline.report.run_page import write_page
+from pipeline.report.page import write_page
 from pipeline.report.tables import table
 from pipeline.volume import Volume, Window
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.report.images import data_url
+from pipeline.report.page import write_page
 from pipeline.volume import Geometry, Volume, Window
 
 WINDOWS = {"soft tissue": Window(40, 400), "lung": Window(-600, 1500), "bone": Window(500, 2000)}
@@ -71,8 +72,6 @@ def write_study_page(path: Path, study: StudyPage) -> None:
         "DISTRUST": _items(DISTRUST),
         "FACTS": "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in _facts(study)),
     }
-    from pipeline.report.run_page import write_page  # it draws charts, which need an extra
-
     write_page(path, template, fields)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ class CStore:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             for path in paths:
+                image, asked = dcmread(path), time.monotonic()
                 try:
-                    status = association.send_c_store(dcmread(path))
+                    status = association.send_c_store(image)
                 except (RuntimeError, ValueError) as error:
                     if not association.is_established:
                         raise PacsUnavailable("the PACS ended the association") from error
@@ -69,7 +71,7 @@ class CStore:
                         remedy="Write the series with --transfer-syntax explicit.",
                     ) from error
                 if "Status" not in status:
-                    raise PacsUnavailable("the PACS broke off without an answer")
+                    raise PacsUnavailable(self._no_answer(time.monotonic() - asked))
                 code = int(status.Status)
                 if code == 0 or code >> 12 == 0xB:
                     done(path)
@@ -82,6 +84,12 @@ class CStore:
                 association.release()
             if connection is not None:
                 connection.close()
+
+    def _no_answer(self, waited_s: float) -> str:
+        """Whose end it was: ours after waiting, or the other side's."""
+        if waited_s >= self.timeout_s:
+            return f"the PACS did not answer within {self.timeout_s:g} s"
+        return f"the PACS broke off without an answer, after {waited_s:.1f} s"
 
     def _associate(self, first: Path) -> Any:
         try:

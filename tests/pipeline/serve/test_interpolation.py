@@ -29,7 +29,7 @@ def test_without_a_model_the_shipped_one_is_used(tmp_path: Path) -> None:
     done = interpolation(settings)(InterpolateRequest(source, out, tmp_path))
     assert done.n_slices > 20
     first = min((out / done.folders[0]).glob("*.dcm"))
-    assert read_provenance(pydicom.dcmread(first)).sampling["model"] == "default"
+    assert read_provenance(pydicom.dcmread(first))["sampling"]["model"] == "default"
 
 
 def test_a_wrong_model_fails_the_start(tmp_path: Path) -> None:

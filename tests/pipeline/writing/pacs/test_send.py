@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -379,3 +380,31 @@ def test_a_pacs_that_dies_half_way_gets_the_rest_when_it_is_back(tmp_path: Path,
         np.testing.assert_array_equal(server.pixels(written.series_uid), hu)
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(
+    ("silent", "reason"), [(True, "did not answer within 1 s"), (False, "broke off without an answer")]
+)
+def test_it_is_said_whether_the_pacs_was_silent_or_broke_off(series: Path, silent: bool, reason: str) -> None:
+    from pynetdicom import AE, evt
+
+    over = threading.Event()
+
+    def store(event: Any) -> int:
+        if silent:
+            over.wait(60)
+        else:
+            event.assoc.abort()
+        return 0
+
+    entity = AE(ae_title="PACS")
+    entity.add_supported_context("1.2.840.10008.5.1.4.1.1.2", ["1.2.840.10008.1.2.1"])
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    try:
+        port = server.server_address[1]
+        done = send_folder(series, CStore("127.0.0.1", port, "PACS", timeout_s=1.0 if silent else 30.0), attempts=1)
+    finally:
+        over.set()
+        server.shutdown()
+    assert reason in done.reason
+    assert len(done.left) == 7
