@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WHEELS = os.environ.get("CTPIPE_TORCH_WHEELS", "/opt/wheels")
+WHEELS = os.environ.get("CTPIPE_TORCH_WHEELS", "wheels")
 EXTRAS = ("dask", "nifti", "pacs", "report", "s3", "zarr")
 """Tried where torch is: used by the tests below. Ray, MONAI, tensorboard and pcodec are not."""
 SMALL_EXTRAS = ("nifti", "pacs", "s3")
@@ -38,7 +38,7 @@ PURE_TESTS = (
     "tests/pipeline/volume", "tests/pipeline/writing",
 )  # fmt: skip
 TORCH_TESTS = (
-    *PURE_TESTS, "tests/pipeline/refiner/test_pretrained.py", "tests/pipeline/workflows/test_interpolate_shipped.py",
+    *PURE_TESTS, "tests/pipeline/refiner/test_pretrained.py", "tests/pipeline/workflows/interpolation/test_shipped.py",
     "tests/pipeline/vae/test_vae.py", "tests/diffusion/objectives", "tests/diffusion/runs",
     "tests/cli/commands/test_interpolate.py",
 )  # fmt: skip
@@ -137,7 +137,7 @@ def find_python(version: str) -> Path | None:
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     candidates += sorted((root / "versions").glob(f"{version}.*/bin/python"), reverse=True)
     for python in candidates:
-        asked = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        asked: list[str | Path] = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
         done = subprocess.run(asked, capture_output=True, text=True)
         if done.stdout.strip() == version:
             return python
