@@ -34,6 +34,7 @@ def command_modules() -> list[str]:
 
 for _name in command_modules():
     importlib.import_module(f"cli.commands.{_name}").register(app)
+app.registered_commands.sort(key=lambda command: str(command.name))
 
 
 def show_version(wanted: bool) -> None:

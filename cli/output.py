@@ -86,6 +86,32 @@ def progress_bars() -> Iterator[OnProgress]:
 
 
 @contextmanager
+def counting_bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar set by how many items are done and how many there are; none where nobody looks."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=stderr, disable=not progress_wanted()) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextmanager
+def advancing_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that is told how many more items are done."""
+    done = 0
+    with counting_bar(title) as show:
+        show(0, total)
+
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            show(done, total)
+
+        yield advance
+
+
+@contextmanager
 def training_bar(wanted: bool) -> Iterator[Callable[[Progress], None]]:
     """A progress bar with the figures that show whether a training run is well."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn

@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "latentcache", "diffusion", "cli")
 MAX_LINES = 60
 MAX_PARAMETERS = 8
+MAX_COMMAND_LINES = 100
+MAX_FILES = 14
+FOLDERS_WITH_MORE = {"cli/commands": 26}
+"""Folders that may hold more files than others; a room's own ``__init__`` is not counted."""
 UNTESTED = ROOT / "infra" / "house_untested.txt"
 """Modules that need no test of their name, one per line with the reason after a colon."""
 
@@ -43,6 +47,8 @@ class House:
     folders: int = 0
     lines: int = 0
     largest_folders: list[tuple[str, int]] = field(default_factory=list)
+    full_folders: list[tuple[str, int]] = field(default_factory=list)
+    long_commands: list[tuple[str, int]] = field(default_factory=list)
     long_functions: list[tuple[str, int]] = field(default_factory=list)
     long_parameter_lists: list[tuple[str, int]] = field(default_factory=list)
     circles: list[list[str]] = field(default_factory=list)
@@ -94,6 +100,36 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return len(names) - (names[:1] in (["self"], ["cls"]))
 
 
+def command_lines(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Commands that a file registers, each with its lines and those of what it uses in the file, help included."""
+    parts = {
+        name: node
+        for node in tree.body
+        for name in (
+            [node.name]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            else [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.Assign)
+            else []
+        )
+    }
+    register = parts.get("register")
+    if register is None:
+        return
+    registered = [node.id for node in ast.walk(register) if isinstance(node, ast.Name) and node.id in parts]
+    inner = [node for node in ast.walk(register) if isinstance(node, ast.FunctionDef) and node is not register]
+    for command in [*(parts[name] for name in dict.fromkeys(registered)), *inner]:
+        if not isinstance(command, ast.FunctionDef):
+            continue
+        used: list[ast.AST] = [command]
+        for node in used:  # grows while it is walked
+            for name in (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in parts):
+                if parts[name] not in used and name != "register":
+                    used.append(parts[name])
+        lines = sum((getattr(node, "end_lineno", 0) or 0) - getattr(node, "lineno", 0) + 1 for node in used)
+        yield command.name, lines
+
+
 def imports(module: Module, known: set[str]) -> Iterator[tuple[str, bool]]:
     """Modules of the project that a module imports when it is loaded, and whether that names the module itself."""
     for node in ast.walk(module.tree):
@@ -130,13 +166,9 @@ def edges(found: list[Module]) -> dict[str, set[str]]:
             if not isinstance(node, ast.ImportFrom) or not node.module or node.module.split(".")[0] not in PACKAGES:
                 continue
             for alias in node.names:
-                target = f"{node.module}.{alias.name}"
-                while (node.module, alias.name) in exported and target not in known:
-                    target = exported[node.module, alias.name]
-                    if target in known or not target.rpartition(".")[0]:
-                        break
-                    target = exported.get((target, alias.name), target)
-                    break
+                target, room = f"{node.module}.{alias.name}", node.module
+                while target not in known and (room, alias.name) in exported:  # a room may pass on an inner room's name
+                    target = room = exported[room, alias.name]
                 for candidate in (target, node.module):
                     if candidate in known and candidate != module.name:
                         graph[module.name].add(candidate)
@@ -224,6 +256,7 @@ def count() -> House:
     folders = Counter(str(m.path.parent.relative_to(ROOT)) for m in found)
     house.folders = len(folders)
     house.largest_folders = folders.most_common(5)
+    house.full_folders = [(name, n) for name, n in folders.items() if n > FOLDERS_WITH_MORE.get(name, MAX_FILES)]
     for module in found:
         library = not module.name.startswith("cli.")
         for name, node in functions(module.tree, module.name):
@@ -231,6 +264,9 @@ def count() -> House:
                 house.long_functions.append((name, body_lines(node)))
             if library and not is_kernel(node) and parameters(node) > MAX_PARAMETERS:
                 house.long_parameter_lists.append((name, parameters(node)))
+        if module.path.parent.name == "commands":
+            commands = command_lines(module.tree)
+            house.long_commands += [(f"{module.name}.{n}", k) for n, k in commands if k > MAX_COMMAND_LINES]
     house.circles = circles(edges(found))
     house.into_rooms = into_rooms(found)
     house.untested, house.unneeded_exceptions = untested(found)
@@ -249,6 +285,8 @@ def main() -> None:
     print(f"{house.files} files in {house.folders} folders, {house.lines} lines")
     print("largest folders: " + ", ".join(f"{name} {n}" for name, n in house.largest_folders))
     for title, rows in (
+        (f"folders over {MAX_FILES} files", house.full_folders),
+        (f"commands over {MAX_COMMAND_LINES} lines", house.long_commands),
         (f"functions over {MAX_LINES} lines", house.long_functions),
         (f"functions over {MAX_PARAMETERS} parameters", house.long_parameter_lists),
         ("import circles", house.circles),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.output import AsJson, Exit, emit, stderr
-
-METHODS = ("nearest", "linear", "cubic", "cubic_consistent", "refined", "model", "vae_ceiling")
+from cli.summaries import DEMO_METHODS, demo_text
 
 
 def register(app: typer.Typer) -> None:
@@ -35,9 +33,11 @@ def register(app: typer.Typer) -> None:
 
             ctpipe demo demo-out
         """
-        _claim(out)
+        from pipeline.workflows import claim_folder
+
+        claim_folder(out)
         result = run_demo(app, out, (patients, size, slices), refine_seconds, train_seconds, seed)
-        emit(result, _text(result, out), as_json)
+        emit(result, demo_text(result, out), as_json)
         return Exit.OK
 
     app.command("demo")(demo)
@@ -52,6 +52,7 @@ def run_demo(
         phantoms: Patients, in-plane size and thin slices.
     """
     from latentcache.storage import write_text
+    from pipeline.workflows import demo_figures
 
     started = time.monotonic()
     data, store, run, dicom = out / "archive", out / "store", out / "run", out / "dicom"
@@ -78,55 +79,6 @@ def run_demo(
         seconds[words[0]] = round(seconds.get(words[0], 0.0) + time.monotonic() - start, 1)
         if code:
             raise typer.Exit(code)
-    document = json.loads((run / "evaluation" / "test" / "metrics.json").read_text(encoding="utf-8"))
-    methods = document["methods"]
-    result = {
-        "psnr_db": {name: methods[name]["psnr_db"] for name in METHODS},
-        "ssim": {name: methods[name]["ssim"] for name in METHODS},
-        "gain_over_consistent_db": methods["model"]["psnr_db"] - methods["cubic_consistent"]["psnr_db"],
-        "gain_over_consistent_ssim": methods["model"]["ssim"] - methods["cubic_consistent"]["ssim"],
-        "gain_over_cubic_db": methods["model"]["psnr_db"] - methods["cubic"]["psnr_db"],
-        "gain_over_linear_db": methods["model"]["psnr_db"] - methods["linear"]["psnr_db"],
-        "held_out_pairs": document["cases"],
-        "window_hu": document["window_hu"],
-        "seconds": {**seconds, "total": round(time.monotonic() - started, 1)},
-        "peak_rss_gib": _peak_rss_gib(),
-        "methods": methods,
-    }
+    result = demo_figures(run, DEMO_METHODS, {**seconds, "total": round(time.monotonic() - started, 1)})
     write_text(out / "metrics.json", json.dumps(result, indent=1))
     return result
-
-
-def _claim(out: Path) -> None:
-    """Start afresh in a folder that is empty or that a demo filled; never touch anyone else's files."""
-    from latentcache import InputError
-
-    mark = out / ".ctpipe-demo"
-    if out.exists() and any(out.iterdir()):
-        if not mark.is_file():
-            raise InputError(
-                f"the folder {out}, which is not empty", expected="an empty folder", remedy="Name another, e.g. demo-2."
-            )
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-
-
-def _peak_rss_gib() -> float:
-    from latentcache import peak_bytes
-
-    return round(peak_bytes() / 2**30, 2)
-
-
-def _text(result: dict[str, Any], out: Path) -> str:
-    psnr, ssim = result["psnr_db"], result["ssim"]
-    lines = [f"PSNR in the window (dB) and SSIM, mean over {result['held_out_pairs']} held-out patients:"]
-    lines += [f"  {name:16s} {psnr[name]:.2f}  {ssim[name]:.4f}" for name in METHODS]
-    lines.append(
-        f"  model against cubic made consistent, which no learning takes: {result['gain_over_consistent_db']:+.2f} dB, "
-        f"SSIM {result['gain_over_consistent_ssim']:+.4f}; against plain cubic {result['gain_over_cubic_db']:+.2f} dB"
-    )
-    lines.append(f"{result['seconds']['total']:.0f} s, peak {result['peak_rss_gib']} GiB")
-    lines.append(f"without training: open {next((out / 'at-once').glob('*.html'), out / 'at-once')}")
-    lines.append(f"open {out / 'report.html'}; thin-slice DICOM is in {out / 'dicom'}")
-    return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,7 +21,8 @@ from cli.options import (
     Workers,
     engine_options,
 )
-from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+from cli.output import AsJson, Exit, counting_bar, emit
+from cli.summaries import encode_text
 
 
 def register(app: typer.Typer) -> None:
@@ -90,81 +91,18 @@ def encode(
 
         ctpipe encode s3://archive/store --private /secure/private --engine ray --ray-address auto --gpus 8
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from pipeline.workflows import EncodeJob, encode as run
 
-    from pipeline.encode import EncodeSettings, encode_store, parse_roles
-    from pipeline.refiner import RefinerFile
-    from pipeline.vae import parse_tiling
-    from pipeline.volume import Window
-
-    wanted = parse_roles(roles)
-    file = None if refiner is None else RefinerFile.of(refiner.absolute())
-    if file is not None and "refined_on_thin" not in wanted:
-        wanted = (*wanted, "refined_on_thin")
-    settings = EncodeSettings(
-        vae=vae,
-        window=Window.parse(window),
-        roles=wanted,
-        refiner=file,
-        round_trip_fraction=round_trip,
-        memory_gib=memory_gib,
-        pad_in_plane=pad_in_plane,
-        tiling=parse_tiling(tiling),
-        torch_threads=threads,
-        precision=dtype,
-    )
     options = engine_options(
-        engine,
-        gpus,
-        workers=workers,
-        gpu_share=gpu_share,
-        dask_scheduler=dask_scheduler,
-        ray_address=ray_address,
-        prefetch=prefetch,
-        series_timeout=series_timeout,
-    )
-    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, disable=not progress_wanted()) as progress:
-        bar = progress.add_task("encode", total=None)
-
-        def advance(outcome: Any, planned: int) -> None:
-            progress.update(bar, total=planned, advance=1)
-
-        summary = encode_store(
-            store,
-            settings,
-            options,
-            private_url=private,
-            dry_run=dry_run,
-            refresh=refresh,
-            repair=repair,
-            on_outcome=advance,
-        )
-    verb = "would encode" if dry_run else "encoded"
-    lines = [
-        f"{verb} {summary.planned} studies or series "
-        f"({summary.committed} latents committed, {summary.already} already there)",
-        f"encode key {summary.encode_key}, snapshot {summary.snapshot}",
-    ]
-    if summary.retired:
-        lines.append(f"{summary.retired} latents of archives that had changed were retired")
-    if summary.stale:
-        verb = "would be retired and made anew" if refresh else "give --refresh to make them anew"
-        lines.append(f"{summary.stale} latents are of archives that have changed since, or of another refiner: {verb}")
-    if repair:
-        verb = "to be made anew" if dry_run else "retired to be made anew"
-        again = f"{summary.restored} came back byte for byte, in older snapshots too"
-        lines.append(
-            f"{summary.damaged} latents are damaged or gone, {summary.damaged - len(summary.hopeless)} {verb}"
-            + ("" if dry_run else f"; {again}")
-        )
-    lines += [f"cannot be repaired {name}: {reason}" for name, reason in sorted(summary.hopeless.items())]
-    lines += [
-        f"run {name} is pinned to a snapshot with {count} of them: begin it anew or restore them from a copy"
-        for name, count in sorted(summary.pinned.items())
-    ]
-    lines += [f"set aside {name}: {reason}" for name, reason in sorted(summary.failed.items())]
-    lines += [f"pair refused {name}: {reason}" for name, reason in sorted(summary.unpaired_by_pixels.items())]
-    emit(vars(summary), "\n".join(lines), as_json)
+        engine, gpus, workers=workers, gpu_share=gpu_share, dask_scheduler=dask_scheduler, ray_address=ray_address,
+        prefetch=prefetch, series_timeout=series_timeout,
+    )  # fmt: skip
+    job = EncodeJob(
+        store, options, vae, window, roles, refiner, pad_in_plane, tiling, memory_gib, dtype, threads, round_trip,
+        private, refresh=refresh, repair=repair, dry_run=dry_run,
+    )  # fmt: skip
+    with counting_bar("encoding") as show:
+        summary = run(job, show)
+    emit(vars(summary), encode_text(summary, job), as_json)
     unsettled = (summary.failed, summary.unpaired_by_pixels, summary.stale, summary.hopeless, summary.pinned)
     return Exit.QUARANTINED if any(unsettled) else Exit.OK

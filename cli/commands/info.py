@@ -38,6 +38,8 @@ def register(app: typer.Typer) -> None:
 
 def describe_program(app: typer.Typer) -> dict[str, Any]:
     """Return everything that a caller of the command line needs, as plain JSON values."""
+    from pipeline.workflows import formats, models
+
     group: Any = typer.main.get_command(app)
     return {
         "version": package_version(),
@@ -47,8 +49,8 @@ def describe_program(app: typer.Typer) -> dict[str, Any]:
             *({"code": int(code), "meaning": meaning} for code, meaning in MEANINGS.items()),
             {"code": INTERRUPTED, "meaning": "interrupted; the same command resumes"},
         ],
-        "formats": describe_formats(),
-        "models": describe_models(),
+        "formats": formats(),
+        "models": models(),
     }
 
 
@@ -89,35 +91,3 @@ def describe_parameter(parameter: Any) -> dict[str, Any]:
     }
     bounds = {name: getattr(parameter, name, None) for name in ("min", "max")}
     return found | {name: bound for name, bound in bounds.items() if bound is not None}
-
-
-def describe_formats() -> dict[str, Any]:
-    """Return what is read and written."""
-    from latentcache import FORMAT_VERSION
-    from pipeline.reading.codecs import LOSSY_SYNTAXES, READABLE
-    from pipeline.writing import TRANSFER_SYNTAXES
-
-    return {
-        "archives": ["zip", "folder", "s3://bucket/prefix"],
-        "studies": ["zip", "folder", "DICOMDIR", ".nii", ".nii.gz"],
-        "transfer_syntaxes_read": [
-            {"uid": uid, "name": READABLE[uid], "lossy": uid in LOSSY_SYNTAXES} for uid in sorted(READABLE)
-        ],
-        "transfer_syntaxes_written": {name: str(uid) for name, uid in TRANSFER_SYNTAXES.items()},
-        "dicom_written": ["CT Image", "Enhanced CT Image", "Parametric Map"],
-        "store_format_version": FORMAT_VERSION,
-    }
-
-
-def describe_models() -> dict[str, Any]:
-    """Return names that options take: models and VAEs that ship, presets of training, objectives."""
-    from diffusion.config import PRESETS
-    from diffusion.objectives import OBJECTIVES
-    from pipeline.refiner import shipped_models
-
-    return {
-        "interpolate": [{"name": model.name, "sha256": model.sha256} for model in shipped_models()],
-        "presets": sorted(PRESETS),
-        "objectives": sorted(OBJECTIVES),
-        "vae": ["tiny"],
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,6 +27,7 @@ from cli.options import (
     UncertaintyMap,
 )
 from cli.output import AsJson, Exit, emit, progress_bars, stderr
+from cli.summaries import interpolate_text, spell_seconds
 
 
 def register(app: typer.Typer) -> None:
@@ -108,31 +109,5 @@ def interpolate(
         done = run_interpolation(job, show, estimate)
     result = {**asdict(done), "folders": list(done.folders), "warnings": list(done.warnings), **done.figures}
     del result["figures"], result["folder"]
-    emit(result, _text(result, out), as_json)
+    emit(result, interpolate_text(result, out), as_json)
     return Exit.OK
-
-
-def spell_seconds(seconds: float) -> str:
-    """``40 s``, ``12 min`` or ``2.5 h``."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _text(result: dict[str, Any], out: Path) -> str:
-    text = (
-        f"{result['source_slices']} slices -> {result['slices']} at {result['spacing_mm']:g} mm "
-        f"in {out / result['key']} ({result['seconds']:.1f} s)"
-    )
-    if result.get("model"):
-        text += f"\nmodel {result['model']}"
-    if result.get("profile"):
-        text += f"; slice profile assumed: {result['profile']}"
-    if result.get("rms_after_hu") is not None:
-        text += f"\nRMS against the measured slices {result['rms_before_hu']:.1f} -> {result['rms_after_hu']:.1f} HU"
-    for name in ("certificate", "sample_certificate"):
-        if said := result.get(name, {}).get("said"):
-            text += f"\n{'of the sample: ' if name != 'certificate' else ''}{said}"
-    if result.get("page"):
-        text += f"\nopen {result['page']}"
-    return text + "".join(f"\nwarning: {one}" for one in result["warnings"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+from cli.output import AsJson, Exit, advancing_bar, emit
 
 
 def register(app: typer.Typer) -> None:
@@ -33,19 +33,13 @@ def send(
 
         ctpipe send OUT/* --stow https://pacs/dicom-web
     """
-    from rich.progress import Progress
-
     from pipeline.writing.pacs import send_folder, series_files
 
     destination = destination_of(to, stow, calling_aet)
     total = sum(len(series_files(folder)) for folder in folders)
-    with Progress(console=stderr, disable=not progress_wanted()) as progress:
-        bar = progress.add_task("sending", total=total)
+    with advancing_bar("sending", total) as advance:
         summaries = {
-            folder.name: send_folder(
-                folder, destination, attempts=attempts, progress=lambda n: progress.update(bar, advance=n)
-            )
-            for folder in folders
+            folder.name: send_folder(folder, destination, attempts=attempts, progress=advance) for folder in folders
         }
     lines = []
     for name, summary in summaries.items():

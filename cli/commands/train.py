@@ -10,6 +10,7 @@ import typer
 
 from cli.options import Private
 from cli.output import AsJson, Exit, emit, progress_wanted, stderr, training_bar
+from cli.summaries import train_text
 
 log = logging.getLogger("ctpipe.train")
 
@@ -89,7 +90,7 @@ def train(
         with training_bar(progress_wanted() and is_first()) as show:
             figures = run_training(settings, show, note)
     if figures.get("rank", 0) == 0:
-        emit(figures, summary_text(figures, run), as_json)
+        emit(figures, train_text(figures, run), as_json)
     return Exit.OK
 
 
@@ -103,15 +104,3 @@ def rerun_command() -> list[str]:
 def note(text: str) -> None:
     """Show a remark on the configuration."""
     stderr.print(f"note: {text}", markup=False)
-
-
-def summary_text(figures: dict[str, Any], run: Path) -> str:
-    """What people read at the end."""
-    lines = [
-        f"{figures['steps']} steps in {figures['seconds']:.0f} s (stopped by: {figures['stopped_by']}), "
-        f"loss {figures['loss']:.4f}, data wait {figures['data_wait_fraction']:.1%}",
-    ]
-    if figures["validation"]:
-        lines.append("validation: " + ", ".join(f"{k} {v:.4f}" for k, v in sorted(figures["validation"].items())))
-    lines.append(f"checkpoints in {run}/checkpoints; continue with --resume")
-    return "\n".join(lines)

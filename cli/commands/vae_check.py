@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.options import Device, Dtype, MemoryGib, Private
-from cli.output import AsJson, Exit, emit, progress_wanted, stderr
+from cli.output import AsJson, Exit, advancing_bar, emit
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +38,6 @@ def vae_check(
         ctpipe vae-check STORE --vae weights/autoencoder_epoch273.pt --windows soft-tissue,maisi --plot ceiling.png
     """
     import torch
-    from rich.progress import Progress
 
     from latentcache import LatentStore, check_bf16_convolutions, compute_dtype
     from pipeline.evaluation import as_dict, check, plot as draw, sample_series, summarise, table
@@ -56,14 +55,13 @@ def vae_check(
     if arithmetic == torch.bfloat16:
         check_bf16_convolutions(torch.device(device))
     network = load_vae(vae, device=device, memory_gib=memory_gib, dtype=arithmetic)
-    with Progress(console=stderr, disable=not progress_wanted()) as progress:
-        bar = progress.add_task("round trips", total=len(chosen) * len(names))
+    with advancing_bar("reconstructions", len(chosen) * len(names)) as advance:
         scores = check(
             network,
             chosen,
             lambda key: read_series(pointers.pointer(key)).hu,
             names,
-            on_score=lambda _: progress.advance(bar),
+            on_score=lambda _: advance(1),
         )
     if plot is not None:
         draw(scores, plot)

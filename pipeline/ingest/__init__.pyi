@@ -5,3 +5,4 @@ from .ingest import (
     open_stores as open_stores,
 )
 from .overrides import read_overrides as read_overrides
+from .summary import IngestSummary as IngestSummary

@@ -1,7 +1,11 @@
+from .capabilities import formats as formats, models as models
 from .compare import compare_runs as compare_runs
 from .decoding import DecodeJob as DecodeJob, decode as decode
+from .demo import claim_folder as claim_folder, demo_figures as demo_figures
 from .doctor import REMEDIES as REMEDIES, Finding as Finding, examine as examine
+from .encoding import EncodeJob as EncodeJob, encode as encode
 from .evaluate import EvaluationJob as EvaluationJob, evaluate_run as evaluate_run
+from .ingesting import IngestJob as IngestJob, ingest_dataset as ingest_dataset
 from .interpolation import (
     Interpolated as Interpolated,
     InterpolateJob as InterpolateJob,
@@ -56,3 +60,4 @@ from .training import (
     train_refiner as train_refiner,
     train_regression as train_regression,
 )
+from .verification import VerifyJob as VerifyJob, verify as verify

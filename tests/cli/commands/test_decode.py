@@ -122,7 +122,7 @@ def test_interpolate_needs_no_store(
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.2, "1 s"), (40, "40 s"), (720, "12 min"), (9000, "2.5 h")])
 def test_times_are_spelled_for_people(seconds: float, said: str) -> None:
-    from cli.commands.interpolate import spell_seconds
+    from cli.summaries import spell_seconds
 
     assert spell_seconds(seconds) == said
 

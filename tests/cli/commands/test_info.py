@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ def found(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def test_every_command_is_there_with_help_and_an_example(found: dict[str, Any]) -> None:
     by_name = {command["name"]: command for command in found["commands"]}
-    assert {name.removesuffix("_zarr").replace("_", "-") for name in command_modules()} <= set(by_name)
+    for module in command_modules():
+        alone = typer.Typer()
+        importlib.import_module(f"cli.commands.{module}").register(alone)
+        added = {command.name for command in alone.registered_commands} | {g.name for g in alone.registered_groups}
+        assert added, f"{module} registers no command"
+        assert added <= set(by_name)
     assert [name for name, command in by_name.items() if not command["help"]] == []
     assert [name for name, command in by_name.items() if not command["examples"]] == []
 
