@@ -3,7 +3,7 @@
     python infra/bench/soak.py [--studies 10000] [--seconds 720] [--quick]
 
 Prints a table and keeps infra/bench/results/soak.json: `studies` were asked for, `done` fitted into the time; one that
-was begun is finished. The worker is killed every 20 to 60 seconds, one request in fifty to the object store
+was begun is finished. The worker is killed after 1 to 150 steps of its work, one request in fifty to the object store
 fails, one slice in sixty finds the disk full, the PACS goes down at every third kill. tests/support/soak.py does it.
 """
 
@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=FULL_SIZE)
     parser.add_argument("--seconds", type=float, default=720.0)
-    parser.add_argument("--kill-every", type=float, nargs=2, default=(20.0, 60.0))
+    parser.add_argument("--kill-every", type=int, nargs=2, default=(1, 150))
     parser.add_argument("--quick", action="store_true", help="twenty studies; nothing is kept")
     options = parser.parse_args()
     if options.quick:

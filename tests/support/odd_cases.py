@@ -631,7 +631,7 @@ def _stub(path: Path) -> Path:
     return path
 
 
-@case("a zip inside the zip", PLAIN)
+@case("a zip inside the zip", PLAIN, why="an archive within the archive (zip)")
 def _nested(path: Path) -> Path:
     inner = zip_of(path.with_suffix(".inner"), series_files(base(1))).read_bytes()
     path.with_suffix(".inner").unlink()

@@ -220,22 +220,26 @@ def object_store(root: Path, chance: random.Random) -> Iterator[tuple[str, Any]]
         yield "s3://bucket/store", server
 
 
-def soak(root: Path, studies: int, *, seconds: float, seed: int = 0, kill_every: tuple[float, float]) -> Soaked:
+def soak(root: Path, studies: int, *, seconds: float, seed: int = 0, kill_every: tuple[int, int]) -> Soaked:
     """Run the worker, kill it at random, and look at what is left once all is done or time is up.
 
     Args:
         root: An empty folder.
         studies: How many; those not begun when ``seconds`` are over are left out.
-        kill_every: Shortest and longest life of a worker, in seconds.
+        kill_every: Least and most studies that a worker interpolates or sends before it is killed: by what was done and
+            not by the clock, so that a busy machine kills no worker that has done nothing.
     """
     chance, began, kills = random.Random(seed), time.perf_counter(), 0
     pacs = Pacs(free_port())
     pacs.start()
     with object_store(root, chance) as (store, server):
-        while (spent := time.perf_counter() - began) < seconds and not finished(root, studies):
+        while time.perf_counter() - began < seconds and not finished(root, studies):
             process = start(root, store, pacs.port, studies, seed + kills)
+            wanted, pause = steps_done(root) + chance.randint(*kill_every), chance.uniform(0.0, 1.0)
+            while process.poll() is None and steps_done(root) < wanted and time.perf_counter() - began < seconds:
+                time.sleep(0.2)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(chance.uniform(*kill_every), max(seconds - spent, 1.0)))
+                process.wait(pause)
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
@@ -261,6 +265,11 @@ def start(root: Path, store: str, port: int, studies: int, seed: int) -> subproc
     words = [sys.executable, __file__, str(root), store, str(port), str(studies), str(seed)]
     with (root / "worker.log").open("a") as log:
         return subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT)
+
+
+def steps_done(root: Path) -> int:
+    """Studies begun, interpolated and sent: what moves on while a worker works."""
+    return begun_studies(root) + sum(len(list((root / name).glob("*"))) for name in ("out", "sent"))
 
 
 def begun_studies(root: Path) -> int:

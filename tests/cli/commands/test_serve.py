@@ -83,7 +83,7 @@ def test_a_zip_in_the_watched_folder_becomes_a_thin_series_at_the_pacs(
         ctpipe("status", tmp_path / "state")
         text = capsys.readouterr().out
         node.send_signal(signal.SIGTERM)
-        _, spoken = node.communicate(timeout=60)
+        _, spoken = node.communicate(timeout=300)
     finally:
         if node.poll() is None:
             node.kill()

@@ -109,7 +109,7 @@ def test_images_of_another_series_do_not_make_a_second_result(tmp_path: Path) ->
 
 def test_a_half_sent_study_waits_for_its_sender(tmp_path: Path) -> None:
     shelf, files = Shelf(), a_study(1).files()
-    with running(config(tmp_path, timing=TimingConfig(quiet_s=0.2, unfinished_quiet_s=30)), shelf) as service:
+    with running(config(tmp_path, timing=TimingConfig(quiet_s=0.2, unfinished_quiet_s=600)), shelf) as service:
         assert service.receiver is not None
         link = association(service.receiver.port)
         for data in files[:2]:

@@ -130,7 +130,7 @@ def test_a_storage_provider_that_refuses_one_and_dies_on_another(series: Path) -
     entity.add_supported_context(CTImageStorage, ["1.2.840.10008.1.2.1"])
     server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, on_store)])
     try:
-        summary = send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=5), backoff_s=0)
+        summary = send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=60), backoff_s=0)
     finally:
         server.shutdown()
     assert summary.left == ["00003.dcm"]
@@ -163,7 +163,7 @@ def test_no_connection_stays_open_where_the_pacs_died(series: Path, monkeypatch:
     entity.add_supported_context(CTImageStorage, ["1.2.840.10008.1.2.1"])
     server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, die)])
     try:
-        summary = send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=5), attempts=2, backoff_s=0)
+        summary = send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=60), attempts=2, backoff_s=0)
     finally:
         server.shutdown()
     assert len(summary.left) == 7
@@ -188,7 +188,7 @@ def test_a_pacs_without_a_free_association_is_tried_again(series: Path) -> None:
     handlers = [(evt.EVT_C_STORE, lambda event: 0), (evt.EVT_REJECTED, make_room)]
     server = entity.start_server(("127.0.0.1", port), block=False, evt_handlers=handlers)
     try:
-        summary = send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=20), backoff_s=0.5)
+        summary = send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=60), backoff_s=0.5)
     finally:
         server.shutdown()
     assert rejected
@@ -218,7 +218,7 @@ def test_no_image_waits_for_the_acknowledgement_of_its_command(series: Path, mon
         undelayed.append(used[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     try:
-        send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=20), backoff_s=0, progress=look)
+        send_folder(series, CStore("127.0.0.1", port, "PROVIDER", timeout_s=60), backoff_s=0, progress=look)
     finally:
         server.shutdown()
     assert undelayed == [1] * 7
@@ -269,7 +269,7 @@ class Orthanc:
         self.process = subprocess.Popen(
             [ORTHANC, str(folder / "orthanc.json")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        for _ in range(100):
+        for _ in range(1200):
             try:
                 self.get("/system")
                 return
@@ -279,7 +279,7 @@ class Orthanc:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=120)
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http}{path}") as answer:
@@ -372,7 +372,7 @@ def test_a_pacs_that_dies_half_way_gets_the_rest_when_it_is_back(tmp_path: Path,
         assert 40 <= first.sent < FULL_DEPTH
         assert first.reason
         assert json.loads(left_list(tmp_path / "series").read_text())["left"] == first.left
-        server.process.wait(timeout=20)
+        server.process.wait(timeout=120)
         server = Orthanc(tmp_path / "pacs", ports)
         second = send_folder(tmp_path / "series", destination)
         assert (second.already, second.sent, second.left) == (first.sent, FULL_DEPTH - first.sent, [])
