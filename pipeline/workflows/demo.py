@@ -51,6 +51,6 @@ def claim_folder(out: Path) -> None:
 
 def peak_rss_gib() -> float:
     """Return the largest resident memory of this process so far, GiB."""
-    import resource
+    from latentcache import peak_bytes
 
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    return round(peak_bytes() / 2**30, 2)
