@@ -186,18 +186,21 @@ class Soaked:
     repeated_instances: int
     figures: list[dict[str, Any]]
 
-    def growth(self, name: str) -> float:
-        """Median over each worker's later batches less its second: 0 where nothing grows with the work."""
+    def growth(self, name: str) -> float | None:
+        """Median over each worker's later batches less its second: 0 where nothing grows with the work.
+
+        None where no worker lived for four batches, so that nothing was measured.
+        """
         by_worker: dict[int, list[float]] = defaultdict(list)
         for row in self.figures:
             by_worker[row["worker"]].append(row[name])
         grown = [statistics.median(rows[len(rows) // 2 :]) - rows[1] for rows in by_worker.values() if len(rows) > 3]
-        return max(grown, default=0.0)
+        return round(max(grown), 1) if grown else None
 
     def as_dict(self) -> dict[str, Any]:
         """The table, without every batch's figures."""
         peak = {name: max(row[name] for row in self.figures) for name in ("rss_mib", "files", "threads")}
-        grown = {f"{name}_grown": round(self.growth(name), 1) for name in ("rss_mib", "files", "threads")}
+        grown = {f"{name}_grown": self.growth(name) for name in ("rss_mib", "files", "threads")}
         rest = {name: value for name, value in vars(self).items() if name != "figures"}
         return {**rest, "peak": peak, "grown_within_a_worker": grown, "batches": len(self.figures)}
 
