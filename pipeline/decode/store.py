@@ -31,7 +31,7 @@ from pipeline.engines import (
 from pipeline.forward_model import Protocols
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
-from pipeline.vae import Decoder, load_decoder
+from pipeline.vae import Autoencoder, load_decoder
 from pipeline.volume import Window
 from pipeline.writing import is_written_series
 
@@ -49,7 +49,7 @@ class DecodeSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def set_up(device: str, *, seen: Path, threads: int, load: Callable[[str], Decoder]) -> Decoder:
+def set_up(device: str, *, seen: Path, threads: int, load: Callable[[str], Autoencoder]) -> Autoencoder:
     """A worker's state. Checks first that it is the driver's output folder that the worker writes to.
 
     Raises:
@@ -60,7 +60,7 @@ def set_up(device: str, *, seen: Path, threads: int, load: Callable[[str], Decod
     return load(device)
 
 
-def run_task(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettings, threads: int) -> DerivedSeries:
+def run_task(vae: Autoencoder, prepared: PreparedDecode, *, settings: DecodeSettings, threads: int) -> DerivedSeries:
     """The stage's device part: decode, compose and write one series."""
     pin(threads)
     return decode.decode_one(vae, prepared, settings=settings)
@@ -106,7 +106,7 @@ class VaeSettings:
     threads: int = 2
     precision: str = "auto"
 
-    def loader(self, store: LatentStore, encode_key: str, gpu_share: float) -> Callable[[str], Decoder]:
+    def loader(self, store: LatentStore, encode_key: str, gpu_share: float) -> Callable[[str], Autoencoder]:
         """A function that loads it on a device, and refuses one that did not encode these latents."""
         encoding = store.encoding(encode_key)
         return functools.partial(
@@ -158,7 +158,7 @@ def decode_store(
         note(log, "set_aside", logging.WARNING, said, series_key=key, stage="decode", outcome="InputError")
     load = vae.loader(store, encode_key, options.gpus_per_worker)
     with mark(out) if todo else contextlib.nullcontext(out) as seen:
-        stage: Stage[DecodeTask, PreparedDecode, Decoder, DerivedSeries] = Stage(
+        stage: Stage[DecodeTask, PreparedDecode, Autoencoder, DerivedSeries] = Stage(
             prepare=functools.partial(decode.prepare, threads=2),
             setup=functools.partial(set_up, seen=seen, threads=vae.threads, load=load),
             run=functools.partial(run_task, settings=settings, threads=vae.threads),

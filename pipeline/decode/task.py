@@ -17,7 +17,7 @@ from latentcache.storage import refuse_existing
 from pipeline.decode.compose import ComposeSettings, plain_round_trip
 from pipeline.decode.samples import DerivedSeries, DerivedVolume, WriteSettings, average_samples, write_derived
 from pipeline.forward_model import ProtocolFit, Protocols
-from pipeline.vae import Decoder, own_decoder
+from pipeline.vae import Autoencoder, own_decoder
 from pipeline.volume import (
     SIMULATED_FLAG,
     Geometry,
@@ -248,7 +248,7 @@ def _store(url: str) -> LatentStore:
     return LatentStore.open(url)
 
 
-def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettings) -> DerivedSeries:
+def decode_one(vae: Autoencoder, prepared: PreparedDecode, *, settings: DecodeSettings) -> DerivedSeries:
     """Decode one task's latents, compose them with the measured series, and write the DICOM series.
 
     Several latents are samples: their mean is written, and with ``settings.write.uncertainty`` their standard
@@ -282,7 +282,7 @@ def decode_one(vae: Decoder, prepared: PreparedDecode, *, settings: DecodeSettin
 
 
 def _composed(
-    vae: Decoder, prepared: PreparedDecode, target: Geometry, kept: slice, settings: DecodeSettings
+    vae: Autoencoder, prepared: PreparedDecode, target: Geometry, kept: slice, settings: DecodeSettings
 ) -> DerivedVolume:
     """The task's latents as finished HU on ``target``, the slices ``kept`` of the latents' own volume."""
     task, thick, window = prepared.task, prepared.thick, settings.write.window
@@ -318,7 +318,7 @@ def _measured_slices(task: DecodeTask, thick: Volume | None) -> slice:
     return slice(int(inside[0]), int(inside[-1]) + 1)
 
 
-def decoded_hu(vae: Decoder, window: Window, url: str, row: LatentRecord) -> NDArray[np.float32]:
+def decoded_hu(vae: Autoencoder, window: Window, url: str, row: LatentRecord) -> NDArray[np.float32]:
     """A stored latent through the decoder: (z, y, x) float32 HU, meaningful inside the window."""
     latent = np.asarray(_store(url).read(row), dtype=np.float32)
     return window.from_unit(np.asarray(vae.decode(latent, row.valid_zyx)))

@@ -21,7 +21,7 @@ from latentcache import CorruptLatentError, Encoding, InputError, LatentMeta, La
 from pipeline.encode.plan import EncodePlan
 from pipeline.encode.repair import reopen_pairs
 from pipeline.encode.task import EncodeTask, encode_one, prepare
-from pipeline.vae import Encoder, as_encoded
+from pipeline.vae import Autoencoder, as_encoded
 from pipeline.volume import SeriesPointer, Window
 
 ALIKE = 0.03
@@ -77,7 +77,7 @@ def relative_difference(held: NDArray[np.float32], made: NDArray[np.float32]) ->
 def check_sources(
     store: LatentStore,
     pointer: Callable[[str], SeriesPointer],
-    vae: Encoder,
+    vae: Autoencoder,
     *,
     sample: float = 1.0,
     on_task: Callable[[int, int], Any] = lambda done, planned: None,
@@ -120,11 +120,11 @@ def retire_foreign(store: LatentStore, found: SourceCheck) -> tuple[int, int]:
         return retired, reopen_pairs(store, writer, {row.key for row, _ in found.foreign.values()})
 
 
-def _again(vae: Encoder, encoding: Encoding, bench: _Compare, task: EncodeTask) -> None:
+def _again(vae: Autoencoder, encoding: Encoding, bench: _Compare, task: EncodeTask) -> None:
     encode_one(
         vae,
         Window(encoding.window_center, encoding.window_width),
-        bench,
+        bench.stage,
         prepare(task),
         round_trip_fraction=0.0,
         pad_multiple_zyx=encoding.pad_multiple_zyx,

@@ -41,7 +41,7 @@ from pipeline.engines import (
     stream,
 )
 from pipeline.identity import PrivateStore
-from pipeline.vae import Encoder, Tiling, as_encoded
+from pipeline.vae import Autoencoder, Tiling, as_encoded
 from pipeline.volume import Window
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class EncodeSummary:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def load_encoder(device: str, settings: EncodeSettings) -> Encoder:
+def load_encoder(device: str, settings: EncodeSettings) -> Autoencoder:
     """A VAE on a device, with torch's threads pinned.
 
     Raises:
@@ -137,11 +137,11 @@ def load_encoder(device: str, settings: EncodeSettings) -> Encoder:
         check_bf16_convolutions(torch.device(device))
     memory_gib = settings.memory_gib or share_gib(torch.device(device), settings.gpu_share)
     network = load_vae(settings.vae, device=device, memory_gib=memory_gib, dtype=dtype)
-    vae: Encoder = as_encoded(network, settings.extra)
+    vae: Autoencoder = as_encoded(network, settings.extra)
     return vae
 
 
-def encoding_of(vae: Encoder, settings: EncodeSettings, device: str) -> Encoding:
+def encoding_of(vae: Autoencoder, settings: EncodeSettings, device: str) -> Encoding:
     """The encoding of latents that workers on a kind of device make with these settings."""
     return encode.make_encoding(
         vae,
@@ -157,7 +157,7 @@ def encoding_of(vae: Encoder, settings: EncodeSettings, device: str) -> Encoding
 class EncodeWorker:
     """What a worker keeps: the VAE on its device, and its own handle of the store."""
 
-    vae: Encoder
+    vae: Autoencoder
     store: LatentStore
 
 
@@ -187,7 +187,7 @@ def run_task(bench: EncodeWorker, prepared: Prepared, *, settings: EncodeSetting
     return encode.encode_one(
         bench.vae,
         settings.window,
-        bench.store,
+        bench.store.stage,
         prepared,
         round_trip_fraction=settings.round_trip_fraction,
         pad_multiple_zyx=settings.pad_multiple_zyx,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from latentcache import COMPRESSION, PAIR_ROLES, Encoding, InputError, LatentMeta, LatentRecord, LatentRole, PairRecord
 from latentcache.maintenance import pair_digest
 from pipeline.engines import StagedLatents, timed
-from pipeline.vae import Encoder
+from pipeline.vae import Autoencoder
 from pipeline.volume import Geometry, SeriesPointer, Volume, Window, onto_field, resample_z
 
 if TYPE_CHECKING:
@@ -27,12 +27,6 @@ NUMERICS_VERSION = 2
 """2: on a CPU one slice at a time, so that free memory no longer shows in the low bits."""
 PAD_MULTIPLE_ZYX = (4, 32, 32)
 """In-plane what the U-Net needs: 8 latents; 64 voxels with latent patch 2, which --pad-in-plane gives."""
-
-
-class Staging(Protocol):
-    """The part of the store that a worker needs."""
-
-    def stage(self, array: NDArray[np.float16], meta: LatentMeta) -> LatentRecord: ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,7 @@ class Prepared:
 
 
 def make_encoding(
-    vae: Encoder,
+    vae: Autoencoder,
     window: Window,
     pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
     extra: Mapping[str, Any] | None = None,
@@ -126,9 +120,9 @@ def _digest_read(prepared: Prepared, role: LatentRole) -> str:
 
 
 def encode_one(
-    vae: Encoder,
+    vae: Autoencoder,
     window: Window,
-    store: Staging,
+    stage: Callable[[NDArray[np.float16], LatentMeta], LatentRecord],
     prepared: Prepared,
     *,
     round_trip_fraction: float = 0.02,
@@ -162,7 +156,7 @@ def encode_one(
             source_digest=_digest_read(prepared, want.role) or want.source_digest,
             round_trip_psnr=psnr,
         )
-        staged = functools.partial(store.stage, latent.astype(np.float16), meta)
+        staged = functools.partial(stage, latent.astype(np.float16), meta)
         records.append(timed(seconds, "store", staged))
     return StagedLatents(task.name, tuple(records), proved, seconds)
 
@@ -189,7 +183,9 @@ def _input(
     return window.to_unit(volume.hu), volume.geometry
 
 
-def _encoded(vae: Encoder, unit: NDArray[np.float32], pad_multiple_zyx: tuple[int, int, int]) -> NDArray[np.float32]:
+def _encoded(
+    vae: Autoencoder, unit: NDArray[np.float32], pad_multiple_zyx: tuple[int, int, int]
+) -> NDArray[np.float32]:
     return np.asarray(vae.encode(unit, pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
 
 
@@ -210,7 +206,7 @@ def _sampled(want: Wanted, fraction: float) -> bool:
     return int(hashlib.sha256(f"{want.key}/{want.role}".encode()).hexdigest()[:8], 16) < fraction * 2**32
 
 
-def _round_trip_psnr(vae: Encoder, latent: NDArray[np.float32], unit: NDArray[np.float32]) -> float:
+def _round_trip_psnr(vae: Autoencoder, latent: NDArray[np.float32], unit: NDArray[np.float32]) -> float:
     """PSNR in dB of decode(encode(x)) over the window, on [-1, 1] data (peak 2)."""
     shape = (int(unit.shape[0]), int(unit.shape[1]), int(unit.shape[2]))
     decoded = np.asarray(vae.decode(latent.astype(np.float16).astype(np.float32), shape))

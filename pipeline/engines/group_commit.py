@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from latentcache import LatentRecord, PairRecord, Writer
 from pipeline.engines.contract import Outcome
@@ -42,15 +42,8 @@ INTERVAL_S = 0.5
 MOST_AT_ONCE = 4096
 
 
-class Named(Protocol):
-    """A task, by the key that its row in the timings bears."""
-
-    @property
-    def name(self) -> str: ...
-
-
 Done = Outcome[Any, StagedLatents]
-"""What became of a ``Named`` task."""
+"""What became of a task; its ``name`` is the key of its row in the timings."""
 
 
 class GroupCommit:

@@ -18,7 +18,7 @@ from pipeline.decode import ComposeSettings, base_volume, condition_of
 from pipeline.identity import PrivateStore
 from pipeline.metrics import intensity as metrics, ssim
 from pipeline.reading import read_series
-from pipeline.vae import Encoder, as_encoded
+from pipeline.vae import Autoencoder, as_encoded
 from pipeline.volume import Window, common_slices, onto_field, resample_z
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class HeldOutImages:
         self,
         store: LatentStore,
         private: PrivateStore,
-        vae: Encoder,
+        vae: Autoencoder,
         encode_key: str,
         *,
         split: str = "val",
@@ -66,7 +66,7 @@ class HeldOutImages:
     ) -> None:
         encoding = store.encoding(encode_key)
         check_same_vae(vae, encoding.vae_sha256)
-        self.vae: Encoder = as_encoded(vae, encoding.extra)
+        self.vae: Autoencoder = as_encoded(vae, encoding.extra)
         self.composing = ComposeSettings(start=start)
         self.window = Window(encoding.window_center, encoding.window_width)
         encoded = {record.key for record in store.records(encode_key, "thin")}
@@ -128,7 +128,7 @@ def _means(store: LatentStore, record: LatentRecord) -> NDArray[np.float32]:
     return np.asarray(store.read(record), dtype=np.float32)[:LATENT_CHANNELS]
 
 
-def check_same_vae(vae: Encoder, sha256: str) -> None:
+def check_same_vae(vae: Autoencoder, sha256: str) -> None:
     """Refuse to decode with another VAE than the one that encoded."""
     if vae.sha256 != sha256:
         raise InputError(

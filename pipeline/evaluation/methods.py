@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from latentcache import COMPRESSION, CtpipeError, InputError, LatentRecord, LatentStore, PairRecord
 from pipeline.decode import ComposeSettings, base_volume, compose, condition_of
 from pipeline.forward_model import BASELINES, ThickMeasurement, apply, weights
+from pipeline.identity import PrivateStore
 from pipeline.metrics import FeaturesOf, intensity as metrics
 from pipeline.refiner import RefinerFile
-from pipeline.vae import Encoder
+from pipeline.vae import Autoencoder
 from pipeline.volume import Geometry, SeriesPointer, Volume, Window, common_slices, grid_difference, onto_field
 
 SPACING_TOLERANCE = 1e-3
@@ -102,10 +103,14 @@ class EvaluationSettings:
     features: FeaturesOf | None = None
 
 
-class Locates(Protocol):
-    """The part of PRIVATE that scoring needs."""
+@dataclass(frozen=True)
+class SeriesLocations:
+    """Where one pair's series lie: the part of PRIVATE that scoring needs."""
 
-    def pointer(self, series_key: str) -> SeriesPointer: ...
+    pointers: Mapping[str, SeriesPointer]
+
+    def pointer(self, series_key: str) -> SeriesPointer:
+        return self.pointers[series_key]
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,8 @@ class CaseWork:
     """What every case needs."""
 
     store: LatentStore
-    private: Locates
-    vae: Encoder
+    private: PrivateStore | SeriesLocations
+    vae: Autoencoder
     generated: LatentOf
     settings: EvaluationSettings
     samples: SamplesOf | None = None

@@ -24,7 +24,7 @@ from pipeline.engines import EngineOptions, Outcome, Stage, check_seen, mark, no
 from pipeline.evaluation.case import Case, CaseScores, failed, notes_on, score_method
 from pipeline.evaluation.methods import (
     CaseWork,
-    Locates,
+    SeriesLocations,
     case_methods,
     on_one_grid,
     sample_spread,
@@ -33,21 +33,12 @@ from pipeline.evaluation.phantom_truth import known_structures
 from pipeline.evaluation.results import finished_case, keep_case
 from pipeline.evaluation.views import CaseView, towards, view_stride
 from pipeline.forward_model import ProtocolFit, Protocols
+from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
-from pipeline.vae import Encoder
-from pipeline.volume import SeriesPointer, SourceHeader, common_slices
+from pipeline.vae import Autoencoder
+from pipeline.volume import SourceHeader, common_slices
 
 log = logging.getLogger("ctpipe.evaluate")
-
-
-@dataclass(frozen=True)
-class SeriesLocations:
-    """Where one pair's series lie: the part of PRIVATE that scoring needs."""
-
-    pointers: Mapping[str, SeriesPointer]
-
-    def pointer(self, series_key: str) -> SeriesPointer:
-        return self.pointers[series_key]
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class CaseTask:
     """One pair to score. ``problem`` is why the driver could not say where it lies."""
 
     pair: PairRecord
-    places: SeriesLocations = SeriesLocations({})
+    places: SeriesLocations = field(default_factory=lambda: SeriesLocations({}))
     fit: ProtocolFit | None = None
     view_folder: Path | None = None
     problem: CtpipeError | None = None
@@ -74,7 +65,7 @@ def as_it_is(task: CaseTask) -> CaseTask:
 
 
 def get_ready(
-    device: str, *, work: CaseWork, load: Callable[[str], Encoder] | None, seen: Path, threads: int | None
+    device: str, *, work: CaseWork, load: Callable[[str], Autoencoder] | None, seen: Path, threads: int | None
 ) -> CaseWork:
     """A worker's state: the work with a VAE of its own, where the driver's cannot be shared."""
     check_seen(seen)
@@ -109,7 +100,7 @@ class ScoreSpread:
     """
 
     options: EngineOptions = field(default_factory=lambda: EngineOptions("inline"))
-    load: Callable[[str], Encoder] | None = None
+    load: Callable[[str], Autoencoder] | None = None
     threads: int | None = None
 
 
@@ -181,7 +172,9 @@ def evaluate_pairs(
                     keep_case(paths[outcome.item.key], settings.identity, case)
 
 
-def _task(pair: PairRecord, private: Locates, protocols: Protocols, view_folder: Path | None) -> CaseTask:
+def _task(
+    pair: PairRecord, private: PrivateStore | SeriesLocations, protocols: Protocols, view_folder: Path | None
+) -> CaseTask:
     try:
         places = SeriesLocations({key: private.pointer(key) for key in (pair.thick_key, pair.thin_key)})
         return CaseTask(pair, places, protocols.fit(pair), view_folder)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,8 @@ from numpy.typing import NDArray
 
 from latentcache import InputError, SeriesRecord, missing_extra
 from pipeline.metrics import TISSUE_CLASSES_HU, bias_by_tissue, mean_absolute_error, psnr, ssim
+from pipeline.vae import Autoencoder
 from pipeline.volume import NAMED_WINDOWS, Window
-
-
-class RoundTrip(Protocol):
-    """The part of `vae.Vae` that is measured."""
-
-    def encode(self, unit: NDArray[Any]) -> torch.Tensor: ...
-
-    def decode(self, latent: torch.Tensor, valid_zyx: tuple[int, int, int]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class Score:
     bias_hu: dict[str, float]
 
 
-def round_trip(vae: RoundTrip, hu: NDArray[Any], window: Window) -> NDArray[np.float32]:
+def round_trip(vae: Autoencoder, hu: NDArray[Any], window: Window) -> NDArray[np.float32]:
     """HU (z, y, x) through the window, the VAE's posterior mean as stored (float16), and back to HU."""
     unit = window.to_unit(hu)
     latent = vae.encode(unit).to(torch.float16)
@@ -51,7 +44,7 @@ def round_trip(vae: RoundTrip, hu: NDArray[Any], window: Window) -> NDArray[np.f
     return window.from_unit(vae.decode(latent.float(), (depth, height, width)).numpy())
 
 
-def score(vae: RoundTrip, hu: NDArray[Any], name: str, series_key: str = "") -> Score:
+def score(vae: Autoencoder, hu: NDArray[Any], name: str, series_key: str = "") -> Score:
     """Measure one volume (z, y, x) in HU under the window ``name`` (a known one, or C:W)."""
     window = Window.parse(name)
     decoded = round_trip(vae, hu, window)
@@ -94,7 +87,7 @@ def sample_series(series: Iterable[SeriesRecord], count: int, seed: int = 0) -> 
 
 
 def check(
-    vae: RoundTrip,
+    vae: Autoencoder,
     series: Sequence[SeriesRecord],
     read: Callable[[str], NDArray[Any]],
     windows: Sequence[str],

@@ -16,15 +16,14 @@ from .finetune import (
     save_weights as save_weights,
 )
 from .sliding_window import (
-    SlidingVae as SlidingVae,
     Tiling as Tiling,
-    as_encoded as as_encoded,
     parse_tiling as parse_tiling,
 )
 from .vae import (
-    Decoder as Decoder,
-    Encoder as Encoder,
+    Autoencoder as Autoencoder,
+    SlidingVae as SlidingVae,
     Vae as Vae,
+    as_encoded as as_encoded,
     decoder_on_shapes as decoder_on_shapes,
     load_decoder as load_decoder,
     load_vae as load_vae,

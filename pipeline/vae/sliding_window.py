@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,52 +101,6 @@ class Tiling:
         return {"tiling": {"kind": "sliding", "window_zyx": list(self.window_zyx), "overlap": self.overlap}}
 
 
-class WindowedVae(Protocol):
-    """The part of `vae.Vae` that works in windows."""
-
-    sha256: str
-    architecture: dict[str, Any]
-
-    def encode_sliding(
-        self,
-        unit: Any,
-        *,
-        window_zyx: tuple[int, int, int],
-        overlap: float,
-        pad_multiple_zyx: tuple[int, int, int],
-    ) -> Any: ...
-
-    def decode_sliding(
-        self, latent: Any, valid_zyx: tuple[int, int, int], *, window_zyx: tuple[int, int, int], overlap: float
-    ) -> Any: ...
-
-
-class SlidingVae:
-    """A VAE whose ``encode`` and ``decode`` are those of its windows, for everything that only knows these two."""
-
-    def __init__(self, vae: WindowedVae, tiling: Tiling) -> None:
-        self.sha256 = vae.sha256
-        self.file_sha256 = str(getattr(vae, "file_sha256", vae.sha256))
-        self.architecture = vae.architecture
-        self.vae = vae
-        self.tiling = tiling
-
-    def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int] = (4, 32, 32)) -> Any:
-        """See `vae.Vae.encode`."""
-        return self.vae.encode_sliding(
-            unit,
-            window_zyx=self.tiling.window_zyx,
-            overlap=self.tiling.overlap,
-            pad_multiple_zyx=pad_multiple_zyx,
-        )
-
-    def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any:
-        """See `vae.Vae.decode`."""
-        return self.vae.decode_sliding(
-            latent, valid_zyx, window_zyx=self.tiling.window_zyx, overlap=self.tiling.overlap
-        )
-
-
 def parse_tiling(text: str) -> Tiling | None:
     """``exact`` (None) or ``sliding``."""
     if text not in ("exact", "sliding"):
@@ -171,9 +125,3 @@ def tiling_of(extra: Mapping[str, Any]) -> Tiling | None:
         )
     z, y, x = written["window_zyx"]
     return Tiling((z, y, x), written["overlap"])
-
-
-def as_encoded(vae: Any, extra: Mapping[str, Any]) -> Any:
-    """``vae`` as an encoding used it: itself, or in the windows that ``extra`` (`Encoding.extra`) names."""
-    tiling = tiling_of(extra)
-    return vae if tiling is None else SlidingVae(vae, tiling)

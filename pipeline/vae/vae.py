@@ -24,15 +24,23 @@ from latentcache import (
     full_float32,
 )
 from pipeline.vae.architecture import KlAutoencoder, VaeArchitecture
-from pipeline.vae.sliding_window import as_encoded, sliding
+from pipeline.vae.sliding_window import Tiling, sliding, tiling_of
 from pipeline.vae.streaming import Field, Plan, SlabExecutor, Stored, Stream, as_image, free_bytes, make_plan
 from pipeline.vae.weights import TINY, VaeWeights, load_weights
 
 
-class Decoder(Protocol):
-    """The part of the VAE that decoding needs; ``sha256`` names the encoder of the latents that it decodes."""
+class Autoencoder(Protocol):
+    """A frozen VAE on its device: volumes (D, H, W) in [-1, 1] to raw latents (4, d, h, w) and back.
+
+    Attributes:
+        sha256: Names the encoder: latents of one are for the decoders of the same name alone.
+        architecture: Of the network, as `Encoding.vae_architecture` keeps it.
+    """
 
     sha256: str
+    architecture: dict[str, Any]
+
+    def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int] = ...) -> Any: ...
 
     def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any: ...
 
@@ -46,7 +54,7 @@ def load_decoder(
     extra: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     gpu_share: float = 1.0,
-) -> Decoder:
+) -> Autoencoder:
     """A VAE on a device; ``extra`` (`Encoding.extra`) says whether the latents were encoded in windows.
 
     Args:
@@ -64,7 +72,7 @@ def load_decoder(
     if arithmetic == torch.bfloat16:
         check_bf16_convolutions(torch.device(device))
     memory_gib = memory_gib or share_gib(torch.device(device), gpu_share)
-    vae: Decoder = as_encoded(load_vae(spec, device=device, memory_gib=memory_gib, dtype=arithmetic), extra or {})
+    vae = as_encoded(load_vae(spec, device=device, memory_gib=memory_gib, dtype=arithmetic), extra or {})
     if expected_sha256 and vae.sha256 != expected_sha256:
         raise InputError(
             f"a VAE whose SHA-256 begins {vae.sha256[:12]}",
@@ -78,17 +86,6 @@ def own_decoder(vae: Any) -> str:
     """SHA-256 of a VAE file whose decoder was trained apart from its encoder; empty where they belong together."""
     found = str(getattr(vae, "file_sha256", ""))
     return found if found != vae.sha256 else ""
-
-
-class Encoder(Protocol):
-    """The part of the VAE that encoding needs."""
-
-    sha256: str
-    architecture: dict[str, Any]
-
-    def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int]) -> Any: ...
-
-    def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any: ...
 
 
 PAD_MULTIPLE_ZYX = (4, 32, 32)
@@ -409,3 +406,38 @@ def _refuse_non_finite(values: Tensor, what: str) -> None:
             expected="finite values in [-1, 1]",
             remedy="Check the source; the series is left out until it is repaired.",
         )
+
+
+class SlidingVae:
+    """A VAE whose ``encode`` and ``decode`` are those of its windows, for everything that only knows these two."""
+
+    def __init__(self, vae: Vae, tiling: Tiling) -> None:
+        self.sha256 = vae.sha256
+        self.file_sha256 = vae.file_sha256
+        self.architecture = vae.architecture
+        self.vae = vae
+        self.tiling = tiling
+
+    def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int] = (4, 32, 32)) -> Any:
+        """See `vae.Vae.encode`."""
+        return self.vae.encode_sliding(
+            unit,
+            window_zyx=self.tiling.window_zyx,
+            overlap=self.tiling.overlap,
+            pad_multiple_zyx=pad_multiple_zyx,
+        )
+
+    def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any:
+        """See `vae.Vae.decode`."""
+        return self.vae.decode_sliding(
+            latent, valid_zyx, window_zyx=self.tiling.window_zyx, overlap=self.tiling.overlap
+        )
+
+
+def as_encoded(vae: Autoencoder, extra: Mapping[str, Any]) -> Autoencoder:
+    """``vae`` as an encoding used it: itself, or in the windows that ``extra`` (`Encoding.extra`) names."""
+    tiling = tiling_of(extra)
+    if tiling is None:
+        return vae
+    assert isinstance(vae, Vae), "what works in windows is the VAE itself"
+    return SlidingVae(vae, tiling)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from pipeline.engines import resolve_device
 from pipeline.forward_model import SliceProfile, slice_operator
 from pipeline.identity import Keys, PrivateStore
 from pipeline.refiner import DEFAULT, PretrainedModel, load_pretrained
-from pipeline.vae import own_decoder
+from pipeline.vae import Autoencoder, own_decoder
 from pipeline.volume import Geometry, Volume, Window, resample_z, z_weights
 from pipeline.workflows.interpolation.job import Interpolated, InterpolateJob, Sampling
 from pipeline.workflows.interpolation.shipped import interpolate_shipped
@@ -296,16 +296,6 @@ Generate = Callable[[Latent], Iterable[Latent]]
 """Condition (4, d, h, w), raw, on the thin latent grid, to one or more samples of the same shape."""
 
 
-class Codec(Protocol):
-    """The VAE as interpolation needs it; volumes are (D, H, W) in [-1, 1]."""
-
-    sha256: str
-
-    def encode(self, unit: Any, *, pad_multiple_zyx: tuple[int, int, int]) -> Any: ...
-
-    def decode(self, latent: Any, valid_zyx: tuple[int, int, int]) -> Any: ...
-
-
 @dataclass(frozen=True)
 class InterpolateSettings:
     """How a thick series becomes a thin one.
@@ -332,7 +322,7 @@ def interpolate(
     thick: Volume,
     scanned: Scanned,
     keys: Keys,
-    vae: Codec,
+    vae: Autoencoder,
     generate: Generate,
     settings: InterpolateSettings,
     progress: Callable[[str], None] | None = None,
@@ -399,7 +389,7 @@ def condition_latent(
     thick: Volume,
     target: Geometry,
     window: Window,
-    vae: Codec,
+    vae: Autoencoder,
     alignment: Literal["pixel", "latent"],
     pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
     start: RefinerFile | None = None,

@@ -5,41 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from latentcache import InputError
 from pipeline.archive import is_nifti, open_archive
 from pipeline.identity import Keys, is_placeholder_id
-from pipeline.reading import read_nifti, read_series, scan
+from pipeline.reading import ScannedSeries, read_nifti, read_series, scan
 from pipeline.volume import Geometry, NiftiLayout, SeriesPointer, Volume
 from pipeline.writing import SeriesIdentity
 
 MIN_SLICES = 3
 
 
-class Scanned(Protocol):
-    """A series that ``series.scan`` found, as far as it matters here."""
+@dataclass(frozen=True)
+class NiftiScanned:
+    """A NIfTI file's volume as a scanned series: it names nobody, so that its keys derive from its bytes."""
+
+    geometry: Geometry
+    digest: str
+    layout: NiftiLayout
+    pointer_members: tuple[tuple[str, int, int], ...] = ()
+    status: str = "ok"
+    reason: str = ""
+    role_hint: str = "thick"
+    discriminator: str = ""
+    patient_id: str = ""
 
     @property
-    def pointer_members(self) -> Sequence[tuple[str, int, int]]: ...
-    @property
-    def geometry(self) -> Geometry | None: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def role_hint(self) -> str: ...
-    @property
-    def series_uid(self) -> str: ...
-    @property
-    def discriminator(self) -> str: ...
-    @property
-    def study_uid(self) -> str: ...
-    @property
-    def patient_id(self) -> str: ...
-    @property
-    def frame_uid(self) -> str: ...
+    def series_uid(self) -> str:
+        return f"nifti {self.digest}"
+
+    study_uid = frame_uid = series_uid
+
+
+Scanned = ScannedSeries | NiftiScanned
+"""The series that is interpolated, as its headers or its NIfTI file describe it."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +61,6 @@ class ThickStudy:
     def identity(self, restore: bool) -> SeriesIdentity:
         """Whose the derived series is. Raises InputError where the original identity is wanted and incomplete."""
         return identity_of(self.volume, self.scanned, self.keys, restore)
-
-
-@dataclass(frozen=True)
-class NiftiScanned:
-    """A NIfTI file's volume as a scanned series: it names nobody, so that its keys derive from its bytes."""
-
-    geometry: Geometry
-    digest: str
-    layout: NiftiLayout
-    pointer_members: tuple[tuple[str, int, int], ...] = ()
-    status: str = "ok"
-    reason: str = ""
-    role_hint: str = "thick"
-    discriminator: str = ""
-    patient_id: str = ""
-
-    @property
-    def series_uid(self) -> str:
-        return f"nifti {self.digest}"
-
-    study_uid = frame_uid = series_uid
 
 
 def read_thick(source: str, spacing_mm: float) -> tuple[Scanned, Volume]:

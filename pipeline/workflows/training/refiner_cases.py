@@ -16,7 +16,7 @@ from pipeline.decode import ComposeSettings, decoded_hu, only_encoding, restore,
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.refiner import COMPOSED, RefinerCase, cut_patch, held_out_operator
-from pipeline.vae import Decoder
+from pipeline.vae import Autoencoder
 from pipeline.volume import Geometry, Volume, common_slices, interpolated, onto_field
 
 HELD_OUT_ZYX = (32, 96, 96)
@@ -29,7 +29,7 @@ class Sampled:
 
     encode_key: str
     generated: LatentStore
-    decoder: Decoder
+    decoder: Autoencoder
 
 
 class RefinerSource:

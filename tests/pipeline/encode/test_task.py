@@ -68,7 +68,7 @@ def prepared(roles: list[tuple[str, str]], proof: PairRecord | None = None) -> P
 def test_latents_lie_where_their_slices_lie() -> None:
     shelf = Shelf()
     work = prepared([("N", "thin"), ("K", "thick"), ("pp", "thick_on_thin")])
-    encoded = encode.encode_one(SliceMeans(), Window(), shelf, work)
+    encoded = encode.encode_one(SliceMeans(), Window(), shelf.stage, work)
     assert [r.role for r in encoded.records] == ["thin", "thick", "thick_on_thin"]
     thin, thick = shelf.staged["N", "thin"], shelf.staged["K", "thick"]
     assert (thin[1]["z0_mm"], thin[1]["dz_mm"]) == (-2.5, 4.0)
@@ -90,7 +90,7 @@ def test_a_pair_that_pixels_refuse_gets_no_condition(monkeypatch: pytest.MonkeyP
     verdict = SimpleNamespace(ok=False, reason="thin does not average to thick", evidence={"rms_hu": 99.0})
     monkeypatch.setattr(pipeline.pairing, "prove_pair", lambda thick, thin: verdict, raising=False)
     work = prepared([("pp", "thick_on_thin"), ("N", "thin")], proof=pair())
-    encoded = encode.encode_one(SliceMeans(), Window(), Shelf(), work)
+    encoded = encode.encode_one(SliceMeans(), Window(), Shelf().stage, work)
     assert [r.role for r in encoded.records] == ["thin"]
     assert encoded.pair is not None
     assert encoded.pair.status == "quarantined"
@@ -98,8 +98,8 @@ def test_a_pair_that_pixels_refuse_gets_no_condition(monkeypatch: pytest.MonkeyP
 
 
 def test_the_round_trip_is_measured_on_the_share_asked_for() -> None:
-    full = encode.encode_one(SliceMeans(), Window(), Shelf(), prepared([("N", "thin")]), round_trip_fraction=1.0)
-    none = encode.encode_one(SliceMeans(), Window(), Shelf(), prepared([("N", "thin")]), round_trip_fraction=0.0)
+    full = encode.encode_one(SliceMeans(), Window(), Shelf().stage, prepared([("N", "thin")]), round_trip_fraction=1.0)
+    none = encode.encode_one(SliceMeans(), Window(), Shelf().stage, prepared([("N", "thin")]), round_trip_fraction=0.0)
     assert none.records[0].round_trip_psnr is None
     # Four-slice means of a 1 HU/mm ramp miss by 1.5, 0.5, 0.5, 1.5 HU (the lone last slice by none) of 400 HU.
     mse = (5 * (2 * 1.5**2 + 2 * 0.5**2)) / 21
