@@ -39,12 +39,13 @@ PURE_TESTS = (
 )  # fmt: skip
 TORCH_TESTS = (
     *PURE_TESTS, "tests/pipeline/refiner/test_pretrained.py", "tests/pipeline/workflows/test_interpolate_shipped.py",
-    "tests/pipeline/vae/test_vae.py", "tests/diffusion/objectives", "tests/diffusion/runs",
+    "tests/diffusion/networks/test_unet.py", "tests/diffusion/runs",
     "tests/cli/commands/test_interpolate.py",
 )  # fmt: skip
 
 NEEDS_TORCH = frozenset((
-    "test_dask_view.py", "test_numerics.py", "test_staleness.py", "test_status.py", "test_exchange.py", "test_zarr_view.py",
+    "test_dask_view.py", "test_numerics.py", "test_staleness.py", "test_status.py", "test_exchange.py",
+    "test_zarr_view.py",
 ))  # fmt: skip
 """Tests in the lists above that use torch, or dask and Zarr, and are left out where those are missing."""
 IMPORTS = """
