@@ -39,7 +39,7 @@ PURE_TESTS = (
 )  # fmt: skip
 TORCH_TESTS = (
     *PURE_TESTS, "tests/pipeline/refiner/test_pretrained.py", "tests/pipeline/workflows/interpolation/test_shipped.py",
-    "tests/pipeline/vae/test_vae.py", "tests/diffusion/objectives", "tests/diffusion/runs",
+    "tests/diffusion/networks/test_unet.py", "tests/diffusion/runs",
     "tests/cli/commands/test_interpolate.py",
 )  # fmt: skip
 

@@ -70,7 +70,7 @@ def measure(wheel: Path, extras: str, place: Path) -> dict[str, object]:
 
 
 def slices_without_network(program: Path, place: Path, environment: dict[str, str]) -> int:
-    """Thin slices of a synthetic study, in a namespace with no network; 0 where the program fails or may not."""
+    """Thin slices of a synthetic study, in a namespace without a network; 0 where the program fails or may not."""
     commands = (
         ["phantom", "study", "--patients", "1", "--size", "64"],
         ["interpolate", "study/APE/patient_001.zip", "thin"],

@@ -119,7 +119,7 @@ class VaeSettings:
         )
 
 
-def load_decoder_for(encoding: Encoding, precision: str, device: str, **options: Any) -> Decoder:
+def load_decoder_for(encoding: Encoding, precision: str, device: str, **options: Any) -> Autoencoder:
     """Load the decoder of an encoding's latents on a worker's device; ``options`` as `load_decoder` takes them."""
     return load_decoder(
         device,

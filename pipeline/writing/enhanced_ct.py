@@ -64,6 +64,12 @@ def check_enhanced(header: SourceHeader) -> None:
     Raises:
         InputError: Attributes are missing.
     """
+    if header.public.get("BurnedInAnnotation") == "YES":
+        raise InputError(
+            "a source with text in its pixels (Burned In Annotation YES)",
+            expected="none, as Enhanced CT Image Storage requires (DICOM PS3.3 C.8.15.2)",
+            remedy="Write CT Image Storage instead, which says so: leave --enhanced away.",
+        )
     missing = [k for k in ("Manufacturer", "ManufacturerModelName") if not header.public.get(k)]
     if str(header.public.get("BodyPartExamined", "")).upper() not in REGIONS:
         missing.append("BodyPartExamined (one with a known anatomic region)")
@@ -150,6 +156,7 @@ def _dataset(
     ds.AcquisitionContextSequence = DicomSequence([])
     _add_pixel_description(ds, geometry, pixels)
     mark_compression(ds, header.public, provenance)
+    ds.BurnedInAnnotation = "NO"  # the only value allowed; a source that has some is refused
     add_stack_dimension(ds, series_uid)
     ds.SharedFunctionalGroupsSequence = DicomSequence([_shared_groups(geometry, header, identity, provenance, pixels)])
     ds.PerFrameFunctionalGroupsSequence = DicomSequence(
@@ -179,7 +186,7 @@ def _add_pixel_description(ds: Dataset, geometry: Geometry, pixels: PixelFormat)
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
     ds.PixelRepresentation = int(pixels.signed)
-    ds.PresentationLUTShape, ds.BurnedInAnnotation = "IDENTITY", "NO"
+    ds.PresentationLUTShape = "IDENTITY"
 
 
 FRAME_TYPE = ("DERIVED", "PRIMARY", "VOLUME", "RESAMPLED")

@@ -133,11 +133,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     raise AssertionError("it did not happen")
 
 
-def association(port: int, calling: str = "CT1", called: str = "CTPIPE", **options: Any) -> Any:
+def association(port: int, calling: str = "CT1", called: str = "CTPIPE", patience_s: float = 20, **options: Any) -> Any:
     from pynetdicom import AE
 
     entity = AE(ae_title=calling)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = patience_s
     for sop_class, syntaxes in options.pop("contexts", {CT: [EXPLICIT], "1.2.840.10008.1.1": [EXPLICIT]}).items():
         entity.add_requested_context(sop_class, syntaxes)
     link = entity.associate("127.0.0.1", port, ae_title=called, **options)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pydicom
 import pytest
 import torch
 import typer.main
 
 from cli.main import UsageError, app
+from tests.pipeline.writing.test_ct_image import validator_errors
+from tests.support.dicom_files import anatomy, enhanced, zip_of
 from tests.support.nifti_files import nifti
 
 
@@ -36,6 +41,21 @@ def test_json_holds_figures_and_warnings(tmp_path: Path, capsys: pytest.CaptureF
     assert result["page"] is None
     assert len(result["warnings"]) == 1
     assert set(result["stage_seconds"]) == {"refine", "agree", "write"}
+
+
+def test_one_enhanced_instance_in_and_one_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = pydicom.dcmread(io.BytesIO(enhanced(anatomy(), list(5.0 * np.arange(8)))))
+    made.Manufacturer, made.ManufacturerModelName, made.BodyPartExamined = "SIEMENS", "SOMATOM Force", "CHEST"
+    buffer = io.BytesIO()
+    made.save_as(buffer)
+    source = zip_of(tmp_path / "enhanced.zip", [buffer.getvalue()])
+    words = ["interpolate", str(source), str(tmp_path / "out"), "--enhanced", "--no-page", "--json"]
+    assert app(words, standalone_mode=False) == 0
+    (file,) = (tmp_path / "out").glob("*/*.dcm")
+    ds = pydicom.dcmread(file)
+    assert ds.SOPClassUID == "1.2.840.10008.5.1.4.1.1.2.1"
+    assert ds.NumberOfFrames == json.loads(capsys.readouterr().out)["slices"] > 30
+    assert validator_errors(file) == []
 
 
 @pytest.mark.parametrize("extra", [["--model", "fast", "--checkpoint", "."], ["--checkpoint", "nowhere"]])

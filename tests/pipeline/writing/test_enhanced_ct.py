@@ -70,3 +70,10 @@ def test_what_the_source_lacks_is_named(tmp_path: Path, lacking: str) -> None:
     with pytest.raises(InputError, match=f"without {lacking}"):
         write_enhanced_ct(pixels(), geometry(), poor, tmp_path / "s", uids=IDENTITY, provenance=PROVENANCE)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_source_with_text_in_its_pixels_is_refused(tmp_path: Path) -> None:
+    header = replace(FULL, public={**FULL.public, "BurnedInAnnotation": "YES"})
+    with pytest.raises(InputError, match="Burned In Annotation"):
+        write_enhanced_ct(pixels(), geometry(), header, tmp_path / "s", uids=IDENTITY, provenance=PROVENANCE)
+    assert not (tmp_path / "s").exists()
