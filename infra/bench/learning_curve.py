@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--head", type=int, default=8)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--sets", default="1,2,3,4,4 and phantoms", help="how many patients, by comma")
     parser.add_argument("--chest-slices", type=int, default=80)
     parser.add_argument("--quick", action="store_true", help="ten steps: shows that it runs")
     options = parser.parse_args()
@@ -57,6 +58,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
     sets = {str(n): ORDER[:n] for n in range(1, len(ORDER) + 1)} | {"4 and phantoms": ORDER}
+    sets = {name: sets[name] for name in options.sets.split(",")}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in sets}
     for seed in options.seeds.split(","):
         for name, patients in sets.items():
