@@ -170,7 +170,7 @@ def test_a_disk_that_fills_keeps_the_old_checkpoint(tmp_path: Path, most: int) -
     assert folder.load("last").state["step"] == 2, "once there is room, the next one is written"
 
 
-STEPS = ["save_file", "_sync", "_crc32c", "os.rename", "os.replace"]
+STEPS = ["save_file", "sync_file", "_crc32c", "os.rename", "os.replace"]
 
 
 @pytest.mark.parametrize("place", STEPS)
