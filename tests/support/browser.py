@@ -40,6 +40,7 @@ def opened(browser: Browser, path: Path, width: int = 1280, height: int = 900) -
     """The page, and what its console complained of; a request that leaves the page counts as a complaint too."""
     complaints: list[str] = []
     page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(240_000)  # milliseconds; how busy a machine is must not decide
     page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: complaints.append(str(e)))
     page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
