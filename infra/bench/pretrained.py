@@ -43,9 +43,10 @@ from pipeline.archive import open_archive
 from pipeline.forward_model import (
     ProtocolFit,
     SliceProfile,
+    ThickMeasurement,
     apply,
+    enforce_data_consistency,
     fit_pair,
-    project,
     residual_rms,
     slice_operator,
     weights,
@@ -183,9 +184,10 @@ def consistent(answer: Answer) -> Answer:
 
     def both(case: Case) -> NDArray[np.float32]:
         hu = np.array(answer(case), np.float32)
-        z = np.asarray(case.thin.geometry.z_mm)
-        operator = slice_operator(case.fit.profile, np.asarray(case.thick.geometry.z_mm), z)
-        project(hu, case.thick.hu, operator, z, noise_hu=case.fit.noise_hu, floor_hu=FLOOR_HU)
+        z = case.thin.geometry.z_mm
+        enforce_data_consistency(
+            hu, ThickMeasurement.of(case.thick, z, case.fit.profile, case.fit.noise_hu), floor_hu=FLOOR_HU
+        )
         return hu
 
     return both
@@ -237,9 +239,7 @@ def timed(stage: str, options: argparse.Namespace) -> dict[str, Any]:
         seconds["load"] = time.perf_counter() - start
         hu = thin_slices(model, thick, target, profile, RunSettings(threads=options.threads))
         seconds["network"] = time.perf_counter() - start - seconds["load"]
-        z = np.asarray(target.z_mm)
-        operator = slice_operator(profile, np.asarray(thick.geometry.z_mm), z)
-        project(hu, thick.hu, operator, z, noise_hu=5.0, floor_hu=FLOOR_HU)
+        enforce_data_consistency(hu, ThickMeasurement.of(thick, target.z_mm, profile, 5.0), floor_hu=FLOOR_HU)
         seconds["consistency"] = time.perf_counter() - start - sum(seconds.values())
     total = time.perf_counter() - start
     cpu = resource.getrusage(resource.RUSAGE_SELF)
