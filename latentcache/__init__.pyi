@@ -16,6 +16,7 @@ from .numerics import (
     compute_dtype as compute_dtype,
     device_kind as device_kind,
     full_float32 as full_float32,
+    linear_neighbours as linear_neighbours,
 )
 from .queries import pairs_where as pairs_where, series_where as series_where
 from .records import (
@@ -27,6 +28,7 @@ from .records import (
     PAIR_ROLES as PAIR_ROLES,
     SIMULATED as SIMULATED,
     Encoding as Encoding,
+    LatentGrid as LatentGrid,
     LatentMeta as LatentMeta,
     LatentRecord as LatentRecord,
     LatentRole as LatentRole,
