@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from latentcache import (
         Encoding as Encoding,
         InputError as InputError,
+        LatentGrid as LatentGrid,
         LatentStore as LatentStore,
     )
     from pipeline import (
@@ -50,11 +51,19 @@ if TYPE_CHECKING:
     )
     from pipeline.forward_model import (
         SliceProfile as SliceProfile,
+        enforce_data_consistency as enforce_data_consistency,
         residual_rms as residual_rms,
         slice_operator as slice_operator,
     )
-    from pipeline.metrics import psnr as psnr, ssim as ssim
-    from pipeline.vae import load_vae as load_vae
+    from pipeline.metrics import (
+        modulation_transfer as modulation_transfer,
+        ms_ssim as ms_ssim,
+        noise_power_spectrum as noise_power_spectrum,
+        psnr as psnr,
+        ssim as ssim,
+        ssim_3d as ssim_3d,
+    )
+    from pipeline.vae import Autoencoder as Autoencoder, load_vae as load_vae
     from pipeline.writing import (
         Provenance as Provenance,
         write_ct_series as write_ct_series,
@@ -63,7 +72,7 @@ if TYPE_CHECKING:
 
 HOMES = {
     "diffusion": ("Interpolator", "TrainConfig", "build_objective", "load_config", "train"),
-    "latentcache": ("Encoding", "InputError", "LatentStore"),
+    "latentcache": ("Encoding", "InputError", "LatentGrid", "LatentStore"),
     "pipeline": (
         "DecodeJob",
         "EvaluationJob",
@@ -86,9 +95,9 @@ HOMES = {
         "train_regression",
         "write_report",
     ),
-    "pipeline.forward_model": ("SliceProfile", "residual_rms", "slice_operator"),
-    "pipeline.metrics": ("psnr", "ssim"),
-    "pipeline.vae": ("load_vae",),
+    "pipeline.forward_model": ("SliceProfile", "enforce_data_consistency", "residual_rms", "slice_operator"),
+    "pipeline.metrics": ("modulation_transfer", "ms_ssim", "noise_power_spectrum", "psnr", "ssim", "ssim_3d"),
+    "pipeline.vae": ("Autoencoder", "load_vae"),
     "pipeline.writing": ("Provenance", "write_ct_series", "write_enhanced_ct"),
 }
 """Where each public name comes from."""

@@ -18,6 +18,7 @@ from .numerics import (
     device_kind as device_kind,
     dtype_for_latents as dtype_for_latents,
     full_float32 as full_float32,
+    linear_neighbours as linear_neighbours,
 )
 from .queries import pairs_where as pairs_where, series_where as series_where
 from .records import (
@@ -29,6 +30,7 @@ from .records import (
     PAIR_ROLES as PAIR_ROLES,
     SIMULATED as SIMULATED,
     Encoding as Encoding,
+    LatentGrid as LatentGrid,
     LatentMeta as LatentMeta,
     LatentRecord as LatentRecord,
     LatentRole as LatentRole,

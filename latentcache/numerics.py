@@ -8,6 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from latentcache.errors import InputError
 
 if TYPE_CHECKING:
@@ -134,3 +137,23 @@ def check_large_convolution(device: torch.device, shape_cdhw: tuple[int, int, in
             "optimiser.precision=fp32 for training.",
         )
     return error
+
+
+def linear_neighbours(
+    z_from: NDArray[np.float64], z_to: NDArray[np.float64]
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """Return for each wanted position the slices below and above it and the weight of the one above, 0 to 1.
+
+    The one rule by which volumes and latents are interpolated along z. Beyond the ends the end slice is held.
+
+    Args:
+        z_from: (d,) ascending positions, at least one.
+        z_to: (e,) positions wanted, in the same unit.
+    """
+    last = len(z_from) - 1
+    above = np.clip(np.searchsorted(z_from, z_to, side="right"), 1, max(last, 1))
+    below = above - 1
+    above = np.minimum(above, last)
+    distance = np.where(above > below, z_from[above] - z_from[below], 1.0)
+    weight = np.clip((z_to - z_from[below]) / distance, 0.0, 1.0) * (above > below)
+    return below, above, weight

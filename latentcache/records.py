@@ -7,6 +7,9 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def valid_latents(valid_zyx: tuple[int, int, int]) -> tuple[int, int, int]:
     """Latents (d, h, w) that hold at least one true voxel: the padding beyond is left out of statistics."""
@@ -148,6 +151,80 @@ class LatentMeta:
     valid_zyx: tuple[int, int, int]
     source_digest: str
     round_trip_psnr: float | None = None
+
+
+class SlicePositions(Protocol):
+    """Slices of a volume: how many voxels, at which positions along the normal, in millimetres."""
+
+    @property
+    def shape_zyx(self) -> tuple[int, int, int]: ...
+
+    @property
+    def z_mm(self) -> tuple[float, ...]: ...
+
+    @property
+    def spacing_mm_zyx(self) -> tuple[float, float, float]: ...
+
+
+class GridRow(Protocol):
+    """The part of a manifest row that says where its latent is."""
+
+    @property
+    def z0_mm(self) -> float: ...
+
+    @property
+    def dz_mm(self) -> float: ...
+
+    @property
+    def valid_zyx(self) -> tuple[int, int, int]: ...
+
+
+@dataclass(frozen=True)
+class LatentGrid:
+    """The grid of a latent along the slice normal: latent slice j covers slices 4j..4j+3, centred at 4j+1.5.
+
+    Attributes:
+        z0_mm: Position of latent slice 0's centre; ``dz_mm`` is the distance between latent slices.
+        valid_zyx: Shape of the volume before padding, in voxels.
+    """
+
+    z0_mm: float
+    dz_mm: float
+    valid_zyx: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, geometry: SlicePositions) -> LatentGrid:
+        """Return the grid of a volume's latent, from the volume's own positions."""
+        dz = geometry.spacing_mm_zyx[0]
+        return cls(geometry.z_mm[0] + (COMPRESSION - 1) / 2 * dz, COMPRESSION * dz, geometry.shape_zyx)
+
+    @classmethod
+    def of_row(cls, row: GridRow) -> LatentGrid:
+        """Return the grid that a manifest row states."""
+        return cls(row.z0_mm, row.dz_mm, row.valid_zyx)
+
+    @property
+    def shape_zyx(self) -> tuple[int, int, int]:
+        """Latents along depth, rows and columns that hold at least one voxel of the volume."""
+        return valid_latents(self.valid_zyx)
+
+    def positions(self, count: int | None = None) -> NDArray[np.float64]:
+        """Return positions in mm of the latent slices, (count,) float64; of those that hold voxels by default."""
+        return np.asarray(
+            self.z0_mm + self.dz_mm * np.arange(self.shape_zyx[0] if count is None else count), np.float64
+        )
+
+    def offset_mm(self, row: GridRow) -> float:
+        """Return how far apart the slices of this grid and of a row's are at most, in mm."""
+        spacing = abs(row.dz_mm / COMPRESSION - self.dz_mm / COMPRESSION)
+        return max(abs(row.z0_mm - self.z0_mm), spacing * self.valid_zyx[0])
+
+    def matches(self, row: GridRow) -> bool:
+        """Return whether a row's latent covers this grid's voxels, to a tenth of a slice.
+
+        A latent slice is four slices deep: a tenth of a slice is far below what anyone can see, and far above rounding.
+        """
+        return row.valid_zyx == self.valid_zyx and self.offset_mm(row) <= 0.1 * self.dz_mm / COMPRESSION
 
 
 class LatentPlace(Protocol):

@@ -21,7 +21,7 @@ from diffusion.config import DataConfig
 from diffusion.data.epoch_plan import MicroBatch, draw_seed
 from diffusion.data.pairs import PlannedLatent, PlannedPair, PlannedPairs
 from diffusion.data.z_alignment import align_depth
-from latentcache import COMPRESSION, LATENT_CHANNELS, LatentStore, NonFiniteError
+from latentcache import COMPRESSION, LATENT_CHANNELS, LatentGrid, LatentStore, NonFiniteError
 
 Memory = NDArray[np.float32]
 
@@ -91,7 +91,7 @@ class Sample:
     def z_mm(self) -> NDArray[np.float64]:
         """(D,) positions of the window's latent slices."""
         thin = self.pair.thin
-        return np.asarray(thin.z0_mm + thin.dz_mm * np.arange(self.depth.start, self.depth.stop), np.float64)
+        return LatentGrid.of_row(thin).positions(thin.shape[1])[self.depth]
 
 
 class BatchReader:
@@ -189,7 +189,7 @@ class BatchReader:
             self._read(record, sample.depth, sample, out)
             return out
         z_mm = sample.z_mm
-        z_from = record.z0_mm + record.dz_mm * np.arange(record.shape[1])
+        z_from = LatentGrid.of_row(record).positions(record.shape[1])
         low = max(0, int(np.searchsorted(z_from, z_mm[0], side="right")) - 1)
         high = min(record.shape[1], int(np.searchsorted(z_from, z_mm[-1], side="left")) + 1)
         low, high = min(low, record.shape[1] - 1), max(high, 1)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from latentcache import InputError
+from latentcache import InputError, linear_neighbours
 
 
 def align_depth(latent_CDHW: Tensor, z_from_mm: ArrayLike, z_to_mm: ArrayLike) -> Tensor:
@@ -36,11 +36,7 @@ def align_depth(latent_CDHW: Tensor, z_from_mm: ArrayLike, z_to_mm: ArrayLike) -
             expected="one finite position a slice, ascending",
             remedy="Use z0_mm and dz_mm of the latent's manifest row.",
         )
-    upper = np.clip(np.searchsorted(z_from, z_to, side="right"), 1, max(depth - 1, 1))
-    lower = upper - 1
-    upper = np.minimum(upper, depth - 1)
-    span = np.where(upper > lower, z_from[upper] - z_from[lower], 1.0)
-    fraction = np.clip((z_to - z_from[lower]) / span, 0.0, 1.0) * (upper > lower)
+    lower, upper, fraction = linear_neighbours(z_from, z_to)
     latent = latent_CDHW.float()
     device = latent.device
     weight = torch.as_tensor(fraction, dtype=torch.float32, device=device)[None, :, None, None]

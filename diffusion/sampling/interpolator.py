@@ -29,7 +29,7 @@ from diffusion.networks import ThickSlices, UNet, build_unet, for_generation, to
 from diffusion.objectives import DepthNoise, Objective
 from diffusion.runs import RunCard, check_tensors
 from diffusion.sampling.depth_windows import DepthWindows
-from latentcache import COMPRESSION, Encoding, InputError, LatentRole, NonFiniteError
+from latentcache import COMPRESSION, Encoding, InputError, LatentGrid, LatentRole, NonFiniteError
 
 Alignment = Literal["pixel", "latent"]
 Latent = NDArray[Any] | Tensor
@@ -246,7 +246,9 @@ class Interpolator:
             # One extent: in units of a thin slice of 1 mm where nobody says otherwise.
             spacing = target_depth / depth
             options["thick"] = ThickSlices(spacing / 2 - 0.5, spacing, depth, spacing)
-            options["z_mm"] = COMPRESSION * np.arange(condition.shape[1]) + (COMPRESSION - 1) / 2
+            options["z_mm"] = LatentGrid((COMPRESSION - 1) / 2, COMPRESSION, (target_depth, height, width)).positions(
+                condition.shape[1]
+            )
         thin = torch.from_numpy(self.generate_latent(condition, **options))
         return np.asarray(codec.decode(thin, (target_depth, height, width)).cpu(), dtype=np.float32)
 

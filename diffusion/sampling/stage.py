@@ -27,7 +27,16 @@ from diffusion.sampling.plan import (
     plan_samples,
     thick_slices,
 )
-from latentcache import PAIR_ROLES, InputError, LatentMeta, LatentRecord, LatentStore, PairRecord, open_on_worker
+from latentcache import (
+    PAIR_ROLES,
+    InputError,
+    LatentGrid,
+    LatentMeta,
+    LatentRecord,
+    LatentStore,
+    PairRecord,
+    open_on_worker,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,10 @@ def draw(drawing: SampleWorker, prepared: PreparedSample) -> LatentRecord:
     grid = prepared.task.grid
     assert grid is not None
     latent = drawing.model.generate_latent(
-        prepared.condition, thick=prepared.task.thick, z_mm=_positions(grid), **asdict(drawing.settings)
+        prepared.condition,
+        thick=prepared.task.thick,
+        z_mm=_positions(grid),
+        **asdict(drawing.settings),
     )
     return drawing.out.stage(
         latent.astype(np.float16),
@@ -189,7 +201,11 @@ def _aligned(store: LatentStore, condition: LatentRecord, grid: LatentRecord) ->
     latent = np.asarray(store.read(condition), dtype=np.float32)
     if condition.role in PAIR_ROLES:
         return latent
-    return align_depth(torch.from_numpy(latent), _positions(condition), _positions(grid)).numpy()
+    return align_depth(
+        torch.from_numpy(latent),
+        _positions(condition),
+        _positions(grid),
+    ).numpy()
 
 
 @functools.lru_cache(maxsize=16)
@@ -199,4 +215,4 @@ def _store(url: str) -> LatentStore:
 
 
 def _positions(record: LatentRecord) -> NDArray[np.float64]:
-    return record.z0_mm + record.dz_mm * np.arange(record.shape[1], dtype=np.float64)
+    return LatentGrid.of_row(record).positions(record.shape[1])

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
 from pipeline.evaluation import Intervals, auc
-from pipeline.forward_model import SliceProfile, ThickMeasurement, project
+from pipeline.forward_model import SliceProfile, ThickMeasurement, enforce_data_consistency
 from pipeline.forward_model.column_solver import ColumnSolver, hat_correlation
 from pipeline.forward_model.error_prior import error_prior, steps
 from pipeline.metrics import OtherSamples, alarm_map, null_part, score_at
@@ -121,7 +121,7 @@ def samples_of(one: Scene, count: int, seed: int) -> Array:
     """The stand-in's samples, (count, z, y, x) HU: x + e, with e of the error prior, conditioned on A e = 0."""
     measured, operator = one.measured, one.measured.operator
     mean = interpolated(measured.volume, replace_z(measured), "cubic")
-    project(mean, measured, floor_hu=-1024)
+    enforce_data_consistency(mean, measured, floor_hu=-1024)
     covered = operator.covered
     prior = error_prior(mean, measured, Window.parse("maisi"))
     thick = np.asarray(measured.hu[covered], np.float32).reshape(int(covered.sum()), -1)

@@ -37,7 +37,14 @@ from scipy.ndimage import gaussian_filter
 
 from pipeline.archive import open_archive
 from pipeline.decode import ComposeSettings, compose
-from pipeline.forward_model import ProtocolFit, SliceProfile, fit_pair, project, residual_rms, slice_operator
+from pipeline.forward_model import (
+    ProtocolFit,
+    SliceProfile,
+    enforce_data_consistency,
+    fit_pair,
+    residual_rms,
+    slice_operator,
+)
 from pipeline.metrics import psnr
 from pipeline.phantom import make_patient
 from pipeline.reading import read_scanned, scan
@@ -90,7 +97,7 @@ def answers(quick: bool) -> list[dict[str, Any]]:
             given, _ = compose(decoded, SOFT, measured, replace(how, consistency=False))
             x = given.astype(np.float32)
             start = time.process_time()
-            project(x, measured, window=None if name == "cubic" else SOFT, floor_hu=-1024)
+            enforce_data_consistency(x, measured, window=None if name == "cubic" else SOFT, floor_hu=-1024)
             row = {"phantom": number, "answer": name, "cpu_s": round(time.process_time() - start, 3)}
             row |= {
                 "before_db": round(in_window(given, truth, SOFT), 2),
@@ -197,8 +204,9 @@ def doubt(half: str, pair: Pair, fit: ProtocolFit, name: str, assumed: SliceProf
 def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, Any]:
     """A run's output, as `ctpipe interpolate` makes it."""
     from diffusion.sampling import Interpolator
+    from latentcache import LatentGrid
     from pipeline.vae import load_vae
-    from pipeline.workflows import condition_latent, latent_positions
+    from pipeline.workflows import condition_latent
     from pipeline.workflows.interpolation.interpolate import told_of
 
     thin, thick = pair
@@ -207,7 +215,7 @@ def from_model(run: Path, name: str, pair: Pair, fit: ProtocolFit) -> dict[str, 
     assert encoding is not None
     window = Window(encoding.window_center, encoding.window_width)
     condition = condition_latent(thick, thin.geometry, window, vae, model.alignment)
-    told = told_of(thick, latent_positions(thin.geometry))
+    told = told_of(thick, LatentGrid.of(thin.geometry).positions())
     given, decoded = (
         window.from_unit(np.asarray(vae.decode(torch.from_numpy(z), thin.geometry.shape_zyx)))
         for z in (condition, model.generate_latent(condition, **told))

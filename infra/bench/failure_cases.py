@@ -163,7 +163,7 @@ def shown(row: Planted, chest: Volume, model: PretrainedModel) -> tuple[dict[str
 
 def consistent(hu: NDArray[np.float32], thick: Volume, truth: Volume, profile: SliceProfile) -> NDArray[np.float32]:
     """Made to average to the thick slices under the profile that is believed."""
-    project(hu, ThickMeasurement.of(thick, truth.geometry.z_mm, profile, NOISE_HU / 2), floor_hu=-1024.0)
+    enforce_data_consistency(hu, ThickMeasurement.of(thick, truth.geometry.z_mm, profile, NOISE_HU / 2), floor_hu=-1024.0)
     return hu
 
 

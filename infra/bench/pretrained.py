@@ -45,8 +45,8 @@ from pipeline.forward_model import (
     SliceProfile,
     ThickMeasurement,
     apply,
+    enforce_data_consistency,
     fit_pair,
-    project,
     residual_rms,
     slice_operator,
     weights,
@@ -185,7 +185,9 @@ def consistent(answer: Answer) -> Answer:
     def both(case: Case) -> NDArray[np.float32]:
         hu = np.array(answer(case), np.float32)
         z = case.thin.geometry.z_mm
-        project(hu, ThickMeasurement.of(case.thick, z, case.fit.profile, case.fit.noise_hu), floor_hu=FLOOR_HU)
+        enforce_data_consistency(
+            hu, ThickMeasurement.of(case.thick, z, case.fit.profile, case.fit.noise_hu), floor_hu=FLOOR_HU
+        )
         return hu
 
     return both
@@ -237,7 +239,7 @@ def timed(stage: str, options: argparse.Namespace) -> dict[str, Any]:
         seconds["load"] = time.perf_counter() - start
         hu = thin_slices(model, thick, target, profile, RunSettings(threads=options.threads))
         seconds["network"] = time.perf_counter() - start - seconds["load"]
-        project(hu, ThickMeasurement.of(thick, target.z_mm, profile, 5.0), floor_hu=FLOOR_HU)
+        enforce_data_consistency(hu, ThickMeasurement.of(thick, target.z_mm, profile, 5.0), floor_hu=FLOOR_HU)
         seconds["consistency"] = time.perf_counter() - start - sum(seconds.values())
     total = time.perf_counter() - start
     cpu = resource.getrusage(resource.RUSAGE_SELF)

@@ -39,6 +39,7 @@ from scipy.ndimage import binary_erosion, uniform_filter
 
 from cli.main import app
 from diffusion.sampling import Interpolator
+from latentcache import LatentGrid
 from pipeline.decode import ComposeSettings, compose
 from pipeline.forward_model import ProtocolFit, SliceProfile, apply, fit_pair, slice_operator, weights
 from pipeline.metrics import TISSUE_CLASSES_HU, bias_by_tissue, psnr
@@ -46,7 +47,7 @@ from pipeline.phantom import PhantomSettings, make_patient, write_dataset
 from pipeline.refiner import RefinerFile, held_out_operator, positions
 from pipeline.vae import Vae, load_vae
 from pipeline.volume import Geometry, Volume, Window, common_slices, interpolated
-from pipeline.workflows import condition_latent, latent_positions
+from pipeline.workflows import condition_latent
 from pipeline.workflows.interpolation.interpolate import told_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +193,7 @@ def scores(case: Case, vae: Vae, model: Interpolator, file: RefinerFile) -> dict
     target, truth = case.thin.geometry, case.thin.hu
     profile, noise = case.fit.profile, case.fit.noise_hu
     condition = condition_latent(case.thick, target, WINDOW, vae, model.alignment)
-    sample = model.generate_latent(condition, **told_of(case.thick, latent_positions(target)))
+    sample = model.generate_latent(condition, **told_of(case.thick, LatentGrid.of(target).positions()))
 
     def decoded(latent: NDArray[np.float32]) -> NDArray[np.float32]:
         return WINDOW.from_unit(np.asarray(vae.decode(torch.from_numpy(latent), target.shape_zyx)))

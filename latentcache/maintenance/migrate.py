@@ -2,9 +2,7 @@
 
 Version 1 had no ``compute_dtype`` and ``device_kind`` in the manifest: its encode keys could not tell latents of a GPU
 (bfloat16) from those of a CPU (float32). The timings know on which device each was made.
-
-Version 0, the format before the first release, had no ``status`` and ``reason`` in the pairs table (a pair that the
-pixels contradict could not be told) and no ``stage`` in the timings. Arrays are unchanged.
+Arrays are unchanged.
 """
 
 from __future__ import annotations
@@ -29,8 +27,6 @@ from latentcache.tables import (
     snapshot_path,
     write_fragment,
 )
-
-DEFAULTS_OF_0: dict[Kind, dict[str, str]] = {"pairs": {"status": "ok", "reason": ""}, "timings": {"stage": ""}}
 
 
 def migrate(location: Location) -> tuple[int, int]:
@@ -150,12 +146,7 @@ def _upgraded(
     if kind == "manifest" and "compute_dtype" not in table.column_names:
         table = _numerics(table, made_on)
     schema = SCHEMAS[kind]
-    defaults = DEFAULTS_OF_0.get(kind, {})
-    columns = [
-        table.column(name) if name in table.column_names else pa.array([defaults[name]] * table.num_rows, pa.string())
-        for name in schema.names
-    ]
-    return pa.table(columns, names=schema.names).cast(schema)
+    return table.select(schema.names).cast(schema)
 
 
 def _drop_older(location: Location) -> None:
@@ -170,5 +161,5 @@ def _drop_older(location: Location) -> None:
                 location.delete(entry.path)
 
 
-STEPS: dict[int, Callable[[Location], int]] = {0: _from_older, 1: _from_older}
+STEPS: dict[int, Callable[[Location], int]] = {1: _from_older}
 """From version n to this one."""

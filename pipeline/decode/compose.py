@@ -20,7 +20,7 @@ from pipeline.forward_model import (
     ThickMeasurement,
     certificate,
     check_operator,
-    project,
+    enforce_data_consistency,
     residual_rms,
 )
 from pipeline.volume import (
@@ -251,7 +251,7 @@ def _refined(
 def _made_consistent(x: NDArray[np.float32], measured: ThickMeasurement, window: Window | None) -> dict[str, Any]:
     """Project ``x`` in place; figures in HU. ``window``: where a network has answered, None where none has."""
     check = check_operator(x, measured.hu, measured.thick_z_mm, measured.thin_z_mm, measured.profile, measured.noise_hu)
-    done = project(x, measured, window=window, floor_hu=_floor(measured.volume))
+    done = enforce_data_consistency(x, measured, window=window, floor_hu=_floor(measured.volume))
     return {
         "profile": str(measured.profile),
         "noise_hu": round(measured.noise_hu, 3),

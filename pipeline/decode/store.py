@@ -25,8 +25,7 @@ from pipeline.engines import (
     mark,
     note,
     pin,
-    stream,
-    watched,
+    run_stage,
 )
 from pipeline.forward_model import Protocols
 from pipeline.identity import PrivateStore
@@ -164,10 +163,16 @@ def decode_store(
             run=functools.partial(run_task, settings=settings, threads=vae.threads),
         )
         progress = Progress(store.location, encode_key, len(todo), "decode", dashboard_of(options))
-        for outcome in watched(stream(todo, stage, options), progress) if todo else ():
-            _enter(outcome, summary)
+
+        def enter(outcome: Outcome[DecodeTask, DerivedSeries]) -> dict[str, int]:
             if on_outcome is not None:
                 on_outcome(outcome, len(todo))
+            return _enter(outcome, summary)
+
+        if todo:
+            totals = run_stage(todo, stage, options, name="decode", progress=progress, on_outcome=enter)
+            summary.failed |= totals.failed
+            summary.seconds = totals.seconds
     return summary
 
 
@@ -214,24 +219,16 @@ def _planned(
     return tasks
 
 
-def _enter(outcome: Outcome[DecodeTask, DerivedSeries], summary: DecodeSummary) -> None:
-    """Enter one outcome in the summary and the log; keys and figures only."""
-    key = outcome.item.key
-    if outcome.value is None:
-        summary.failed[key] = outcome.error or "unknown"
-        said = f"series {key} set aside: {outcome.error}"
-        kind = outcome.error_kind or "unknown"
-        note(log, "set_aside", logging.WARNING, said, series_key=key, stage="decode", outcome=kind)
-    else:
-        done = outcome.value
-        summary.written[key] = {
-            "folders": list(done.folders),
-            "series_uid": done.series_uid,
-            "slices": done.n_slices,
-            **done.figures,
-        }
-        took = round(sum(outcome.seconds.values()), 6)
-        note_certificates(log, done, "decode")
-        note(log, "decoded", series_key=key, stage="decode", seconds=took, outcome="ok", slices=done.n_slices)
-    for name, value in outcome.seconds.items():
-        summary.seconds[name] = summary.seconds.get(name, 0.0) + value
+def _enter(outcome: Outcome[DecodeTask, DerivedSeries], summary: DecodeSummary) -> dict[str, int]:
+    """Enter a written series in the summary; returns figures for the log."""
+    done = outcome.value
+    if done is None:
+        return {}
+    summary.written[outcome.item.key] = {
+        "folders": list(done.folders),
+        "series_uid": done.series_uid,
+        "slices": done.n_slices,
+        **done.figures,
+    }
+    note_certificates(log, done, "decode")
+    return {"slices": done.n_slices}

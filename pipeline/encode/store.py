@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from pipeline.engines import (
     dashboard_of,
     note,
     pin,
-    stream,
+    run_stage,
 )
 from pipeline.identity import PrivateStore
 from pipeline.vae import Autoencoder, Tiling, as_encoded
@@ -249,18 +248,18 @@ def encode_store(
         run=functools.partial(run_task, settings=settings),
     )
     progress = Progress(store.location, encoding.encode_key, summary.planned, dashboard=dashboard_of(options))
-    with (
-        store.writer() as writer,
-        GroupCommit(writer, encoding.encode_key, device, progress.note) as commits,
-        contextlib.closing(stream(iter(plan), stage, options)) as outcomes,
-    ):
-        for outcome in outcomes:
-            commits.put(outcome)
-            _tell(outcome, summary)
-            if on_outcome is not None:
-                on_outcome(outcome, summary.planned)
-    progress.end()
-    summary.committed = commits.committed
+
+    def enter(outcome: Outcome[EncodeTask, StagedLatents]) -> dict[str, int]:
+        if on_outcome is not None:
+            on_outcome(outcome, summary.planned)
+        return _enter(outcome, summary)
+
+    with store.writer() as writer:
+        commits = GroupCommit(writer, encoding.encode_key, device, progress.note)
+        totals = run_stage(plan, stage, options, name="encode", progress=progress, commit=commits, on_outcome=enter)
+    summary.failed, summary.committed = totals.failed, commits.committed
+    for part, value in totals.seconds.items():
+        summary.seconds[part] = summary.seconds.get(part, 0.0) + value
     if damage:
         _put_back(LatentStore.open(store_url), damage, summary)
     summary.snapshot = LatentStore.open(store_url).snapshot
@@ -314,21 +313,16 @@ def _held(store: LatentStore, encode_key: str) -> int:
     return int(store.manifest_table((), lambda rows: pc.equal(rows["encode_key"], encode_key)).num_rows)
 
 
-def _tell(outcome: Outcome[EncodeTask, StagedLatents], summary: EncodeSummary) -> None:
-    """Enter one outcome in the summary and the log; keys only."""
-    name, kind = outcome.item.name, outcome.error_kind or "ok"
+def _enter(outcome: Outcome[EncodeTask, StagedLatents], summary: EncodeSummary) -> dict[str, int]:
+    """Enter one outcome in the summary; returns figures for the log."""
     if outcome.value is None:
-        summary.failed[name] = outcome.error or "unknown"
-        said = f"task {name} set aside: {outcome.error}"
-        note(log, "set_aside", logging.WARNING, said, series_key=name, stage="encode", outcome=kind)
-    else:
-        took, latents = sum(outcome.seconds.values()), len(outcome.value.records)
-        note(log, "encoded", series_key=name, stage="encode", seconds=round(took, 6), outcome=kind, latents=latents)
-        if outcome.value.pair is not None and outcome.value.pair.status != "ok":
-            summary.unpaired_by_pixels[outcome.value.pair.pair_key] = outcome.value.pair.reason
-    parts = outcome.value.seconds if outcome.value is not None else {}
-    for stage, value in (*outcome.seconds.items(), *parts.items()):
-        summary.seconds[stage] = summary.seconds.get(stage, 0.0) + value
+        return {}
+    pair = outcome.value.pair
+    if pair is not None and pair.status != "ok":
+        summary.unpaired_by_pixels[pair.pair_key] = pair.reason
+    for part, value in outcome.value.seconds.items():
+        summary.seconds[part] = summary.seconds.get(part, 0.0) + value
+    return {"latents": len(outcome.value.records)}
 
 
 def parse_roles(text: str) -> tuple[LatentRole, ...]:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import COMPRESSION, PAIR_ROLES, Encoding, InputError, LatentMeta, LatentRecord, LatentRole, PairRecord
+from latentcache import (
+    PAIR_ROLES,
+    Encoding,
+    InputError,
+    LatentGrid,
+    LatentMeta,
+    LatentRecord,
+    LatentRole,
+    PairRecord,
+)
 from latentcache.maintenance import pair_digest
 from pipeline.engines import StagedLatents, timed
 from pipeline.vae import Autoencoder
@@ -146,13 +155,14 @@ def encode_one(
         psnr = None
         if _sampled(want, round_trip_fraction):
             psnr = timed(seconds, "round_trip", functools.partial(_round_trip_psnr, vae, latent, unit))
+        grid = LatentGrid.of(geometry)
         meta = LatentMeta(
             encode_key=task.encode_key,
             key=want.key,
             role=want.role,
-            z0_mm=geometry.z_mm[0] + (COMPRESSION - 1) / 2 * geometry.spacing_mm_zyx[0],
-            dz_mm=COMPRESSION * geometry.spacing_mm_zyx[0],
-            valid_zyx=geometry.shape_zyx,
+            z0_mm=grid.z0_mm,
+            dz_mm=grid.dz_mm,
+            valid_zyx=grid.valid_zyx,
             source_digest=_digest_read(prepared, want.role) or want.source_digest,
             round_trip_psnr=psnr,
         )

@@ -11,5 +11,5 @@ from .group_commit import GroupCommit as GroupCommit, StagedLatents as StagedLat
 from .job_log import note as note
 from .progress import STAGES as STAGES, Progress as Progress, read_progress as read_progress, watched as watched
 from .ray_cluster import dashboard_of as dashboard_of
-from .run import stream as stream
+from .run import StageTotals as StageTotals, run_stage as run_stage, stream as stream
 from .workers import check_seen as check_seen, mark as mark, pin as pin

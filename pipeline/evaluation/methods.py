@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import COMPRESSION, CtpipeError, InputError, LatentRecord, LatentStore, PairRecord
+from latentcache import COMPRESSION, CtpipeError, InputError, LatentGrid, LatentRecord, LatentStore, PairRecord
 from pipeline.decode import ComposeSettings, base_volume, compose, condition_of
 from pipeline.forward_model import BASELINES, ThickMeasurement, apply, weights
 from pipeline.identity import PrivateStore
@@ -52,14 +52,11 @@ def check_record(record: LatentRecord, thin: Geometry) -> None:
             expected="the thin series' " + "x".join(map(str, thin.shape_zyx)),
             remedy="Encode the store again: ctpipe encode STORE.",
         )
-    dz = thin.spacing_mm_zyx[0]
-    first = thin.z_mm[0] + (COMPRESSION - 1) / 2 * dz
-    # A latent slice is four slices deep: a tenth of a slice is far below what anyone can see, and far above rounding.
-    off = max(abs(record.z0_mm - first), abs(record.dz_mm / COMPRESSION - dz) * depth)
-    if off > 0.1 * dz:
+    grid = LatentGrid.of(thin)
+    if not grid.matches(record):
         raise InputError(
             f"a {record.role} latent of slices {record.dz_mm / COMPRESSION:.3f} mm apart from {record.z0_mm:.2f} mm",
-            expected=f"the thin series' {dz:.3f} mm from {first:.2f} mm",
+            expected=f"the thin series' {grid.dz_mm / COMPRESSION:.3f} mm from {grid.z0_mm:.2f} mm",
             remedy="Encode the store again: ctpipe encode STORE.",
         )
 
@@ -70,7 +67,7 @@ def check_latent(latent: NDArray[Any], thin: Geometry) -> None:
     Raises:
         InputError: Another depth, or less in-plane than the series has.
     """
-    depth, height, width = (-(-n // COMPRESSION) for n in thin.shape_zyx)
+    depth, height, width = LatentGrid.of(thin).shape_zyx
     if latent.ndim != 4 or latent.shape[1] != depth or latent.shape[2] < height or latent.shape[3] < width:
         raise InputError(
             f"a generated latent of shape {tuple(latent.shape)}",

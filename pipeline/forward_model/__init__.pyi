@@ -1,5 +1,9 @@
 from .certificate import certificate as certificate
-from .data_consistency import ProjectionFigures as ProjectionFigures, project as project, residual_rms as residual_rms
+from .data_consistency import (
+    ProjectionFigures as ProjectionFigures,
+    enforce_data_consistency as enforce_data_consistency,
+    residual_rms as residual_rms,
+)
 from .fit import (
     OperatorCheck as OperatorCheck,
     ProtocolFit as ProtocolFit,

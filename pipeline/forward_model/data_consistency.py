@@ -118,7 +118,7 @@ class _AlikeSolver:
         return mu
 
 
-def project(
+def enforce_data_consistency(
     thin: NDArray[np.float32],
     measured: ThickMeasurement,
     *,

@@ -13,15 +13,30 @@ from .intensity import (
     require_finite as require_finite,
 )
 from .lung_density import LAA_THRESHOLD_HU as LAA_THRESHOLD_HU, lung_density as lung_density, lung_mask as lung_mask
-from .noise import noise_texture as noise_texture, slice_inconsistency as slice_inconsistency
+from .noise import (
+    noise_power_spectrum as noise_power_spectrum,
+    noise_texture as noise_texture,
+    slice_inconsistency as slice_inconsistency,
+)
 from .null_space import (
     null_part as null_part,
     null_space_figures as null_space_figures,
 )
 from .patient_statistics import by_patient as by_patient, interval as interval, paired_difference as paired_difference
 from .perceptual import FeaturesOf as FeaturesOf, perceptual_distance as perceptual_distance
-from .sharpness import Edges as Edges, find_edges as find_edges, sharpness as sharpness
-from .similarity import Similarity as Similarity, similarities as similarities, ssim as ssim
+from .sharpness import (
+    Edges as Edges,
+    find_edges as find_edges,
+    modulation_transfer as modulation_transfer,
+    sharpness as sharpness,
+)
+from .similarity import (
+    Similarity as Similarity,
+    ms_ssim as ms_ssim,
+    similarities as similarities,
+    ssim as ssim,
+    ssim_3d as ssim_3d,
+)
 from .volumetry import (
     MARGIN_MM as MARGIN_MM,
     Structure as Structure,

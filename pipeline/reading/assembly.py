@@ -1,6 +1,6 @@
 """From loose instances to stacks: set aside what is no axial CT, split, order, check. Headers only, no pixels.
 
-Every deviation has a stated policy (tests/test_assembly.py shows each):
+Every deviation has a stated policy (tests/pipeline/reading/test_assembly.py shows each):
 
 - set aside (role ``other``): localizers, captures, reformats, projections, maps that are not HU, lone slices;
 - split: orientation, in-plane grid, frame of reference (unless most slices have one to themselves), kernel;

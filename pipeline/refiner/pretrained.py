@@ -4,8 +4,9 @@
     hu = thin_slices(model, thick, thick.geometry.thin_grid(1.0), profile)
 
 It needs neither an autoencoder nor a diffusion run. What it gives is the mean of what the thick slices allow, not yet
-made consistent with them: ``pipeline.forward_model.project`` does that. Weights are in ``pipeline/refiner/weights`` as
-float16, each with its card beside it as JSON: what it was trained on, for what it was trained, the figures it reached.
+made consistent with them: ``pipeline.forward_model.enforce_data_consistency`` does that. Weights are in
+``pipeline/refiner/weights`` as float16, each with its card beside it as JSON: what it was trained on, for what it was
+trained, the figures it reached.
 """
 
 from __future__ import annotations

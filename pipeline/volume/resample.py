@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
+from latentcache import linear_neighbours
 from pipeline.volume.geometry import Geometry
 from pipeline.volume.volume import Volume
 
@@ -80,11 +81,10 @@ def z_weights(z_from: NDArray[Any], z_to: NDArray[Any], method: ZMethod = "linea
     if method == "nearest":
         return np.asarray(np.eye(n)[np.abs(dst[:, None] - src[None, :]).argmin(axis=1)], dtype=np.float64)
     if method == "linear":
-        upper = np.clip(np.searchsorted(src, dst, side="right"), 1, n - 1)
-        t = (dst - src[upper - 1]) / (src[upper] - src[upper - 1])
+        lower, upper, t = linear_neighbours(src, dst)
         weights = np.zeros((len(dst), n))
         rows = np.arange(len(dst))
-        weights[rows, upper - 1] = 1 - t
+        weights[rows, lower] = 1 - t
         weights[rows, upper] = t
         return weights
     if method == "cubic":

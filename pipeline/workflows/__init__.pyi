@@ -21,7 +21,6 @@ from .interpolation import (
     interpolate_shipped as interpolate_shipped,
     interpolate_study as interpolate_study,
     interpolate_with as interpolate_with,
-    latent_positions as latent_positions,
     learnt_spacing as learnt_spacing,
     load_model as load_model,
     read_thick as read_thick,

@@ -107,10 +107,11 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
     import numpy as np
 
     from diffusion.sampling import Interpolator
+    from latentcache import LatentGrid
     from pipeline.decode import ComposeSettings, compose, parse_detail
     from pipeline.metrics import require_finite
     from pipeline.volume import Window
-    from pipeline.workflows.interpolation import condition_latent, encoding_of, latent_positions, told_of
+    from pipeline.workflows.interpolation import condition_latent, encoding_of, told_of
     from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, start_of
 
     model = Interpolator.load(run, device=job.device)
@@ -131,7 +132,7 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
     def generate(thick: Any, thin: Any) -> Any:
         padding = encoding.pad_multiple_zyx
         condition = condition_latent(thick, thin, window, codec, model.alignment, padding, composing.start)
-        latent = model.generate_latent(condition, **told_of(thick, latent_positions(thin)), **job.sampling)
+        latent = model.generate_latent(condition, **told_of(thick, LatentGrid.of(thin).positions()), **job.sampling)
         seen = condition
         if model.condition_role == "thick" and composing.detail == "residual":
             seen = condition_latent(thick, thin, window, codec, "pixel", padding)
@@ -159,11 +160,11 @@ def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, 
 
     def told_by(thick: Any, thin: Any) -> dict[str, Any]:
         from diffusion.networks import ThickSlices
-        from pipeline.workflows.interpolation import latent_positions
+        from latentcache import LatentGrid
 
         had = thick.geometry
         slices = ThickSlices(had.z_mm[0], had.spacing_mm_zyx[0], len(had.z_mm), had.thickness_mm or 0.0)
-        return {"thick": slices, "z_mm": latent_positions(thin)}
+        return {"thick": slices, "z_mm": LatentGrid.of(thin).positions()}
 
     def generate(thick: Any, thin: Any) -> Any:
         return compose(interpolated(thick, thin, how.base_method), window, how.measured(thick, thin), how)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +30,8 @@ from pipeline.engines import (
     Stage,
     StagedLatents,
     dashboard_of,
-    note,
     pin,
-    stream,
+    run_stage,
     timed,
 )
 from pipeline.workflows.job_progress import JobProgress, OnProgress
@@ -191,31 +189,24 @@ def sample_store(
     out = open_generated(latents, model, settings)
     tasks, already = plan_samples(latents, model, keys, out)
     advance(already)
-    failed: dict[str, str] = {}
     if not tasks:
-        return out, failed
+        return out, {}
     stage = sample_stage(latents, out, run, settings, key, spread.threads)
     dashboard = dashboard_of(spread.engine)
     progress = Progress(latents.location, model.encode_key, len(tasks), "sample", dashboard)
     device = "cuda" if spread.engine.wants_gpu else "cpu"
-    with (
-        out.writer() as writer,
-        GroupCommit(writer, model.encode_key, device, progress.note, "sample") as commits,
-        contextlib.closing(stream(tasks, stage, spread.engine)) as outcomes,
-    ):
-        for outcome in outcomes:
-            commits.put(outcome)
-            name, kind, took = outcome.item.name, outcome.error_kind or "ok", sum(outcome.seconds.values())
-            if outcome.error is not None:
-                failed[name] = outcome.error
-                said = f"pair {name} set aside: {outcome.error}"
-                note(log, "set_aside", logging.WARNING, said, series_key=name, stage="sample", outcome=kind)
-            else:
-                note(log, "sampled", series_key=name, stage="sample", seconds=round(took, 6), outcome=kind)
-            advance(1)
-    progress.end()
+
+    def count(_outcome: Any) -> dict[str, int]:
+        advance(1)
+        return {}
+
+    with out.writer() as writer:
+        commits = GroupCommit(writer, model.encode_key, device, progress.note, "sample")
+        totals = run_stage(
+            tasks, stage, spread.engine, name="sample", progress=progress, commit=commits, on_outcome=count
+        )
     out.refresh()
-    return out, failed
+    return out, totals.failed
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from .interpolate import (
     generate_series as generate_series,
     interpolate_study as interpolate_study,
     interpolate_with as interpolate_with,
-    latent_positions as latent_positions,
     learnt_spacing as learnt_spacing,
     load_model as load_model,
     run_interpolation as run_interpolation,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import COMPRESSION, Encoding
+from latentcache import Encoding, LatentGrid
 from latentcache.storage import refuse_existing
 from pipeline.decode import (
     ComposeSettings,
@@ -256,7 +256,7 @@ def generate_series(
 
     thick = study.volume
     grid = thick.geometry.thin_grid(settings.trained_spacing_mm)
-    told = told_of(thick, latent_positions(grid), settings.compose.profile)
+    told = told_of(thick, LatentGrid.of(grid).positions(), settings.compose.profile)
 
     def generate(condition: Latent) -> Iterator[Latent]:
         if not settings.write.samples_apart:
@@ -410,21 +410,9 @@ def condition_latent(
     latent = np.asarray(vae.encode(window.to_unit(hu), pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
     if alignment == "pixel":
         return latent
-    count = -(-len(z_thin) // COMPRESSION)
-    weights = z_weights(_latent_z(thick.geometry, latent.shape[1]), _latent_z(target, count), "linear")
+    z_from = LatentGrid.of(thick.geometry).positions(latent.shape[1])
+    weights = z_weights(z_from, LatentGrid.of(target).positions(), "linear")
     return np.ascontiguousarray(np.einsum("nd,cdhw->cnhw", weights.astype(np.float32), latent))
-
-
-def latent_positions(geometry: Geometry) -> NDArray[np.float64]:
-    """Positions in mm of the latent slices that cover a lattice."""
-    return _latent_z(geometry, -(-len(geometry.z_mm) // COMPRESSION))
-
-
-def _latent_z(geometry: Geometry, count: int) -> NDArray[np.float64]:
-    dz = geometry.spacing_mm_zyx[0]
-    return np.asarray(
-        geometry.z_mm[0] + dz * ((COMPRESSION - 1) / 2 + COMPRESSION * np.arange(count)), dtype=np.float64
-    )
 
 
 def onto_spacing(hu: NDArray[np.float32], have: Geometry, want: Geometry) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""A store of format version 0 becomes one of this version, whole, however often it is interrupted."""
+"""A store of format version 1 becomes one of this version, whole, however often it is interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.latentcache.test_store import ENCODING, key, series, stage
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A store with a generated one inside, turned back into the format before the first release."""
+    """A store with a generated one inside, turned back into format version 1."""
     root = tmp_path / "store"
     store = LatentStore.create(root, secret_fingerprint="f")
     store.register_encoding(ENCODING)
@@ -35,20 +35,16 @@ def old(tmp_path: Path) -> Path:
 def _age(root: Path) -> None:
     for path in (root / "snapshots").iterdir():
         body = json.loads(path.read_bytes())
-        body["format_version"] = 0
+        body["format_version"] = 1
         path.write_text(json.dumps(body))
     header = json.loads((root / "store.json").read_bytes())
-    (root / "store.json").write_text(json.dumps({**header, "format_version": 0}))
-    dropped = {
-        "pairs": ["status", "reason"],
-        "timings": ["stage"],
-        "catalog": [],
-        "manifest": ["compute_dtype", "device_kind"],
-    }
-    for kind, columns in dropped.items():
+    (root / "store.json").write_text(json.dumps({**header, "format_version": 1}))
+    dropped = {"manifest": ["compute_dtype", "device_kind"]}
+    for kind in ("pairs", "timings", "catalog", "manifest"):
+        columns = dropped.get(kind, [])
         for path in (root / kind).glob("*.parquet"):
             table = pq.read_table(path).drop_columns(columns)
-            pq.write_table(table.replace_schema_metadata({"ctpipe.format_version": "0"}), path)
+            pq.write_table(table.replace_schema_metadata({"ctpipe.format_version": "1"}), path)
 
 
 def assert_current(root: Path) -> None:
@@ -64,7 +60,7 @@ def assert_current(root: Path) -> None:
 def test_an_old_store_opens_after_migration(old: Path) -> None:
     with pytest.raises(StoreError, match="migrate"):
         LatentStore.open(old)
-    assert migrate(LocalLocation(old)) == (0, 4)
+    assert migrate(LocalLocation(old)) == (1, 4)
     assert_current(old)
     assert migrate(LocalLocation(old)) == (2, 0)
 
@@ -102,9 +98,10 @@ def test_what_cannot_be_migrated_is_refused(old: Path) -> None:
     location.put("store.json", b'{"format_version": 9}')
     with pytest.raises(StoreError, match="newer"):
         migrate(location)
-    location.put("store.json", b'{"format_version": -3}')
-    with pytest.raises(StoreError, match="unknown"):
-        migrate(location)
+    for unknown in (b"-3", b"0"):  # version 0 was never released
+        location.put("store.json", b'{"format_version": ' + unknown + b"}")
+        with pytest.raises(StoreError, match="unknown"):
+            migrate(location)
     with pytest.raises(StoreError, match="no readable"):
         migrate(LocalLocation(old / "elsewhere"))
     assert Snapshot(0).number == 0

@@ -6,11 +6,13 @@ import functools
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from latentcache import InputError
-from pipeline.engines import EngineOptions, Stage, stream
+from latentcache.storage import LocalLocation
+from pipeline.engines import EngineOptions, Outcome, Progress, Stage, read_progress, run_stage, stream
 
 BACKENDS = ["inline", "dask"]
 
@@ -135,3 +137,44 @@ def test_closing_early_stops_the_work() -> None:
 def test_unknown_engine_is_refused() -> None:
     with pytest.raises(InputError, match="dask, ray or inline"):
         EngineOptions(name="spark")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    value: int
+
+
+def halve(task: Task) -> int:
+    if task.value % 2:
+        raise InputError(f"{task.value}", expected="an even number", remedy="Skip it.")
+    return task.value // 2
+
+
+def test_the_driver_counts_what_fails_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One log line per item, reasons by name, seconds by part, and no file of progress is left behind."""
+    location = LocalLocation(tmp_path)
+    seen: list[int | None] = []
+    shown: list[dict[str, object] | None] = []
+
+    def on_outcome(outcome: Outcome[Task, int]) -> dict[str, int]:
+        seen.append(outcome.value)
+        shown.append(read_progress(location))
+        return {} if outcome.value is None else {"slices": outcome.value}
+
+    tasks = [Task(f"{n:016x}", n) for n in (2, 3, 4)]
+    stage: Stage[Task, int, str, int] = Stage(prepare=halve, setup=str, run=lambda state, half: half)
+    with caplog.at_level("INFO", "ctpipe.decode"):
+        totals = run_stage(
+            tasks, stage, EngineOptions("inline"), name="decode",
+            progress=Progress(location, "k", len(tasks), "decode"), on_outcome=on_outcome,
+        )  # fmt: skip
+    assert seen == [1, None, 2]
+    assert list(totals.failed) == [tasks[1].name]
+    assert "an even number" in totals.failed[tasks[1].name]
+    assert {"prepare", "run"} <= set(totals.seconds)
+    assert [found and found["attempted"] for found in shown] == [1, 2, 3]
+    assert read_progress(location) is None
+    lines = [r.message for r in caplog.records if r.name == "ctpipe.decode"]
+    assert [line.split()[0] for line in lines] == ["decoded", "series", "decoded"]
+    assert "slices=2" in lines[2]

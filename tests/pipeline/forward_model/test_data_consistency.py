@@ -12,8 +12,8 @@ from pipeline.forward_model import (
     SliceOperator,
     SliceProfile,
     ThickMeasurement,
+    enforce_data_consistency,
     measurement_noise,
-    project,
     residual_rms,
     slice_operator,
 )
@@ -49,7 +49,7 @@ def test_the_residual_comes_down_to_the_noise_and_the_truth_comes_nearer(noise: 
         truth + gaussian_filter(np.random.default_rng(2).normal(size=truth.shape), (2, 2, 2)).astype(np.float32) * 200
     )
     error_before = float(np.sqrt(np.mean((guess - truth) ** 2)))
-    figures = project(guess, measurement(thick, operator, noise))
+    figures = enforce_data_consistency(guess, measurement(thick, operator, noise))
     after, _ = residual_rms(guess, thick, operator)
     assert figures.rms_before > 1.2 * noise
     assert after == pytest.approx(noise, rel=0.1)
@@ -60,7 +60,7 @@ def test_the_residual_comes_down_to_the_noise_and_the_truth_comes_nearer(noise: 
 def test_what_agrees_within_the_noise_is_left_alone() -> None:
     truth, thick, operator = scene(5.0)
     untouched = truth.copy()
-    figures = project(truth, measurement(thick, operator, 5.5))
+    figures = enforce_data_consistency(truth, measurement(thick, operator, 5.5))
     np.testing.assert_array_equal(truth, untouched)
     assert figures.change_hu == 0.0
     assert figures.rms_after == figures.rms_before
@@ -69,7 +69,7 @@ def test_what_agrees_within_the_noise_is_left_alone() -> None:
 def test_the_change_reported_is_the_change_made() -> None:
     truth, thick, operator = scene(2.0)
     guess = np.zeros_like(truth)
-    figures = project(guess, measurement(thick, operator, 2.0))
+    figures = enforce_data_consistency(guess, measurement(thick, operator, 2.0))
     assert figures.change_hu == pytest.approx(float(np.sqrt(np.mean(guess**2))), rel=1e-3)
 
 
@@ -79,8 +79,8 @@ def test_slices_without_coverage_neither_act_nor_count() -> None:
     wild = np.concatenate([thick, np.full((1, 40, 40), 3000, np.float32)])
     wider = slice_operator(SliceProfile("box", 5.0), z, THIN_Z)
     one, other = np.zeros_like(truth), np.zeros_like(truth)
-    a = project(one, measurement(thick, operator, 2.0))
-    b = project(other, measurement(wild, wider, 2.0))
+    a = enforce_data_consistency(one, measurement(thick, operator, 2.0))
+    b = enforce_data_consistency(other, measurement(wild, wider, 2.0))
     np.testing.assert_allclose(one, other, atol=1e-2)
     assert b.rms_after == pytest.approx(a.rms_after)
     assert np.isnan(b.per_slice_after[-1])
@@ -92,7 +92,7 @@ def test_the_residual_never_grows_and_nothing_falls_below_the_floor(noise: float
     truth = np.maximum(anatomy()[:, :12, :12], floor)
     operator = slice_operator(SliceProfile("gaussian", width), THICK_Z, THIN_Z)
     guess = np.maximum(gaussian_filter(truth, (2.5, 0, 0)), floor)
-    figures = project(guess, measurement(operator.apply(truth), operator, noise), floor_hu=floor)
+    figures = enforce_data_consistency(guess, measurement(operator.apply(truth), operator, noise), floor_hu=floor)
     assert figures.rms_after <= figures.rms_before + 1e-3
     assert figures.rms_after <= max(1.15 * noise, 0.1 * figures.rms_before)
     assert guess.min() >= floor
@@ -104,7 +104,7 @@ def test_a_bone_is_met_as_closely_as_the_rest() -> None:
     operator = slice_operator(SliceProfile("box", 5.0), THICK_Z, THIN_Z)
     thick = operator.apply(truth) + np.random.default_rng(0).normal(0, 5, (12, 4, 4)).astype(np.float32)
     guess = np.zeros_like(truth)
-    figures = project(guess, measurement(thick, operator, 5.0))
+    figures = enforce_data_consistency(guess, measurement(thick, operator, 5.0))
     assert figures.rms_after == pytest.approx(5.0, rel=0.1)
     bone = np.abs(operator.apply(guess) - thick)[:, 1:3, 1:3]
     assert bone.max() < 25, "a quadratic penalty leaves a share of 1000 HU"
@@ -118,9 +118,9 @@ def test_the_floor_and_the_measurement_hold_together() -> None:
     thick = operator.apply(truth)
     guess = gaussian_filter(truth, (3.0, 0, 0))
     clipped, together = guess.copy(), guess.copy()
-    project(clipped, measurement(thick, operator, 2.0))
+    enforce_data_consistency(clipped, measurement(thick, operator, 2.0))
     np.maximum(clipped, -1000.0, out=clipped)
-    figures = project(together, measurement(thick, operator, 2.0), floor_hu=-1000.0)
+    figures = enforce_data_consistency(together, measurement(thick, operator, 2.0), floor_hu=-1000.0)
     assert clipped.min() == together.min() == -1000.0
     assert residual_rms(clipped, thick, operator)[0] > 2 * figures.rms_after
     assert figures.rms_after == pytest.approx(2.0, rel=0.2)
@@ -138,7 +138,7 @@ def test_an_end_slice_that_reaches_beyond_the_grid_is_not_judged_by() -> None:
     assert overall < 0.01
     assert per_slice[0] == pytest.approx(300, rel=1e-3)
     guess = truth.copy()
-    project(guess, measurement(thick, wide, 0.001))
+    enforce_data_consistency(guess, measurement(thick, wide, 0.001))
     assert np.abs(guess - truth).max() < 150, "it acts, but less than a slice that is wholly covered"
 
 

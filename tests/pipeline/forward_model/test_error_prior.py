@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from pipeline.decode import ComposeSettings, compose, restore
-from pipeline.forward_model import SliceProfile, ThickMeasurement, project
+from pipeline.forward_model import SliceProfile, ThickMeasurement, enforce_data_consistency
 from pipeline.forward_model.column_solver import ColumnSolver, hat_correlation
 from pipeline.forward_model.data_consistency import DAMPING
 from pipeline.forward_model.error_prior import error_prior
@@ -112,7 +112,7 @@ def test_no_answer_is_made_worse_by_more_than_the_noise(
     for where, edge, limit in beyond:
         x[where] = edge(truth + off, limit)[where]
     before = WINDOW.width * 10 ** (-decibels(x) / 20)
-    figures = project(x, seen, window=WINDOW, floor_hu=-1024)
+    figures = enforce_data_consistency(x, seen, window=WINDOW, floor_hu=-1024)
     after = WINDOW.width * 10 ** (-decibels(x) / 20)
     assert after <= before * 1.02 + 0.15 * NOISE_HU
     assert figures.rms_after <= figures.rms_before + 1e-3
@@ -127,7 +127,7 @@ def test_interpolation_gains_as_before(which: int) -> None:
     made, figures = compose(cubic, WINDOW, measured(which), ComposeSettings("absolute"))
     alone = cubic.copy()
     restore(alone, cubic, WINDOW, None)
-    project(alone, measured(which), floor_hu=-1024)
+    enforce_data_consistency(alone, measured(which), floor_hu=-1024)
     np.testing.assert_allclose(made, np.rint(alone), atol=1)
     assert decibels(made.astype(np.float32)) > decibels(cubic) + 0.2
     assert figures["rms_after_hu"] == pytest.approx(NOISE_HU, rel=0.15)

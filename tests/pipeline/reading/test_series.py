@@ -2,133 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
 from pydicom import Dataset
 
 from pipeline.archive import open_archive
-from pipeline.reading import ScannedSeries, parse_header, scan
-from pipeline.reading.assembly import assemble
-from pipeline.reading.instance import Instance, instance_of
+from pipeline.reading import ScannedSeries, scan
 from pipeline.reading.public_attributes import known_kernel, known_manufacturer, known_model
-from tests.support.dicom_files import EXPLICIT, IMPLICIT, anatomy, dataset, file_bytes, series_files, zip_of
-
-
-def instances(
-    positions: list[tuple[float, float, float]], orientation: list[float], **values: object
-) -> list[Instance]:
-    """Parsed headers at these positions; a tuple gives every slice its own value."""
-    found = []
-    for index, where in enumerate(positions):
-        ds = dataset(np.zeros((8, 8), np.uint16), position=where, number=index)
-        ds.ImageOrientationPatient = orientation
-        for keyword, value in values.items():
-            setattr(ds, keyword, value[index] if isinstance(value, tuple) else value)
-        data = file_bytes(ds, np.zeros((8, 8), np.uint16))
-        found.append(instance_of(parse_header(data, whole=True), index, len(data), index))
-    return found
-
-
-def never_same(a: Instance, b: Instance) -> bool:
-    return False
+from tests.support.dicom_files import EXPLICIT, IMPLICIT, anatomy, series_files, zip_of
 
 
 def scan_one(path: Path) -> ScannedSeries:
     (one,) = scan(open_archive(path)).series
     return one
-
-
-@given(
-    st.floats(-25, 25),
-    st.floats(0.5, 8),
-    st.integers(3, 12),
-    st.randoms(use_true_random=False),
-    st.booleans(),
-)
-@settings(max_examples=40, deadline=None)
-def test_any_order_any_tilt_gives_one_lattice(
-    tilt: float, step: float, count: int, shuffle: object, feet: bool
-) -> None:
-    """Positions come back exactly from the lattice, whatever the order of files, the tilt or the direction."""
-    angle = math.radians(tilt)
-    sign = -1 if feet else 1
-    orientation = [1, 0, 0, 0, sign * math.cos(angle), sign * math.sin(angle)]
-    positions = [(-10.0, 5.0, round(step * k, 4)) for k in range(count)]
-    shuffle.shuffle(positions)  # type: ignore[attr-defined]
-    (stack,) = assemble(instances(positions, [round(v, 9) for v in orientation]), never_same)
-    assert stack.status == "ok"
-    assert stack.role in ("thick", "thin")
-    geometry = stack.geometry
-    assert geometry is not None
-    assert ("gantry-tilt" in stack.flags) == (abs(tilt) > 0.1)
-    assert np.all(np.diff(geometry.z_mm) > 0)
-    for index, one in enumerate(stack.instances):
-        assert geometry.slice_position(index) == pytest.approx(one.position, abs=1e-3)
-    assert geometry.spacing_mm_zyx[0] == pytest.approx(step * math.cos(angle), rel=1e-2)
-
-
-@given(st.integers(5, 15), st.data())
-@settings(max_examples=40, deadline=None)
-def test_a_gap_is_never_stretched_over(count: int, data: st.DataObject) -> None:
-    gone = data.draw(st.sets(st.integers(1, count - 2), min_size=1, max_size=2))
-    kept = [k for k in range(count) if k not in gone]
-    if len(kept) < 3 or len(set(np.diff(kept))) == 1:
-        return
-    (stack,) = assemble(instances([(0, 0, 5.0 * k) for k in kept], [1, 0, 0, 0, 1, 0]), never_same)
-    assert stack.status == "quarantined" or "variable-spacing" in stack.flags
-    assert stack.role == "other"
-
-
-def test_sequential_scans_that_number_every_slice_stay_one_series() -> None:
-    found = instances([(0, 0, 5.0 * k) for k in range(6)], [1, 0, 0, 0, 1, 0], AcquisitionNumber=(1, 2, 3, 4, 5, 6))
-    (stack,) = assemble(found, never_same)
-    assert stack.role == "thick"
-    assert stack.discriminator == ""
-
-
-def test_interleaved_acquisitions_part_even_without_shared_positions() -> None:
-    z = [5.0 * k for k in range(5)] + [5.0 * k + 2 for k in range(5)]
-    found = instances([(0, 0, v) for v in z], [1, 0, 0, 0, 1, 0], AcquisitionNumber=(1,) * 5 + (2,) * 5)
-    stacks = assemble(found, never_same)
-    assert [len(s.instances) for s in stacks] == [5, 5]
-    assert [s.role for s in stacks] == ["thick", "thick"]
-    assert len({s.discriminator for s in stacks}) == 2
-    assert all("split" in s.flags for s in stacks)
-
-
-def test_one_uid_for_two_patients_is_refused() -> None:
-    found = instances([(0, 0, 5.0 * k) for k in range(6)], [1, 0, 0, 0, 1, 0], PatientID=("a",) * 3 + ("b",) * 3)
-    (stack,) = assemble(found, never_same)
-    assert stack.status == "quarantined"
-    assert "several patients" in stack.reason
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}, "MR image"),
-        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.67"}, "structured report"),
-        ({"SOPClassUID": "1.2.3"}, "another kind"),
-        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
-        ({"SamplesPerPixel": 3}, "colour"),
-        ({"RescaleType": "Z_EFF"}, "Hounsfield"),
-        ({"BitsStored": 0}, "contradict"),
-        ({"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31}, "32 bits"),
-        ({"RescaleSlope": 0}, "no usable number"),
-        ({"PixelSpacing": [0.7, 0]}, "PixelSpacing"),
-        ({"ImageOrientationPatient": [1, 0, 0, 0, 0.5, 0]}, "orientation missing or no number"),
-        ({"ImageOrientationPatient": [1, 0, 0, 0, 0.9, -0.436], "ImageType": ["DERIVED", "SECONDARY"]}, "oblique"),
-        ({"NumberOfFrames": 7}, "7 frames"),
-    ],
-)
-def test_what_is_set_aside_or_quarantined_says_why(values: dict[str, object], reason: str) -> None:
-    (stack,) = assemble(instances([(0, 0, 5.0 * k) for k in range(4)], [1, 0, 0, 0, 1, 0], **values), never_same)
-    assert reason in stack.reason
-    assert stack.role == "other"
 
 
 def test_header_beyond_the_first_kilobytes(tmp_path: Path) -> None:
