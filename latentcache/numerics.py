@@ -50,8 +50,11 @@ def compute_dtype(precision: str, device: str) -> str:
 
 
 def full_float32() -> None:
-    """Let float32 on a GPU be float32, for this process: by default convolutions there round to TF32's ten bits, which
-    is a thousandth and as much as two device kinds may differ by."""
+    """Let float32 on a GPU be float32, for this process.
+
+    By default convolutions there round to TF32's ten bits, which is a thousandth and as much as two device kinds may
+    differ by.
+    """
     import torch
 
     torch.backends.cudnn.allow_tf32 = False

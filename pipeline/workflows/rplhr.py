@@ -101,8 +101,10 @@ def evaluate_rplhr(job: RplhrJob, on_progress: OnProgress = silent) -> tuple[dic
 
 
 def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
-    """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does;
-    the SHA-256 of its checkpoint, and of the refiner ("" for none)."""
+    """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does.
+
+    The SHA-256 of its checkpoint, and of the refiner ("" for none).
+    """
     import numpy as np
 
     from diffusion.sampling import Interpolator

@@ -49,8 +49,10 @@ def refiner_of(run: Path | None, device: str) -> Any:
 
 
 def own_refiner(checkpoint: Path, checkpoint_sha256: str, device: str) -> Any:
-    """The refiner that a diffusion run keeps as its own because it won on held-out pairs; None where it keeps none,
-    or one for weights that were trained on since."""
+    """The refiner that a diffusion run keeps as its own because it won on held-out pairs.
+
+    None where it keeps none, or one for weights that were trained on since.
+    """
     from pipeline.refiner import FILE_NAME, RefinerFile
 
     if not (checkpoint / FILE_NAME).is_file():

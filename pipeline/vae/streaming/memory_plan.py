@@ -46,8 +46,10 @@ class Plan:
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Live bytes of the storages made on the meta device while it is active, and their peaks: index 0 is the device,
-    index 1 the host."""
+    """Live bytes of the storages made on the meta device while it is active, and their peaks.
+
+    Index 0 is the device, index 1 the host.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
