@@ -175,7 +175,7 @@ def plain_round_trip(
     """What the autoencoder gave, and nothing else inside the window: (z, y, x) int16 HU and figures.
 
     Only voxels at the window's edges, where a latent says no more than "here or beyond", take interpolated thick HU,
-    and only within the thick series' extent. So the written series, clipped to the window, is the round trip itself.
+    and only within the thick series' extent. Clipped to the window, the written series is the reconstruction itself.
     """
     x = np.clip(decoded_hu, window.lower, window.upper).astype(np.float32, copy=False)
     if thick is None:

@@ -40,7 +40,7 @@ class SimulatedThick:
     seed: int = 0
 
     def geometry(self, thin: Geometry) -> Geometry:
-        """The lattice of the thick series."""
+        """The grid of the thick series."""
         return thin.with_z(list(self.z_mm), self.thickness_mm)
 
     def of(self, thin: Volume) -> Volume:

@@ -1,6 +1,6 @@
 """How much memory a run takes, known before it starts: the executor itself is rehearsed on shapes alone.
 
-A rehearsal runs the same code on PyTorch's meta device, which computes nothing, and keeps a ledger of every storage
+A dry run runs the same code on PyTorch's meta device, which computes nothing, and tracks every storage
 that comes and goes. A pass repeats itself from its second slab on, so two slabs of each are enough.
 """
 
