@@ -56,6 +56,7 @@ def verify_text(facts: dict[str, Any]) -> str:
 
 
 def sources_text(found: dict[str, Any]) -> list[str]:
+    """Return latents of another series, what was not compared, and what to do."""
     lines = [
         f"{name}: holds another series than its archive (they differ by {by:.2f} of the standard deviation)"
         for name, by in sorted(found["foreign"].items())
@@ -79,6 +80,7 @@ def sources_text(found: dict[str, Any]) -> list[str]:
 
 
 def demo_text(result: dict[str, Any], out: Path) -> str:
+    """Return the table of methods, gains, time and where the results are."""
     psnr, ssim = result["psnr_db"], result["ssim"]
     lines = [f"PSNR in the window (dB) and SSIM, mean over {result['held_out_pairs']} held-out patients:"]
     lines += [f"  {name:16s} {psnr[name]:.2f}  {ssim[name]:.4f}" for name in DEMO_METHODS]
@@ -100,6 +102,7 @@ def spell_seconds(seconds: float) -> str:
 
 
 def interpolate_text(result: dict[str, Any], out: Path) -> str:
+    """Return slices, folder, model, residuals, certificates and warnings of a series."""
     text = (
         f"{result['source_slices']} slices -> {result['slices']} at {result['spacing_mm']:g} mm "
         f"in {out / result['key']} ({result['seconds']:.1f} s)"
@@ -119,7 +122,7 @@ def interpolate_text(result: dict[str, Any], out: Path) -> str:
 
 
 def train_text(figures: dict[str, Any], run: Path) -> str:
-    """What people read at the end."""
+    """Return steps, time, loss, validation and how to go on."""
     lines = [
         f"{figures['steps']} steps in {figures['seconds']:.0f} s (stopped by: {figures['stopped_by']}), "
         f"loss {figures['loss']:.4f}, data wait {figures['data_wait_fraction']:.1%}",

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
 
 
 def held_by_others(device: torch.device) -> str:
-    """How much of a GPU's memory other processes hold, as the end of a sentence; empty where it is none to speak of,
-    and for a CPU."""
+    """How much of a GPU's memory other processes hold, as the end of a sentence.
+
+    Empty where it is none to speak of, and for a CPU.
+    """
     import torch
 
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -59,7 +59,9 @@ def compute_dtype(precision: str, device: str) -> str:
 
 
 def dtype_for_latents(precision: str, device: str, latents: Computed) -> str:
-    """The dtype that a VAE computes in beside stored latents: with ``auto`` the latents' own where the device is of
+    """The dtype that a VAE computes in beside stored latents.
+
+    With ``auto`` the latents' own where the device is of
     their kind, else the device's; ``fp32`` and ``bf16`` ask for another.
 
     Raises:
@@ -71,8 +73,11 @@ def dtype_for_latents(precision: str, device: str, latents: Computed) -> str:
 
 
 def full_float32() -> None:
-    """Let float32 on a GPU be float32, for this process: by default convolutions there round to TF32's ten bits, which
-    is a thousandth and as much as two device kinds may differ by."""
+    """Let float32 on a GPU be float32, for this process.
+
+    By default convolutions there round to TF32's ten bits, which is a thousandth and as much as two device kinds may
+    differ by.
+    """
     import torch
 
     torch.backends.cudnn.allow_tf32 = False

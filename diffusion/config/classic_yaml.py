@@ -21,6 +21,7 @@ MARKERS = ("training", "loss", "diffusion")
 
 
 def same(value: Any) -> Any:
+    """Return the value as it is."""
     return value
 
 

@@ -34,8 +34,8 @@ def key_of(kind: int, patient: int) -> str:
 def series(
     key: str, patient: int, role: SeriesRole, n_slices: int, split: Split, shape: tuple[int, int]
 ) -> SeriesRecord:
+    """Return a catalog row; thin slices are 1 mm apart, thick ones 4 mm."""
     spacing = 1.0 if role == "thin" else 4.0
-    """A catalog row; thin slices are 1 mm apart, thick ones 4 mm."""
     return SeriesRecord(
         series_key=key,
         study_key=key_of(1, patient),

@@ -41,8 +41,10 @@ class CheckpointError(InputError):
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything of a checkpoint in CPU memory, as full (unsharded) tensors; on every rank but the first only their
-    shapes, on the device ``meta``."""
+    """Everything of a checkpoint in CPU memory, as full (unsharded) tensors.
+
+    On every rank but the first only their shapes, on the device ``meta``.
+    """
 
     weights: dict[str, Tensor]
     average: dict[str, Tensor]
@@ -259,6 +261,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], t
 
 
 def contents_bytes(contents: Contents) -> int:
+    """Return the bytes that the tensors of a checkpoint take."""
     return sum(t.nbytes for group in (contents.weights, contents.average, contents.training) for t in group.values())
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pipeline.forward_model import SliceProfile, ThickMeasurement, project, slice_operator
+from pipeline.forward_model import SliceProfile, ThickMeasurement, enforce_data_consistency, slice_operator
 from pipeline.phantom import PhantomSettings, make_patient
 from pipeline.refiner import PretrainedModel, load_pretrained, thin_slices
 from pipeline.volume import Volume, interpolated
@@ -163,7 +163,9 @@ def shown(row: Planted, chest: Volume, model: PretrainedModel) -> tuple[dict[str
 
 def consistent(hu: NDArray[np.float32], thick: Volume, truth: Volume, profile: SliceProfile) -> NDArray[np.float32]:
     """Made to average to the thick slices under the profile that is believed."""
-    enforce_data_consistency(hu, ThickMeasurement.of(thick, truth.geometry.z_mm, profile, NOISE_HU / 2), floor_hu=-1024.0)
+    enforce_data_consistency(
+        hu, ThickMeasurement.of(thick, truth.geometry.z_mm, profile, NOISE_HU / 2), floor_hu=-1024.0
+    )
     return hu
 
 

@@ -42,8 +42,11 @@ class Location(Protocol):
         """The whole object. Raises FileNotFoundError."""
 
     def read_into(self, path: str, offset: int, groups: Sequence[Sequence[NDArray[Any]]]) -> Iterator[None]:
-        """Fill contiguous buffers, in turn, from one byte range; yields after every group, whose bytes are still in
-        the processor's cache then. Raises FileNotFoundError, EOFError."""
+        """Fill contiguous buffers, in turn, from one byte range.
+
+        Yields after every group, whose bytes are still in the processor's cache then. Raises FileNotFoundError,
+        EOFError.
+        """
 
     def size(self, path: str) -> int:
         """Bytes of an object. Raises FileNotFoundError."""

@@ -210,6 +210,7 @@ def check_version(found: object) -> None:
 
 
 def snapshot_path(number: int) -> str:
+    """Return the path of a snapshot inside the store."""
     return f"{SNAPSHOTS}/{number:08d}.json"
 
 

@@ -345,8 +345,9 @@ def _files_below(path: Path, limits: Limits) -> tuple[list[Member], dict[int, st
 
 
 def open_archive(url: str | Path, limits: Limits | None = None) -> Source:
-    """Open a zip (a path, file:// or an object store's URL such as s3://bucket/key.zip), a folder of DICOM files, or a
-    NIfTI file.
+    """Open a zip, a folder of DICOM files or a NIfTI file.
+
+    A zip may be a path, file:// or an object store's URL such as s3://bucket/key.zip.
 
     Raises:
         InputError: No zip.

@@ -175,7 +175,7 @@ def plain_round_trip(
     """What the autoencoder gave, and nothing else inside the window: (z, y, x) int16 HU and figures.
 
     Only voxels at the window's edges, where a latent says no more than "here or beyond", take interpolated thick HU,
-    and only within the thick series' extent. So the written series, clipped to the window, is the round trip itself.
+    and only within the thick series' extent. Clipped to the window, the written series is the reconstruction itself.
     """
     x = np.clip(decoded_hu, window.lower, window.upper).astype(np.float32, copy=False)
     if thick is None:
@@ -194,8 +194,10 @@ def plain_round_trip(
 
 
 def agreement(hu: NDArray[np.int16], measured: ThickMeasurement, *, residual: bool = True) -> dict[str, Any]:
-    """What finished HU (z, y, x) agree to, under the names that ``compose`` uses: RMS(A x - y), overall and a thick
-    slice (left out without ``residual``), and the certificate."""
+    """What finished HU (z, y, x) agree to, under the names that ``compose`` uses.
+
+    RMS(A x - y), overall and a thick slice (left out without ``residual``), and the certificate.
+    """
     judged = {"certificate": certificate(hu, measured).figures()}
     if not residual:
         return judged
@@ -204,8 +206,10 @@ def agreement(hu: NDArray[np.int16], measured: ThickMeasurement, *, residual: bo
 
 
 class Shares(NamedTuple):
-    """Shares of all voxels: those restored from thick HU, and those in the window where a network did not just
-    interpolate."""
+    """Shares of all voxels.
+
+    Those restored from thick HU, and those in the window where a network did not just interpolate.
+    """
 
     restored: float
     spoken: float

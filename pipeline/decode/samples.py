@@ -48,9 +48,12 @@ def parse_answer(text: str, samples: int) -> Answer:
 
 @dataclass(frozen=True)
 class DerivedVolume:
-    """A finished volume: (z, y, x) int16 HU; ``spread`` is the standard deviation over samples in HU, if there were
-    several; ``figures`` is JSON-ready. ``sample`` is the first of several, with figures of its own; ``hu`` is
-    then their mean. ``alarm`` says where the first sample stands out from the others, if that was asked for."""
+    """A finished volume: (z, y, x) int16 HU.
+
+    ``spread`` is the standard deviation over samples in HU, if there were several; ``figures`` is JSON-ready.
+    ``sample`` is the first of several, with figures of its own; ``hu`` is then their mean. ``alarm`` says where the
+    first sample stands out from the others, if that was asked for.
+    """
 
     hu: NDArray[np.int16]
     spread: NDArray[np.float32] | None

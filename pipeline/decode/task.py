@@ -1,4 +1,4 @@
-"""Decode: a stored latent back to HU on its series' own lattice, and out as DICOM. One task is one output series."""
+"""Decode: a stored latent back to HU on its series' own grid, and out as DICOM. One task is one output series."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DecodeSettings:
 
     Attributes:
         compose_stored: Stored thin latents too are handed over at the window's edges and projected onto the thick
-            slices. By default they are written as the plain round trip, which is what shows the autoencoder's error.
+            slices. By default they are written as the plain reconstruction, which shows the autoencoder's error.
     """
 
     write: WriteSettings
@@ -55,7 +55,7 @@ class DecodeTask:
 
     Attributes:
         key: Names the output folder: a series key, or a pair key where thin was generated from thick.
-        kind: ``decoded``: a stored thin latent's round trip; ``generated``: sampled from the thick series.
+        kind: ``decoded``: a stored thin latent's reconstruction; ``generated``: sampled from the thick series.
         latents: (store URL, row) of every sample, at least one; all on one grid.
         condition: The condition's latent on the same grid, for residual detail.
         target: Lattice of the latents' volume; slices beyond the thick series' extent are left out where thin was
@@ -303,7 +303,7 @@ def _composed(
 
 
 def _measured_slices(task: DecodeTask, thick: Volume | None) -> slice:
-    """Slices of the target that lie inside the thick series' extent; all of them for a round trip."""
+    """Slices of the target that lie inside the thick series' extent; all of them for a reconstruction."""
     z = np.asarray(task.target.z_mm)
     if task.kind == "decoded" or thick is None:
         return slice(0, len(z))

@@ -57,7 +57,7 @@ class EncodeSettings:
     Attributes:
         vae: ``tiny`` or a path of MAISI weights.
         roles: Latents wanted.
-        round_trip_fraction: Share of latents whose round trip is measured.
+        round_trip_fraction: Share of latents whose reconstruction is measured.
         memory_gib: Budget of the VAE's executor on each device; None lets it choose.
         pad_in_plane: Rows and columns are padded to a multiple of this; 64 for U-Nets with latent patch 2.
         tiling: None for the exact encoder; else the blended windows that others use, under a key of their own.
@@ -269,7 +269,7 @@ def encode_store(
 def _retire_damaged(
     store: LatentStore, private: PrivateStore, settings: EncodeSettings, summary: EncodeSummary, dry_run: bool
 ) -> Damage:
-    """Look for damaged latents and, unless it is a rehearsal, retire those that can be made anew."""
+    """Look for damaged latents and, unless it is a dry run, retire those that can be made anew."""
     damage = find_damage(store, private.pointer, summary.encode_key, settings.roles, settings.reader_threads)
     summary.damaged, summary.hopeless, summary.pinned = len(damage), damage.hopeless, damage.pinned
     for name, reason in damage.hopeless.items():

@@ -174,7 +174,7 @@ def encode_one(
 def _input(
     role: LatentRole, thin: Volume | None, thick: Volume | None, window: Window, refiner: RefinerFile | None
 ) -> tuple[NDArray[np.float32], Geometry]:
-    """What the VAE sees for one role, on [-1, 1], and the lattice it lies on."""
+    """What the VAE sees for one role, on [-1, 1], and the grid it lies on."""
     if role in PAIR_ROLES:
         assert thin is not None
         assert thick is not None
@@ -212,7 +212,7 @@ def _prove(task: EncodeTask, thin: Volume | None, thick: Volume | None) -> PairR
 
 
 def _sampled(want: Wanted, fraction: float) -> bool:
-    """Whether this latent's round trip is measured: decided by its key, so that a re-run decides alike."""
+    """Whether this latent's reconstruction is measured: decided by its key, so that a re-run decides alike."""
     return int(hashlib.sha256(f"{want.key}/{want.role}".encode()).hexdigest()[:8], 16) < fraction * 2**32
 
 

@@ -37,13 +37,13 @@ class EngineOptions:
             number and kind count; each worker sees its own devices.
         gpus_per_worker: Share of a GPU that one Ray actor reserves.
         prefetch: Items prepared ahead of each device; bounds memory.
-        attempts: Tries an item gets before it is set aside. Errors meant for users are not tried again.
-        losses: Workers of a cluster that may die on one item before it is set aside. More than ``attempts``, because a
+        attempts: Tries an item gets before it is excluded. Errors meant for users are not tried again.
+        losses: Workers of a cluster that may die on one item before it is excluded. More than ``attempts``, because a
             node that is taken away is not the item's fault.
         scheduler: Address of a dask scheduler, e.g. ``tcp://host:8786``.
         ray_address: Address of a Ray cluster, ``auto``, or None to start Ray on this machine.
         start_timeout_s: Seconds that Ray may take until any worker is ready (autoscaled nodes take minutes).
-        timeout_s: Seconds an item may take on Ray before its worker is killed and it is set aside; None for no limit.
+        timeout_s: Seconds an item may take on Ray before its worker is killed and it is excluded; None for no limit.
             Threads and dask workers cannot be interrupted.
     """
 

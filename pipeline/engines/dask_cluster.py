@@ -44,7 +44,7 @@ def _carry(
 def cluster_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
     """Run a stage on the workers of ``options.scheduler``.
 
-    A worker that dies takes its item to another one; an item that too many died on is set aside. How many that is, is
+    A worker that dies takes its item to another one; an item that too many died on is excluded. How many that is, is
     the scheduler's own setting (``distributed.scheduler.allowed-failures``).
 
     Raises:

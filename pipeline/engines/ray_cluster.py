@@ -151,7 +151,7 @@ class Cluster:
 
 
 def ray_stream(items: Iterable[T], stage: Stage[T, P, S, R], options: EngineOptions) -> Iterator[Outcome[T, R]]:
-    """Run a stage on Ray. An item that outlives ``losses`` workers, or outlasts the time-out, is set aside.
+    """Run a stage on Ray. An item that outlives ``losses`` workers, or outlasts the time-out, is excluded.
 
     A worker that cannot start (it does not see the store, has no CUDA, runs another version) is named in a warning and
     the others do its work; when none is left, its reason is raised.
@@ -195,7 +195,7 @@ def drive(ray: Any, lanes: list[Lane[T]], waiting: Waiting[T], options: EngineOp
 
 
 def _land(ray: Any, lane: Lane[T], waiting: Waiting[T], options: EngineOptions) -> Outcome[T, Any] | None:
-    """Take the head's outcome. If its worker died, the head is blamed, and its whole queue goes on alone."""
+    """Take the head's outcome. If its worker died, the head is suspected, and its whole queue goes on alone."""
     head = lane.queue[0]
     try:
         outcome: Outcome[T, Any] = ray.get(head.ref)

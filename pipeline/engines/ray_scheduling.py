@@ -3,9 +3,9 @@
 Which item may go where is decided here and nowhere else, from queues alone; Ray itself is reached through ``Pool``.
 
 A worker that dies takes down the answers that it had not yet handed over. The head of its queue is therefore only
-likely to be what killed it: the one behind may have. So the head is blamed, and all that stood in that queue go on
-alone, one in a lane with nothing behind it, where a death has one possible cause. An innocent item is blamed at most
-once, and a poisonous one costs one worker more than its limit at most.
+likely to be what killed it: the one behind may have. So the head is suspected, and all that stood in that queue go on
+alone, one in a lane with nothing behind it, where a death has one possible cause. An innocent item is suspected at most
+once, and a poison pill costs one worker more than its limit at most.
 """
 
 from __future__ import annotations

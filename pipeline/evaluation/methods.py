@@ -1,4 +1,4 @@
-"""Every method's thin volume of one pair, made when asked for: interpolations, VAE round trips, networks.
+"""Every method's thin volume of one pair, made when asked for: interpolations, VAE reconstructions, networks.
 
 The model's output is composed as ``ctpipe decode --checkpoint`` composes it, with the protocol's slice profile fitted
 on other patients. Back-projection and the regression network get the same profile and the same consistency step, so

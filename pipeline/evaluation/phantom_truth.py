@@ -35,7 +35,7 @@ AWAY_FROM_MIDLINE_MM = 42.0
 
 
 def known_structures(pointer: SeriesPointer, lattice: Geometry) -> tuple[Structure, ...]:
-    """The structures of the phantom that a series was read from, as far as they lie in ``lattice``; none for others."""
+    """The structures of the phantom that a series was read from, as far as they lie in ``grid``; none for others."""
     recipe = phantom_recipe(pointer)
     if recipe is None:
         return ()

@@ -31,7 +31,7 @@ HU_SPAN, HU_ZERO = 3072.0, -1024.0
 
 
 Generate = Callable[[Volume, Geometry], NDArray[Any]]
-"""A model: the thick series and the thin lattice to HU (z, y, x)."""
+"""A model: the thick series and the thin grid to HU (z, y, x)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_nifti(path: Path) -> tuple[NDArray[np.float32], tuple[float, float]]:
 
 
 def lattices(n_thick: int, n_thin: int, rows: int, columns: int, pixel_mm: tuple[float, float]) -> list[Geometry]:
-    """Thick and thin lattice in mm: thick k at 5k, thin i at i.
+    """Thick and thin grid in mm: thick k at 5k, thin i at i.
 
     Raises:
         InputError: The thin series does not end on the last thick position.

@@ -1,4 +1,4 @@
-"""What the VAE alone loses: the round trip of genuine series, window by window. It is the ceiling of every model."""
+"""What the VAE alone loses: genuine series encoded and decoded, window by window. It bounds every model."""
 
 from __future__ import annotations
 

@@ -23,8 +23,10 @@ MAX_PEERS = 3
 
 @dataclass(frozen=True)
 class ProtocolFit:
-    """Slice profile of a protocol and the residual in HU of true thin series under it; ``stated_rms_hu`` is their
-    residual under the box of the stated slice thickness, ``thickness_mm``."""
+    """Slice profile of a protocol and the residual in HU of true thin series under it.
+
+    ``stated_rms_hu`` is their residual under the box of the stated slice thickness, ``thickness_mm``.
+    """
 
     profile: SliceProfile
     noise_hu: float
@@ -32,8 +34,10 @@ class ProtocolFit:
     stated_rms_hu: float = 0.0
 
     def said_of(self, assumed: SliceProfile, true_rms_hu: float) -> str:
-        """Why a profile is in doubt under which true thin series miss the thick ones by ``true_rms_hu``; empty where
-        it explains them as well as the fit does."""
+        """Why a profile is in doubt under which true thin series miss the thick ones by ``true_rms_hu``.
+
+        Empty where it explains them as well as the fit does.
+        """
         if true_rms_hu <= SUSPECT_RATIO * self.noise_hu:
             return ""
         return (

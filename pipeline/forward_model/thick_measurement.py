@@ -58,12 +58,12 @@ class ThickMeasurement:
 
     @property
     def thick_z_mm(self) -> NDArray[np.float64]:
-        """(K,)"""
+        """(K,) positions of the thick slices, mm."""
         return self.operator.thick_z_mm
 
     @property
     def thin_z_mm(self) -> NDArray[np.float64]:
-        """(N,)"""
+        """(N,) positions of the thin slices, mm."""
         return self.operator.thin_z_mm
 
     @property

@@ -2,8 +2,8 @@
 
     secret                       64 hex digits (absent where CTPIPE_SECRET gives it)
     archives/<sequence>.parquet  a row an archive seen: where, size, time, digest, outcome
-    series/<sequence>.parquet    a row a series: original identifiers, identity, and the member of every slice
-    quarantine/<sequence>.parquet what was set aside and why, in full
+    series/<sequence>.parquet    one row per series: original identifiers, identity, and the member of every slice
+    quarantine/<sequence>.parquet what was excluded and why, in full
     forgotten/<patient key>.json patients that must not come back with the next ingest
     whois/<time>.json            every question that `ctpipe whois` answered
 
@@ -175,7 +175,7 @@ class PrivateStore:
         self._append("series", [series_dict(row) for row in rows])
 
     def quarantine(self, rows: Sequence[QuarantineRow]) -> None:
-        """Record what was set aside, in full."""
+        """Record what was excluded, in full."""
         dicts = [asdict(row) for row in rows]
         for row in dicts:
             row["row_key"] = self.keys.text("\x1f".join(row[n] for n in ("kind", "key", "url", "member", "reason")))

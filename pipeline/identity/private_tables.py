@@ -1,4 +1,4 @@
-"""The rows of PRIVATE's tables: archives seen, who each series is and where its slices lie, what was set aside."""
+"""The rows of PRIVATE's tables: archives seen, who each series is and where its slices lie, what was excluded."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class SeriesRow:
 
 @dataclass(frozen=True)
 class QuarantineRow:
-    """Something set aside. ``detail`` may name files and members; ``reason`` may not."""
+    """Something excluded. ``detail`` may name files and members; ``reason`` may not."""
 
     kind: Literal["archive", "series", "patient", "member"]
     key: str

@@ -27,7 +27,7 @@ from pipeline.pairing import PatientSplits, pair_studies
 from pipeline.reading import ScannedSeries, as_requested
 
 ARCHIVE_FLAG = "archive"
-"""Flag of a catalog row that stands for an archive set aside, whole or in part."""
+"""Flag of a catalog row that stands for an archive excluded, whole or in part."""
 SUPERSEDED_FLAG = "superseded"
 """Flag of a row that no longer stands for anything; nothing is counted or reported for it."""
 SUPERSEDED = "no longer found in its archive"
@@ -157,7 +157,7 @@ class BatchWriter:
     # -- archives -------------------------------------------------------------------------------------------------
 
     def _archive_rows(self, scans: Sequence[ArchiveScan], known: Mapping[str, ArchiveRow]) -> list[SeriesRecord]:
-        """Catalog rows for archives set aside, whole or in part, and the end of such a row once all can be read."""
+        """Catalog rows for archives excluded, whole or in part, and the end of such a row once all can be read."""
         out = []
         for scan in scans:
             before = known.get(scan.found.url)
@@ -230,7 +230,7 @@ def _whole_archive(key: str, category: str, reason: str) -> SeriesRecord:
 
 
 def _quarantine_rows(scans: Sequence[ArchiveScan], keys: Keys) -> list[QuarantineRow]:
-    """Archives and members set aside, in full, for PRIVATE."""
+    """Archives and members excluded, in full, for PRIVATE."""
     out = []
     for scan in scans:
         key, url = keys.archive(scan.found.url), scan.found.url

@@ -42,7 +42,7 @@ def _scan_on_worker(state: str, turn: Turn) -> ArchiveScan:
 
 
 def scans_in_order(jobs: Iterable[ScanJob], options: EngineOptions) -> Generator[ArchiveScan, None, None]:
-    """Scan archives on an engine's workers; one that kills or outlasts them is set aside with the reason.
+    """Scan archives on an engine's workers; one that kills or outlasts them is excluded with the reason.
 
     Raises:
         InputError: The cluster is not there, or no worker can start.
@@ -74,7 +74,7 @@ class ArchiveScan:
     """What one archive gave.
 
     ``unchanged`` means that the central directory was found as before, so that nothing was read. ``reason`` is set
-    when the archive as a whole is set aside; ``detail`` is for PRIVATE alone. ``problems`` are (member name, reason).
+    when the archive as a whole is excluded; ``detail`` is for PRIVATE alone. ``problems`` are (member name, reason).
     ``unreachable`` means that its place did not answer: what is known of it stands, and the next run asks again.
     ``ask_again`` means that some of its files would not open, which no listing shows to have changed.
     """
@@ -92,7 +92,7 @@ class ArchiveScan:
 
     @property
     def complaint(self) -> str:
-        """What to say of the archive as a whole: why it is set aside, or that some of its files cannot be read."""
+        """What to say of the archive as a whole: why it is excluded, or that some of its files cannot be read."""
         if self.empty_folder or self.reason or not self.problems:
             return "" if self.empty_folder else self.reason
         why, times = Counter(reason for _, reason in self.problems).most_common(1)[0]

@@ -1,4 +1,4 @@
-"""Count a store after an ingest, in Arrow: what there is, and what is set aside and why."""
+"""Count a store after an ingest, in Arrow: what there is, and what is excluded and why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SetAside:
 
 @dataclass(frozen=True)
 class IngestSummary:
-    """Counts over the whole store after an ingest, and what is set aside.
+    """Counts over the whole store after an ingest, and what is excluded.
 
     ``archives`` counts by outcome of this run: new, changed, unchanged, ignored (folders without DICOM), excluded.
     """
@@ -86,7 +86,7 @@ COLUMNS = ("series_key", "study_key", "patient_key", "role", "status", "reason",
 
 
 def summarise(store: LatentStore, archives: Mapping[str, int], more: Sequence[SetAside] = ()) -> IngestSummary:
-    """The summary of a store; ``archives`` are this run's outcomes, ``more`` what else it set aside."""
+    """The summary of a store; ``archives`` are this run's outcomes, ``more`` what else it excluded."""
     catalog = store.catalog_table(COLUMNS)
     catalog = catalog.filter(pc.invert(_flagged(catalog, SUPERSEDED_FLAG)))
     whole = _flagged(catalog, ARCHIVE_FLAG)

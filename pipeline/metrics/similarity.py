@@ -122,8 +122,11 @@ def gaussian_window() -> NDArray[np.float64]:
 
 
 def _band(outputs: int) -> NDArray[np.float64]:
-    """(outputs + 10, outputs): the window as a matrix. In short pieces its zeros cost less than any other way to blur
-    in float64 (three times as fast as SciPy's correlation on slices of 512x512)."""
+    """(outputs + 10, outputs): the window as a matrix.
+
+    In short pieces its zeros cost less than any other way to blur in float64 (three times as fast as SciPy's
+    correlation on slices of 512x512).
+    """
     matrix = np.zeros((outputs + TAPS - 1, outputs))
     for column in range(outputs):
         matrix[column : column + TAPS, column] = gaussian_window()

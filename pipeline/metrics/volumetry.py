@@ -102,7 +102,7 @@ def half_level_volume(hu: NDArray[Any], geometry: Geometry, structure: Structure
 
 
 def holds(geometry: Geometry, structure: Structure) -> bool:
-    """Whether the structure's whole region lies within the lattice."""
+    """Whether the structure's whole region lies within the grid."""
     low, high = _bounds(geometry, structure)
     return bool((low >= 0).all() and (high < np.array(geometry.shape_zyx)).all())
 

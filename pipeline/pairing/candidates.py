@@ -29,10 +29,10 @@ _PARTS = re.compile(r"^([A-Z]+)\s*(\d+)?([A-Z]*)")
 
 
 def kernel_similarity(one: str, other: str) -> float:
-    """1 for the same kernel, down to 0 for another family; 0.5 where unknown.
+    r"""1 for the same kernel, down to 0 for another family; 0.5 where unknown.
 
     Spelling is compared without case and white space, and so are the parts of a multi-valued kernel (iterative
-    strength such as ``I31f\\2``). Numbered kernels of one family (Siemens ``B30f`` and ``B45f``, Canon ``FC03`` and
+    strength such as ``I31f\2``). Numbered kernels of one family (Siemens ``B30f`` and ``B45f``, Canon ``FC03`` and
     ``FC51``) lose with the distance of their numbers, which order them from smooth to sharp.
     """
     a, b = _normalised(one), _normalised(other)

@@ -186,6 +186,7 @@ class Anatomy:
 
 
 def make_body(rng: np.random.Generator) -> Body:
+    """Draw the size and shape of a chest."""
     size = rng.uniform(0.92, 1.04)
     dome = rng.uniform(78, 92)
     return Body(

@@ -218,7 +218,7 @@ class Ellipsoid:
 class Texture:
     """A smooth random field defined in space, so that blocks rendered apart fit together.
 
-    Values on a coarse lattice of ``spacing`` mm, interpolated by quadratic B-splines along each axis.
+    Values on a coarse grid of ``spacing`` mm, interpolated by quadratic B-splines along each axis.
     """
 
     lattice: Array

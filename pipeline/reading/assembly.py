@@ -1,8 +1,8 @@
-"""From loose instances to stacks: set aside what is no axial CT, split, order, check. Headers only, no pixels.
+"""From loose instances to stacks: exclude what is no axial CT, split, order, check. Headers only, no pixels.
 
 Every deviation has a stated policy (tests/pipeline/reading/test_assembly.py shows each):
 
-- set aside (role ``other``): localizers, captures, reformats, projections, maps that are not HU, lone slices;
+- excluded (role ``other``): localizers, captures, reformats, projections, maps that are not HU, lone slices;
 - split: orientation, in-plane grid, frame of reference (unless most slices have one to themselves), kernel;
   acquisition, energy, phase, image type and the like where their slices share positions or interleave;
 - kept with a flag: gantry tilt, variable spacing, mixed rescale, duplicates (dropped), overlap, several thicknesses;
@@ -42,7 +42,7 @@ SamePixels = Callable[[Instance, Instance], bool]
 
 
 def assemble(instances: Sequence[Instance], same_pixels: SamePixels) -> list[Stack]:
-    """Stacks of one SeriesInstanceUID: volumes first to last, then what is set aside.
+    """Stacks of one SeriesInstanceUID: volumes first to last, then what is excluded.
 
     Args:
         instances: All frames that carry the UID, in any order.
@@ -68,7 +68,7 @@ def assemble(instances: Sequence[Instance], same_pixels: SamePixels) -> list[Sta
 
 
 def order(stack: Stack, same_pixels: SamePixels) -> None:
-    """Sort a stack along its normal, judge its lattice, and fill in geometry, flags, role, status and reason."""
+    """Sort a stack along its normal, judge its grid, and fill in geometry, flags, role, status and reason."""
     reason = _slice_fault(stack.instances)
     if reason:
         stack.quarantine(reason)
@@ -159,7 +159,7 @@ def _lattice(instances: Sequence[Instance], positions: NDArray[np.float64], z: N
 
 
 def _judge(stack: Stack, positions: NDArray[np.float64], z: NDArray[np.float64], normal: NDArray[np.float64]) -> None:
-    """Check the lattice of a sorted stack of at least three slices and give it its role."""
+    """Check the grid of a sorted stack of at least three slices and give it its role."""
     steps = np.diff(z)
     span = positions[-1] - positions[0]
     along = (z - z[0]) / (z[-1] - z[0])

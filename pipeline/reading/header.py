@@ -169,7 +169,7 @@ WANTED = frozenset(int(tag, 16) for tag in (_IDENTITY_AND_SORTING + _ACQUISITION
 
 
 class NotDicomError(InputError):
-    """The bytes are no DICOM file at all (a viewer, a picture, a text); set aside without being a fault."""
+    """The bytes are no DICOM file at all (a viewer, a picture, a text); excluded without being a fault."""
 
     def __init__(self, found: str) -> None:
         super().__init__(found, expected="a DICOM file", remedy="Nothing to do: such members are set aside.")

@@ -194,7 +194,7 @@ def known_model(text: str) -> str:
 
 
 def known_kernel(text: str) -> str:
-    """A reconstruction kernel in a vendor's own spelling (``Br38f\\3``, ``FC08``, ``STANDARD``), else empty."""
+    r"""A reconstruction kernel in a vendor's own spelling (``Br38f\3``, ``FC08``, ``STANDARD``), else empty."""
     parts = [part.strip() for part in text.split("\\")]
     fine = len(parts) <= 2 and all(part.upper() in _KERNEL_WORDS or _KERNEL_PATTERN.fullmatch(part) for part in parts)
     return "\\".join(parts) if text and fine else ""

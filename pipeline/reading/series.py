@@ -22,7 +22,7 @@ from pipeline.volume import RESAMPLED_FLAG, UNEVEN_FLAG, Geometry, SeriesPointer
 
 
 def as_requested(one: ScannedSeries) -> ScannedSeries:
-    """A scanned series that was set aside for its spacing, as what it is once sampled evenly; others as they are."""
+    """A scanned series that was excluded for its spacing, as what it is once sampled evenly; others as they are."""
     geometry = one.geometry
     if one.status != "ok" or geometry is None or UNEVEN_FLAG not in one.flags:
         return one
@@ -86,7 +86,7 @@ class ScanResult:
     """Everything that a source holds.
 
     Attributes:
-        series: Volumes and what is set aside.
+        series: Volumes and what is excluded.
         problems: Members that look like DICOM, or should be read, and cannot be: (member index, reason).
         ignored: Members that are no DICOM image, such as viewers or a DICOMDIR: (member index, what it is).
     """

@@ -1,4 +1,4 @@
-"""Which instances belong to one volume: set aside what is no axial CT, then split what one series UID mixes up."""
+"""Which instances belong to one volume: exclude what is no axial CT, then split what one series UID mixes up."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ MAX_OBLIQUE_DEG = 2.0
 
 _PROJECTIONS = frozenset({"MIP", "MINIP", "MPVR", "PROJECTION IMAGE", "SURFACE", "VRT", "3D", "CPR", "CURVED", "SSD"})
 _ALWAYS_APART = ("acquisition", "stack", "kvp", "temporal-position", "cardiac-phase", "cardiac-delay", "trigger-time")
-"""Volumes apart even where their slices interleave evenly; the others count only where one volume is no lattice."""
+"""Volumes apart even where their slices interleave evenly; the others count only where one volume is no grid."""
 _APART_IF_ALTERNATING = frozenset({"type", "contrast", "series-number", "thickness"})
 """Of those others, what tells two reconstructions apart whose slices alternate so evenly that they look like one."""
 _APART_IF_NEEDED = ("type", "contrast", "series-number", "thickness", "acquisition-time")
@@ -158,7 +158,7 @@ def _group(instances: Iterable[Instance], key: Callable[[Instance], Hashable]) -
 
 
 def _by_lattice(images: Sequence[Instance]) -> list[Stack]:
-    """Split by what no single lattice can hold: orientation, grid, frame of reference; and by kernel."""
+    """Split by what no single voxel grid can hold: orientation, pixels, frame of reference; and by kernel."""
     stacks = []
     flags = _forget_frames(images)
     exact = _group(images, lambda one: (one.form.rows, one.form.columns, one.frame_uid, one.kernel))

@@ -126,8 +126,10 @@ def _loaded(file: RefinerFile) -> tuple[Refiner, RefinerCard]:
 
 
 def misfit(card: RefinerCard, window: Window, spacing_mm: float, detail: str) -> tuple[str, str] | None:
-    """What was found and what the refiner expects, where it was trained for other latents, another slice spacing, or
-    another way to compose; None where it fits."""
+    """Return what was found and what the refiner expects; None where it fits.
+
+    It may have been trained for other latents, another slice spacing, or another way to compose.
+    """
     low, high = card.spacing_mm
     if (window.center, window.width) != card.window:
         own = f"{window.center:g}:{window.width:g}"

@@ -1,4 +1,4 @@
-"""The report of a store: what was ingested and set aside, geometry, latents and thumbnails, in one offline page."""
+"""The report of a store: what was ingested and excluded, geometry, latents and thumbnails, in one offline page."""
 
 from __future__ import annotations
 

@@ -68,8 +68,10 @@ class VaeArchitecture:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], default: VaeArchitecture | None = None) -> VaeArchitecture:
-        """From JSON; ``default`` supplies what ``raw`` leaves out. Unknown keys are refused. ``class``, the name of the
-        MONAI class that was trained, says how it upsamples."""
+        """From JSON; ``default`` supplies what ``raw`` leaves out.
+
+        Unknown keys are refused. ``class``, the name of the MONAI class that was trained, says how it upsamples.
+        """
         known = (default or cls()).to_dict()
         raw = dict(raw)
         if (kind := str(raw.pop("class", "")).rpartition(".")[2]) in _UPSAMPLING_OF_CLASS:

@@ -354,8 +354,10 @@ class VolumeSlices(Stream):
 
 
 class VolumeSink:
-    """A volume on the CPU that fills slab by slab from the device, one slab behind: the device is never waited for
-    while it has nothing else to do."""
+    """A volume on the CPU that fills slab by slab from the device, one slab behind.
+
+    The device is never waited for while it has nothing else to do.
+    """
 
     def __init__(self, shape_zyx: tuple[int, int, int], device: torch.device) -> None:
         self.volume = torch.empty(shape_zyx, dtype=torch.float32)

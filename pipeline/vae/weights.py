@@ -81,14 +81,19 @@ def tuned_decoder(spec: str | Path) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """Our name of a tensor. MAISI's and MONAI's classes wrap convolutions in up to three modules named ``conv``
-    or ``postconv``, which say nothing: ``encoder.blocks.3.conv.conv.conv.weight`` is ``encoder.blocks.3.weight``."""
+    """Our name of a tensor.
+
+    MAISI's and MONAI's classes wrap convolutions in up to three modules named ``conv`` or ``postconv``, which say
+    nothing: ``encoder.blocks.3.conv.conv.conv.weight`` is ``encoder.blocks.3.weight``.
+    """
     return _WRAPPED_CONV.sub("", name.removeprefix("module.").removeprefix("_orig_mod."))
 
 
 def load_weights(path: Path) -> VaeWeights:
-    """Read a ``.safetensors`` file or a PyTorch checkpoint (a state dict, bare or under ``unet_state_dict`` or
-    ``state_dict``) of an autoencoder of MAISI's family. Pickled code is never run (``weights_only``).
+    """Read the weights of an autoencoder of MAISI's family.
+
+    They are a ``.safetensors`` file or a PyTorch checkpoint: a state dict, bare or under ``unet_state_dict`` or
+    ``state_dict``. Pickled code is never run (``weights_only``).
 
     The architecture stands in a safetensors file's metadata (``architecture``, JSON); without it MAISI's published
     one is expected. Upsampling, where it is not named, is what the class that wrote the names does.

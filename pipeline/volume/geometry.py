@@ -12,7 +12,7 @@ from latentcache import SeriesRecord
 
 
 def geometry_of(series: SeriesRecord) -> Geometry:
-    """The lattice that a catalog row describes."""
+    """The grid that a catalog row describes."""
     a = series.affine_lps
     rows = tuple(tuple(a[4 * i : 4 * i + 4]) for i in range(4))
     return Geometry(series.shape_zyx, rows, series.z_mm, series.thickness_mm)
@@ -20,7 +20,7 @@ def geometry_of(series: SeriesRecord) -> Geometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The lattice of a series.
+    """The grid of a series.
 
     Attributes:
         shape_zyx: Voxels along depth, rows, columns.

@@ -56,7 +56,7 @@ def grid_difference(one: Geometry, other: Geometry) -> str:
 def grid_offset_pixels(one: Geometry, other: Geometry) -> float:
     """Distance between the first pixels of both grids in the middle of the common extent, in pixels of ``one``.
 
-    Both lattices are followed along their own (under gantry tilt sheared) slice step.
+    Both grids are followed along their own (under gantry tilt sheared) slice step.
     """
     z_mm = sum(_common_extent(one, other)) / 2
     gap = _corner(other, z_mm) - _corner(one, z_mm)

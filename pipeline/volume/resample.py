@@ -47,7 +47,7 @@ RESAMPLED_FLAG = "resampled-along-z"
 
 
 def even_geometry(geometry: Geometry) -> Geometry:
-    """The lattice between the same first and last position whose spacing is nearest to the median one."""
+    """The grid between the same first and last position whose spacing is nearest to the median one."""
     z = np.asarray(geometry.z_mm)
     count = max(1, round(float((z[-1] - z[0]) / np.median(np.diff(z)))))
     return geometry.with_z(list(np.linspace(z[0], z[-1], count + 1)))

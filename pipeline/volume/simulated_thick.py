@@ -46,7 +46,7 @@ class SimulatedThick:
     kernel_gain: float = 0.0
 
     def geometry(self, thin: Geometry) -> Geometry:
-        """The lattice of the thick series."""
+        """The grid of the thick series."""
         return thin.with_z(list(self.z_mm), self.thickness_mm)
 
     def of(self, thin: Volume) -> Volume:

@@ -56,7 +56,7 @@ class Volume:
 
     Attributes:
         hu: (z, y, x) int16 where every rescale is a whole number, else float32.
-        geometry: The lattice; slice i of ``hu`` lies at ``geometry.z_mm[i]``.
+        geometry: The grid; slice i of ``hu`` lies at ``geometry.z_mm[i]``.
         flags: Facts recorded by the reader, e.g. ``gantry-tilt``, ``padding``.
         source_digest: Over the CRC-32 (in a folder: modification time) and size of every slice, made while they were
             read; of the form that the catalog holds. Empty for a volume that was not read from an archive.

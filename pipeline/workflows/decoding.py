@@ -68,7 +68,7 @@ class DecodeJob:
 def decode(job: DecodeJob, on_progress: OnProgress = silent) -> DecodeSummary:
     """Write every series wanted that is not in the output folder yet.
 
-    A stored latent is written as the plain round trip through the VAE (with ``consistency`` it is composed with the
+    A stored latent is written as the plain reconstruction through the VAE (with ``consistency`` it is composed with the
     measured thick slices as sampled ones are). Progress comes under ``sampling`` and ``decoding``.
 
     Raises:

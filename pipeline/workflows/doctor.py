@@ -77,6 +77,7 @@ def examine(store: str | None, preset: str, overrides: Sequence[str], vae: str) 
 
 
 def machine() -> tuple[str, str]:
+    """Return level and detail: processors, memory and GPUs of this machine."""
     import psutil
     import torch
 
@@ -132,11 +133,13 @@ def driver_without_gpu(cuda: str | None) -> str:
 
 
 def disk() -> tuple[str, str]:
+    """Return level and detail: what is free on the disk of the working folder."""
     free = shutil.disk_usage(os.curdir).free / 2**30
     return ("ok" if free > 30 else "note"), f"{free:.0f} GiB free here; a `medium` run keeps up to 3 x 9 GiB"
 
 
 def vae_weights(spec: str) -> tuple[str, str]:
+    """Return level and detail: the weights of a VAE, loaded."""
     from pipeline.vae import load_vae
 
     vae = load_vae(spec)
@@ -170,6 +173,7 @@ def sample_shape(config: TrainConfig, latents: list[LatentStore]) -> tuple[tuple
 
 
 def memory(config: TrainConfig, latents: list[LatentStore]) -> tuple[str, str]:
+    """Return level and detail: what a training step needs beside what the device has."""
     from diffusion.training import World, default_device, estimate_step, memory_present, remedies
 
     world = World(device=default_device())

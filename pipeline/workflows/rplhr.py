@@ -102,8 +102,10 @@ def evaluate_rplhr(job: RplhrJob, on_progress: OnProgress = silent) -> tuple[dic
 
 
 def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
-    """The run's model as a function of a thick volume and a thin lattice, composed as ``ctpipe interpolate`` does;
-    the SHA-256 of its checkpoint, and of the refiner ("" for none)."""
+    """The run's model as a function of a thick volume and a thin grid, composed as ``ctpipe interpolate`` does.
+
+    The SHA-256 of its checkpoint, and of the refiner ("" for none).
+    """
     import numpy as np
 
     from diffusion.sampling import Interpolator
@@ -148,7 +150,7 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
 
 
 def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, dict[str, Any]]:
-    """A regression run as a function of a thick volume and a thin lattice."""
+    """A regression run as a function of a thick volume and a thin grid."""
     from pipeline.decode import ComposeSettings, compose
     from pipeline.refiner import RefinerFile, regression_facts
     from pipeline.volume import Window, interpolated

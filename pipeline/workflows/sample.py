@@ -49,8 +49,10 @@ def refiner_of(run: Path | None, device: str) -> Any:
 
 
 def own_refiner(checkpoint: Path, checkpoint_sha256: str, device: str) -> Any:
-    """The refiner that a diffusion run keeps as its own because it won on held-out pairs; None where it keeps none,
-    or one for weights that were trained on since."""
+    """The refiner that a diffusion run keeps as its own because it won on held-out pairs.
+
+    None where it keeps none, or one for weights that were trained on since.
+    """
     from pipeline.refiner import FILE_NAME, RefinerFile
 
     if not (checkpoint / FILE_NAME).is_file():
@@ -82,8 +84,10 @@ def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[st
 
 
 def load_codec(spec: str, device: str, memory_gib: float | None, encoding: Any, precision: str = "auto") -> Any:
-    """The VAE that the run was trained with; ``auto``: in the arithmetic of its latents where the device is of their
-    kind."""
+    """The VAE that the run was trained with.
+
+    ``auto``: in the arithmetic of its latents where the device is of their kind.
+    """
     from latentcache import dtype_for_latents
     from pipeline.vae import load_decoder
 

@@ -46,7 +46,7 @@ class WrittenSeries:
 
 
 def series_digest(hu: NDArray[np.int16], geometry: Geometry, identity: SeriesIdentity, provenance: Provenance) -> str:
-    """SHA-256 over pixels, lattice, study and settings: the same work always gives the same UIDs, other work others."""
+    """SHA-256 over pixels, grid, study and settings: the same work always gives the same UIDs, other work others."""
     digest = hashlib.sha256(np.ascontiguousarray(hu).data.cast("B"))
     for text in (repr(geometry), identity.study_uid, identity.frame_uid, provenance.to_json()):
         digest.update(text.encode())

@@ -114,8 +114,10 @@ def series_dataset(
 
 
 def multi_frame_dataset(identity: SeriesIdentity, provenance: Provenance) -> Dataset:
-    """What an enhanced image and a parametric map begin with: patient, study, provenance; how a frame was derived
-    stands in a functional group there."""
+    """What an enhanced image and a parametric map begin with: patient, study, provenance.
+
+    How a frame was derived stands in a functional group there.
+    """
     ds = Dataset()
     ds.SpecificCharacterSet = "ISO_IR 192"
     add_patient_and_study(ds, identity)

@@ -36,7 +36,7 @@ class Provenance:
     """How a series came to be; holds keys and hashes, never identity.
 
     Attributes:
-        kind: ``decoded``: the round trip of a stored latent; ``generated``: sampled from a thick series;
+        kind: ``decoded``: the reconstruction of a stored latent; ``generated``: sampled from a thick series;
             ``uncertainty``: standard deviation over samples; ``alarm``: where a sample stands out from others.
         source_key: Series key of the source.
         window: (centre, width) in HU of what the latents hold.

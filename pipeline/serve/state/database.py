@@ -133,6 +133,7 @@ class Database:
 
 
 def add_to_counter(db: sqlite3.Connection, name: str, by: float) -> None:
+    """Add to a counter, which begins at zero."""
     db.execute(
         "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
         (name, by),

@@ -16,8 +16,10 @@ from pipeline.vae.streaming.transfers import Lanes
 
 @dataclass
 class Pending:
-    """An activation not computed yet: its stream, memory of a spent activation that may hold it, and memory that is
-    free once it has been computed."""
+    """An activation not computed yet.
+
+    Its stream, memory of a spent activation that may hold it, and memory that is free once it has been computed.
+    """
 
     stream: Stream
     home: Tensor | None = None
@@ -122,8 +124,10 @@ class SlabExecutor:
         return Pending(out, home=h.values, spent=[x.values])
 
     def _split(self, x: Field, into_h: Conv, shortcut: Pointwise) -> tuple[Field, Field]:
-        """Replace x, slice by slice, by the hidden layer and the shortcut, each at most half as wide: the widest
-        activation of the decoder is then never joined by a second one."""
+        """Replace x, slice by slice, by the hidden layer and the shortcut, each at most half as wide.
+
+        The widest activation of the decoder is then never joined by a second one.
+        """
         depth, height, width, channels = into_h.shape
         half = height * width * channels
         flat = x.values.view(depth, -1)

@@ -102,8 +102,11 @@ def _on(device: torch.device) -> torch.cuda.device:
 
 
 class DeviceMoments:
-    """What `ChannelMoments` is, without a word from the device: partial results are kept there as they come, and joined
-    in float64 when the statistics are wanted. `append` takes a kernel's; `add` makes them by PyTorch's operations."""
+    """What `ChannelMoments` is, without a word from the device.
+
+    Partial results are kept there as they come, and joined in float64 when the statistics are wanted. `append` takes a
+    kernel's; `add` makes them by PyTorch's operations.
+    """
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
@@ -162,8 +165,10 @@ class FusedAffine:
 
 
 class FusedConvolution:
-    """A 3x3x3 convolution over a window, by the convolution library or, of or to one channel, by a kernel; with bias,
-    shortcut and statistics in the pass that writes its output."""
+    """A 3x3x3 convolution over a window, by the convolution library or, of or to one channel, by a kernel.
+
+    With bias, shortcut and statistics in the pass that writes its output.
+    """
 
     def __init__(self, layer: nn.Conv3d, convolve: Callable[[Tensor], Tensor]) -> None:
         """``convolve`` takes a window to the convolution without its bias, (n, H, W, C) dense."""

@@ -71,8 +71,11 @@ def row_width(slab_DHWC: Tensor) -> int:
 
 
 def column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every column, float32, by PyTorch's batch-norm kernels: on a CPU these run at
-    memory speed, ten times faster than ``torch.var_mean``, and on a GPU they are Welford in float32 for any input."""
+    """Mean and biased variance of every column, float32, by PyTorch's batch-norm kernels.
+
+    On a CPU these run at memory speed, ten times faster than ``torch.var_mean``, and on a GPU they are Welford in
+    float32 for any input.
+    """
     image = rows.view(1, len(rows), 1, rows.shape[1]).permute(0, 3, 1, 2)
     if rows.is_cuda:
         eps = 1e-12
@@ -83,8 +86,10 @@ def column_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Affine:
-    """``x * scale + shift`` for slabs, followed by SiLU where asked, in as few passes over memory as eager PyTorch
-    allows."""
+    """``x * scale + shift`` for slabs, followed by SiLU where asked.
+
+    It takes as few passes over memory as eager PyTorch allows.
+    """
 
     def __init__(self, scale: Tensor, shift: Tensor, width: int, *, silu: bool) -> None:
         # Tiled over a row, so that the inner loop is a row long and not a handful of channels.

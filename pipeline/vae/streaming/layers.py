@@ -44,16 +44,21 @@ def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int], *, b
 
 @lru_cache
 def mkldnn_convolves(dtype: torch.dtype) -> bool:
-    """Whether this CPU's convolution library takes a dtype: bfloat16 needs AVX-512, without which PyTorch's own is slow
-    but right."""
+    """Whether this CPU's convolution library takes a dtype.
+
+    bfloat16 needs AVX-512, without which PyTorch's own convolution is slow but right.
+    """
     if not torch._C._has_mkldnn:
         return False
     return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def as_image(x_DHWC: Tensor) -> Tensor:
-    """A slab as (1, C, n, H, W) in channels-last layout, without a copy. The batch axis is put first before the axes
-    move, or its stride would not say channels-last and PyTorch would answer in another layout."""
+    """A slab as (1, C, n, H, W) in channels-last layout, without a copy.
+
+    The batch axis is put first before the axes move, or its stride would not say channels-last and PyTorch would answer
+    in another layout.
+    """
     return x_DHWC.unsqueeze(0).permute(0, 4, 1, 2, 3)
 
 
@@ -104,8 +109,10 @@ class Stream(ABC):
 
 
 class Field:
-    """A whole activation in memory, (D, H, W, C) with dense slices, and the moments of its channels. Its memory may be
-    the host's while the streams compute on ``device``."""
+    """A whole activation in memory, (D, H, W, C) with dense slices, and the moments of its channels.
+
+    Its memory may be the host's while the streams compute on ``device``.
+    """
 
     def __init__(self, values_DHWC: Tensor, device: torch.device, lanes: Lanes | None = None) -> None:
         """``lanes`` carry the slabs of an activation that lies in host memory."""
@@ -155,8 +162,10 @@ class Stored(Stream):
 
 
 class Normalised(Stored):
-    """Reads a field through GroupNorm with the field's own statistics, and SiLU (MAISI has none behind the last norm of
-    encoder and decoder)."""
+    """A field read through GroupNorm with the field's own statistics, and SiLU.
+
+    MAISI has no SiLU behind the last norm of encoder and decoder.
+    """
 
     def __init__(self, field: Field, norm: nn.GroupNorm, *, silu: bool = True) -> None:
         super().__init__(field)
@@ -175,8 +184,11 @@ class Normalised(Stored):
 
 
 class Window:
-    """The slices of a source that one convolution sees: consecutive windows share ``overlap`` slices, which move to
-    the front instead of being computed again. Beyond both ends are zeros, the convolution's padding."""
+    """The slices of a source that one convolution sees.
+
+    Consecutive windows share ``overlap`` slices, which move to the front instead of being computed again. Beyond both
+    ends are zeros, the convolution's padding.
+    """
 
     def __init__(self, source: Stream, overlap: int, margin: int) -> None:
         self.source = source
@@ -292,8 +304,11 @@ class Down(Stream):
 
 
 class Doubled(Stream):
-    """Every axis doubled by interpolation: coarse slices in plane, one at a time, then along depth, where a fine slice
-    is three quarters its own coarse slice and one quarter the neighbour on its side (trilinear, half-pixel centres)."""
+    """Every axis doubled by interpolation.
+
+    Coarse slices in plane, one at a time, then along depth, where a fine slice is three quarters its own coarse slice
+    and one quarter the neighbour on its side (trilinear, half-pixel centres).
+    """
 
     def __init__(self, source: Stream, mode: str) -> None:
         d, h, w, c = source.shape

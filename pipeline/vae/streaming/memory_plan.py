@@ -1,6 +1,6 @@
 """How much memory a run takes, known before it starts: the executor itself is rehearsed on shapes alone.
 
-A rehearsal runs the same code on PyTorch's meta device, which computes nothing, and keeps a ledger of every storage
+A dry run runs the same code on PyTorch's meta device, which computes nothing, and tracks every storage
 that comes and goes. A pass repeats itself from its second slab on, so two slabs of each are enough.
 """
 
@@ -46,8 +46,10 @@ class Plan:
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Live bytes of the storages made on the meta device while it is active, and their peaks: index 0 is the device,
-    index 1 the host."""
+    """Live bytes of the storages made on the meta device while it is active, and their peaks.
+
+    Index 0 is the device, index 1 the host.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -106,8 +106,11 @@ def first_convolution_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, partial_ptr, height, width, channels, chunks, out_slice, out_row,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """A 3x3x3 convolution of one channel, as a product of (voxels, taps) and (taps, channels); output and statistics as
-    in `finish_kernel`. The window has a slice more at either end; beyond its rows and columns are zeros."""
+    """A 3x3x3 convolution of one channel, as a product of (voxels, taps) and (taps, channels).
+
+    Output and statistics as in `finish_kernel`. The window has a slice more at either end; beyond its rows and columns
+    are zeros.
+    """
     chunk = tl.program_id(0)
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -177,8 +180,11 @@ def chunks_of(slab_DHWC: Tensor) -> int:
 def normalise(
     x_DHWC: Tensor, out_DHWC: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, *, silu: bool = False
 ) -> None:
-    """``silu(x * scale + shift)`` into ``out_DHWC``, a part of a window of the same shape whose slices and rows may lie
-    apart. Scale and shift are (C,) float32; without them the slab is copied."""
+    """Write ``silu(x * scale + shift)`` into ``out_DHWC``.
+
+    That is a part of a window, of the same shape, whose slices and rows may be apart. Scale and shift are (C,) float32;
+    without them the slab is copied.
+    """
     n, height, width, channels = x_DHWC.shape
     grid = (triton.cdiv(height * width, ROWS), triton.cdiv(channels, CHANNELS), n)
     given = x_DHWC if scale is None else scale
