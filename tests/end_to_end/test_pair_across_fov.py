@@ -96,7 +96,7 @@ class World:
         tasks = list(EncodePlan(store, key, self.private.pointer))
         with store.writer() as writer:
             for task in tasks:
-                done = encode.encode_one(self.codec, WINDOW, store, encode.prepare(task, threads=1))
+                done = encode.encode_one(self.codec, WINDOW, store.stage, encode.prepare(task, threads=1))
                 if done.pair is not None:
                     writer.append_catalog([], [done.pair])
                 writer.commit(done.records)

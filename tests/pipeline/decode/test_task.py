@@ -51,7 +51,7 @@ class World:
         tasks = EncodePlan(self.store, self.encode_key, self.private.pointer)
         with self.store.writer() as writer:
             for task in list(tasks):
-                done = encode.encode_one(self.codec, WINDOW, self.store, encode.prepare(task, threads=1))
+                done = encode.encode_one(self.codec, WINDOW, self.store.stage, encode.prepare(task, threads=1))
                 if done.pair is not None:
                     writer.append_catalog([], [done.pair])
                 writer.commit(done.records)
