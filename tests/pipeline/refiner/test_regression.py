@@ -27,7 +27,8 @@ from pipeline.refiner import (
     training_recipe,
 )
 from pipeline.volume import Geometry, Volume, Window, interpolated
-from pipeline.workflows import RefinerSource, RegressionJob, regression_training as command
+from pipeline.workflows import RefinerSource, RegressionJob
+from pipeline.workflows.training import regression as command
 
 
 @pytest.fixture
