@@ -152,7 +152,7 @@ def test_latent_alignment_leaves_such_pairs_out_and_says_how_many(world: World) 
     latent, left_out = plan_pairs(store, world.encode_key, DataConfig(alignment="latent"), "all")
     assert len(latent) == 0
     assert [count for reason, count in left_out.items() if "field of view" in reason] == [1]
-    model = cast(Interpolator, SimpleNamespace(alignment="latent", encode_key=world.encode_key))
+    model = cast(Interpolator, SimpleNamespace(alignment="latent", encode_key=world.encode_key, condition_role="thick"))
     with pytest.raises(InputError, match="differ in their fields of view"):
         condition_of(store, model, world.pair_of(1))
 

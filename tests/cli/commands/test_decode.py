@@ -156,7 +156,7 @@ def test_a_refiner_is_trained_resumed_and_used(
 def test_a_refiner_that_wins_is_its_checkpoints_default(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.workflows import refiner_training
+    from pipeline.workflows.training import refiner as refiner_training
 
     run = tmp_path / "model"
     shutil.copytree(site.run, run)
