@@ -49,9 +49,9 @@ class Receiver:
         self.port = int(self._server.server_address[1])
 
     def _start(self, listen: ListenConfig) -> Any:
-        from pynetdicom import AE, _config, evt
+        from pipeline.serve.guarded_server import GuardedServer  # first: it names the extra that is missing
 
-        from pipeline.serve.guarded_server import GuardedServer
+        from pynetdicom import AE, _config, evt  # isort: skip
 
         _config.LOG_HANDLER_LEVEL = "none"
         for name in ("pynetdicom", "pydicom"):  # their messages quote titles and values
