@@ -52,7 +52,7 @@ def test_everything_imports_and_the_commands_work_without_them(tmp_path: Path) -
     codes = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("CODE")]
     names = ["phantom", "ingest", "encode", "train", "evaluate", "verify", "gc", "decode", "interpolate", "interpolate"]
     assert codes == [[name, "0"] for name in names]
-    assert len(list((tmp_path / "thin").glob("*/*.dcm"))) > 30
+    assert len(list((tmp_path / "thin").glob("*/*.dcm"))) == 25
 
 
 REFUSED = {
