@@ -30,10 +30,13 @@ class Task:
 def plain_again() -> Iterator[None]:
     """Logging as it was: the process of the tests must not keep our handler."""
     root, ours = logging.getLogger(), logging.getLogger(log_lines.OURS)
-    handlers, level = root.handlers[:], ours.level
+    library = logging.getLogger("pydicom")  # which a service in this process may have silenced
+    handlers, level, library_level = root.handlers[:], ours.level, library.level
+    library.setLevel(logging.NOTSET)
     yield
     root.handlers[:] = handlers
     ours.setLevel(level)
+    library.setLevel(library_level)
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
