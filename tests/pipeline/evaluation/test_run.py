@@ -17,6 +17,7 @@ import torch
 
 from latentcache import Encoding, InputError, LatentMeta, LatentStore, PairRecord
 from pipeline.decode import ComposeSettings
+from pipeline.engines.workers import pin
 from pipeline.evaluation import CaseWork, EvaluationSettings, evaluate_pairs, finish, load_views, run as evaluate_store
 from pipeline.identity import PrivateStore
 from pipeline.ingest import ingest
@@ -98,6 +99,7 @@ class World:
         return latents_of(self.store, self.encode_key)(pair)
 
     def run(self, folder: Path, latent: Any = None, first: int | None = None, **changes: Any) -> list[Any]:
+        pin(1)  # as a stage does: sums are equal to the last bit for equal thread counts alone
         settings = replace(SETTINGS, encode_key=self.encode_key, **changes)
         generated = latent or self.truth_latent
         work = CaseWork(self.store, self.private, self.vae, generated, settings)  # type: ignore[arg-type]
@@ -165,9 +167,11 @@ from pathlib import Path
 from tests.pipeline.evaluation.test_run import BlockVae, SETTINGS, latents_of
 from latentcache.store import LatentStore
 from pipeline.evaluation import CaseWork, evaluate_pairs
+from pipeline.engines.workers import pin
 from pipeline.identity.private_store import PrivateStore
 from dataclasses import replace
 
+pin(1)
 store, private = LatentStore.open({url!r}), PrivateStore.open({url!r})
 pairs = sorted(store.pairs(), key=lambda p: p.pair_key)
 (encode_key,) = store.encode_keys()
