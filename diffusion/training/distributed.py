@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -64,10 +65,22 @@ def join() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
+GLOO_SECONDS = 0.25
+"""What a process waits for gloo's threads before it ends."""
+
+
 def leave() -> None:
-    """Leave the process group, if any."""
+    """Leave the process group, if any.
+
+    A thread of gloo's may still hold the last tensor of a finished exchange, and needs the interpreter to let go of it:
+    were the interpreter already ending, the process would abort (exit code -6) after a training that succeeded. Sleeping
+    hands the interpreter over.
+    """
     if dist.is_available() and dist.is_initialized():
+        gloo = dist.get_backend() == dist.Backend.GLOO
         dist.destroy_process_group()
+        if gloo:
+            time.sleep(GLOO_SECONDS)
 
 
 def spread(module: nn.Module, world: World, strategy: Literal["ddp", "fsdp"], *, bf16: bool = False) -> nn.Module:
