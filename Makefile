@@ -20,7 +20,7 @@ demo: .venv/.run
 	$(BIN)/ctpipe demo demo-out
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not real" --durations=25
 
 real: .venv/.dev
 	$(BIN)/python -m pytest -m "real and not slow"
