@@ -35,6 +35,7 @@ from pipeline.volume import Window
 from pipeline.workflows import InterpolateSettings, choose_thick
 from pipeline.workflows.interpolation.interpolate import interpolate
 from pipeline.workflows.interpolation.thick_study import pointer_of
+from pipeline.writing.pacs import hold_reactor
 from tests.support.average_codec import AverageCodec
 from tests.support.hospital import Scan, thick
 
@@ -144,6 +145,7 @@ def association(port: int, calling: str = "CT1", called: str = "CTPIPE", patienc
     if not link.is_established:
         hang_up(link)  # pynetdicom leaves it open where the other side was first
     else:
+        hold_reactor(link)
         link.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return link
 

@@ -16,6 +16,7 @@ from pipeline.serve.config import PeerConfig, ServeConfig
 from pipeline.serve.node.receiver import COMMITMENT_INSTANCE, STORAGE_COMMITMENT
 from pipeline.serve.state import Queue
 from pipeline.writing import IMPLEMENTATION_UID, implementation_version
+from pipeline.writing.pacs import hold_reactor
 
 log = logging.getLogger("ctpipe.serve")
 
@@ -70,6 +71,7 @@ class Commitment:
         if not association.is_established:
             note(log, "commitment_not_delivered", logging.WARNING)
             return False
+        hold_reactor(association)
         try:
             kind = SOME_FAILED if "FailedSOPSequence" in report else ALL_COMMITTED
             status, _ = association.send_n_event_report(report, kind, STORAGE_COMMITMENT, COMMITMENT_INSTANCE)

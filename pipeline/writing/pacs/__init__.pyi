@@ -1,3 +1,4 @@
+from .checkpoint import hold_reactor as hold_reactor
 from .cstore import CStore as CStore
 from .send import (
     Destination as Destination,

@@ -11,6 +11,7 @@ from typing import Any
 
 from latentcache import InputError
 from pipeline.writing import IMPLEMENTATION_UID, implementation_version
+from pipeline.writing.pacs.checkpoint import hold_reactor
 from pipeline.writing.pacs.send import PacsUnavailable
 
 REJECTED_TRANSIENT = 2
@@ -114,6 +115,7 @@ class CStore:
         secured: dict[str, Any] = {"tls_args": (self.tls, self.host)} if self.tls is not None else {}
         association = entity.associate(self.host, self.port, ae_title=self.called_aet, **secured)
         if association.is_established:
+            hold_reactor(association)
             return association
         if association.is_rejected and association.acceptor.primitive.result == REJECTED_TRANSIENT:
             raise PacsUnavailable("the PACS has no association free")
