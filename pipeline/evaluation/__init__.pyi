@@ -9,6 +9,7 @@ from .results import (
     load_metrics as load_metrics,
     log_test_use as log_test_use,
     number as number,
+    simulated_note as simulated_note,
     summary_text as summary_text,
     values as values,
 )

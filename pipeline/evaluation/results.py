@@ -75,10 +75,11 @@ def log_test_use(run: Path, generation_key: str, pairs: int) -> int:
 def summary_text(document: dict[str, Any], folder: Path) -> str:
     """The table that people read."""
     lines = [
+        *filter(None, [simulated_note(document)]),
         f"{count_of(document['cases'], 'pair')} of {count_of(document['patients'], 'patient')}, "
         f"split {document['split']}: "
         "PSNR in the window (dB), SSIM, MAE (HU); PSNR against cubic made consistent with its 95% interval over "
-        "patients, and SSIM against it"
+        "patients, and SSIM against it",
     ]
     for name in ordered(document["methods"]):
         row = document["methods"][name]
@@ -94,6 +95,16 @@ def summary_text(document: dict[str, Any], folder: Path) -> str:
         lines.append(f"  not encoded, so not evaluated: {', '.join(document['not_encoded'])}")
     lines.append(f"written to {folder / 'metrics.json'}")
     return "\n".join(lines)
+
+
+def simulated_note(document: Mapping[str, Any]) -> str:
+    """What a reader must know of figures on simulated thick series; empty where all were scanned."""
+    if not document.get("simulated_pairs"):
+        return ""
+    return (
+        "Simulated: every thick series here was computed from its thin one, by `ctpipe ingest --simulate-thick`. "
+        "What a scanner's own thick slices would give is not shown."
+    )
 
 
 def interval_text(interval: Mapping[str, Any] | None) -> str:

@@ -105,6 +105,7 @@ def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[
             "decoder_sha256": tuned_decoder(job.vae),
         },
         "not_encoded": not_encoded,
+        "simulated_pairs": sum(pair.simulated for pair in pairs),
         "test_evaluations": looks,
         **facts,
     }

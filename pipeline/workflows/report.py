@@ -117,7 +117,7 @@ def write_dataset_report(
 
 def lead_paragraph(document: dict[str, Any]) -> str:
     """What a radiologist wants to know first, in plain words and honest about losses."""
-    from pipeline.evaluation import count_of
+    from pipeline.evaluation import count_of, simulated_note
     from pipeline.report import split_name
 
     methods = document["methods"]
@@ -130,7 +130,7 @@ def lead_paragraph(document: dict[str, Any]) -> str:
     model, cubic, linear, ceiling = (psnr(n) for n in ("model", "cubic", "linear", "vae_ceiling"))
     consistent = psnr("cubic_consistent")
     whom = f"{count_of(document['cases'], 'pair')} of {count_of(document['patients'], 'patient')}"
-    where = f"On {whom} of {split_name(document)},"
+    where = f"{simulated_note(document)} On {whom} of {split_name(document)},".lstrip()
     if model is None or cubic is None or linear is None:
         return f"{where} the model's output could not be compared with interpolation; see the table of cases."
 

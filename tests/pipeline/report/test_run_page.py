@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page
 
 from pipeline.evaluation import CODE_KNOTS, CODE_KNOTS_HU, CaseView, view_stride
 from pipeline.evaluation.case import CaseScores
-from pipeline.evaluation.results import summarise
+from pipeline.evaluation.results import summarise, summary_text
 from pipeline.evaluation.views import towards
 from pipeline.report import write_report
 from pipeline.report.images import encode_view
@@ -252,6 +252,15 @@ def test_the_first_paragraph_is_honest_about_losses() -> None:
     assert "None of the fine detail that it adds between the thick slices is true" in lead_paragraph(good)
     good["methods"]["model"]["psnr_db"] = 20.0
     assert "do not use this model" in lead_paragraph(good)
+
+
+def test_figures_on_simulated_thick_slices_say_so_before_anything_else() -> None:
+    made = document() | {"simulated_pairs": 2}
+    assert lead_paragraph(made).startswith("Simulated: every thick series here was computed from its thin one")
+    assert summary_text(made, Path("x")).startswith("Simulated: ")
+    for real in (document(), document() | {"simulated_pairs": 0}):
+        assert lead_paragraph(real).startswith("On ")
+        assert "imulated" not in summary_text(real, Path("x"))
     good["methods"]["model"]["psnr_db"] = None
     assert "could not be compared" in lead_paragraph(good)
 
