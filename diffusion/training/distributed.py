@@ -73,8 +73,8 @@ def leave() -> None:
     """Leave the process group, if any.
 
     A thread of gloo's may still hold the last tensor of a finished exchange, and needs the interpreter to let go of it:
-    were the interpreter already ending, the process would abort (exit code -6) after a training that succeeded. Sleeping
-    hands the interpreter over.
+    were the interpreter already ending, the process would abort (exit code -6) after a training that succeeded.
+    Sleeping hands the interpreter over.
     """
     if dist.is_available() and dist.is_initialized():
         gloo = dist.get_backend() == dist.Backend.GLOO
