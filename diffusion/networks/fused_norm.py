@@ -9,9 +9,6 @@ run, which are also what the kernels are tested against.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,11 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-log = logging.getLogger("ctpipe.kernels")
+from latentcache import triton_agrees
 
-
-SWITCH = "CTPIPE_TRITON"
-"""Environment variable: 0 keeps to PyTorch's operations."""
 _ASSUMED: ContextVar[bool | None] = ContextVar("fused norm assumed", default=None)
 
 
@@ -120,24 +114,8 @@ def _device_of(x: Tensor) -> Any:
 
 @lru_cache
 def usable(index: int) -> bool:
-    """Whether Triton is there and agrees with PyTorch on this GPU; looked at once, on a small activation."""
-    if os.environ.get(SWITCH) == "0":
-        log.info("Triton kernels are off (%s=0)", SWITCH)
-        return False
-    if importlib.util.find_spec("triton") is None:
-        log.info("Triton is not installed: normalisation by PyTorch's operations, which is slower")
-        return False
-    try:
-        wrong = largest_difference(torch.device("cuda", index))
-    except Exception as error:  # noqa: BLE001 - a compiler or driver may fail in any way; the other path always works
-        log.warning(
-            "Triton kernels do not run here (%s: %s); PyTorch's operations instead", type(error).__name__, error
-        )
-        return False
-    if not wrong < 1e-3:
-        log.warning("Triton kernels are off by %.1e here; PyTorch's operations instead", wrong)
-        return False
-    return True
+    """Return whether Triton is there and agrees with PyTorch on this GPU; looked at once, on a small activation."""
+    return triton_agrees(index, largest_difference, "normalisation")
 
 
 def largest_difference(device: torch.device) -> float:

@@ -66,15 +66,15 @@ def join() -> World:
 
 
 GLOO_SECONDS = 0.25
-"""What a process waits for gloo's threads before it ends."""
+"""Time that a process waits for gloo's threads before it ends."""
 
 
 def leave() -> None:
     """Leave the process group, if any.
 
     A thread of gloo's may still hold the last tensor of a finished exchange, and needs the interpreter to let go of it:
-    were the interpreter already ending, the process would abort (exit code -6) after a training that succeeded. Sleeping
-    hands the interpreter over.
+    were the interpreter already ending, the process would abort (exit code -6) after a training that succeeded.
+    Sleeping hands the interpreter over.
     """
     if dist.is_available() and dist.is_initialized():
         gloo = dist.get_backend() == dist.Backend.GLOO

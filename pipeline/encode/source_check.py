@@ -30,7 +30,7 @@ ALIKE = 0.03
 
 @dataclass
 class SourceCheck:
-    """What was compared.
+    """Outcome of comparing latents with their archives.
 
     Attributes:
         compared: Latents made again.
@@ -85,7 +85,7 @@ def check_sources(
     """Make latents again from their archives and compare them with those committed. Changes nothing.
 
     Args:
-        pointer: Where a series lies, by its key.
+        pointer: Where a series is, by its key.
         vae: Latents that another VAE made are counted and left out.
         sample: Share of the pairs and series to compare, chosen by their keys.
         on_task: Called with the tasks done and planned of an encoding.
@@ -123,7 +123,7 @@ def retire_foreign(store: LatentStore, found: SourceCheck) -> tuple[int, int]:
 def _again(vae: Autoencoder, encoding: Encoding, bench: _Compare, task: EncodeTask) -> None:
     encode_one(
         vae,
-        Window(encoding.window_center, encoding.window_width),
+        Window.of(encoding),
         bench.stage,
         prepare(task),
         round_trip_fraction=0.0,

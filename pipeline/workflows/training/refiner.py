@@ -265,10 +265,11 @@ def squared_error(module: Any, batch: dict[str, Any], step: int) -> Terms:
 def sampled(
     latents: LatentStore, job: RefinerJob, checkpoint: Path, on_progress: OnProgress = silent
 ) -> tuple[Sampled, dict[str, Any]]:
-    """Sample every training and validation pair once; what was sampled, and what is to be said of it."""
+    """Sample every training and validation pair once; what was sampled, and the facts to report of it."""
     from latentcache import InputError
     from pipeline.engines import EngineOptions
-    from pipeline.workflows.sample import SampleJob, Spread, load_codec, sample_pairs
+    from pipeline.vae import load_decoder
+    from pipeline.workflows.sample import SampleJob, Spread, sample_pairs
     from pipeline.workflows.training.refiner_cases import Sampled
 
     keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
@@ -281,6 +282,5 @@ def sampled(
             expected="a sample of every training and validation pair",
             remedy="Mend those pairs or exclude them, then run this again: what was sampled is kept.",
         )
-    encoding = latents.encoding(done.encode_key)
-    decoder = load_codec(job.vae, job.device, None, encoding)
+    decoder = load_decoder(job.device, spec=job.vae, encoding=latents.encoding(done.encode_key))
     return Sampled(done.encode_key, done.stores[0], decoder), done.facts

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from latentcache import InputError, LatentStore
-from pipeline.decode import ComposeSettings, decoded_hu, only_encoding, restore, window_of
+from pipeline.decode import ComposeSettings, decoded_hu, restore
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.refiner import COMPOSED, RefinerCase, cut_patch, held_out_operator
 from pipeline.vae import Autoencoder
-from pipeline.volume import Geometry, Volume, common_slices, interpolated, onto_field
+from pipeline.volume import Geometry, Volume, Window, common_slices, interpolated, onto_field
 
 HELD_OUT_ZYX = (32, 96, 96)
 """Voxels in the middle of a held-out pair that validation looks at."""
@@ -42,7 +42,7 @@ class RefinerSource:
 
     def __init__(self, latents: LatentStore, people: PrivateStore, scratch: Path, model: Sampled | None = None) -> None:
         self.latents, self.people, self.scratch, self.model = latents, people, scratch, model
-        self.window = window_of(latents, model.encode_key if model else only_encoding(latents, None))
+        self.window = Window.of(latents.encoding(model.encode_key) if model else latents.encoding_in_use())
         self._series = {s.series_key: s for s in latents.series()}
         self._pairs = {p.pair_key: p for p in latents.pairs() if p.status == "ok"}
 
@@ -66,7 +66,7 @@ class RefinerSource:
         return RefinerCase(pair.study_key, Volume(thin.hu[inside], target), thick, detail)
 
     def _detail(self, model: Sampled, key: str, thick: Volume, target: Geometry, inside: slice) -> NDArray[np.float16]:
-        """What the model adds to the interpolation, as ``compose`` adds it: (z, y, x) float16 HU."""
+        """Return what the model adds to the interpolation, as ``compose`` adds it: (z, y, x) float16 HU."""
         path = self.scratch / f"{key}.npy"
         if path.exists():
             kept: NDArray[np.float16] = np.load(path)

@@ -77,7 +77,6 @@ def train_regression(job: RegressionJob, on_step: Callable[[Progress], None] | N
     """
     from diffusion.runs import RunCard, reopen
     from latentcache import LatentStore
-    from pipeline.decode import only_encoding, window_of
     from pipeline.identity import PrivateStore
     from pipeline.refiner import (
         FILE_NAME,
@@ -89,6 +88,7 @@ def train_regression(job: RegressionJob, on_step: Callable[[Progress], None] | N
         training_pairs,
         training_recipe,
     )
+    from pipeline.volume import Window
     from pipeline.workflows.training.refiner_cases import RefinerSource
 
     seconds = _budget(job)
@@ -96,7 +96,7 @@ def train_regression(job: RegressionJob, on_step: Callable[[Progress], None] | N
     card = None if job.like is None else RunCard.read(job.like)
     if card is not None:
         latents = reopen(latents, card)
-    window = window_of(latents, card.encode_key if card else only_encoding(latents, None))
+    window = Window.of(latents.encoding(card.encode_key) if card else latents.encoding_in_use())
     config = RefinerConfig(job.width, job.blocks)
     with tempfile.TemporaryDirectory(prefix="ctpipe-regression-") as scratch:
         source = RefinerSource(latents, people, Path(scratch))
