@@ -1,4 +1,4 @@
-"""What may enter a store: registered encodings, and latents that are finite, of the right shape and keyed by a hash."""
+"""Admission to a store: registered encodings, and latents that are finite, of the right shape and keyed by a hash."""
 
 from __future__ import annotations
 

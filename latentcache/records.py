@@ -131,7 +131,7 @@ class LatentRecord:
     source_digest: Annotated[str, "of the series it was made from"]
     compute_dtype: Annotated[str, "float32 or bfloat16: what it was computed in"] = "float32"
     device_kind: Annotated[str, "cpu or cuda: what it was computed on"] = "cpu"
-    """What it was computed in and on: two of these differ by 6e-3, where the pixels and the weights are the same."""
+    """Arithmetic and device: two of these differ by 6e-3, where the pixels and the weights are the same."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class LatentPlace(Protocol):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Everything that changes a latent's bytes; its hash is the encode key and stands in the store in clear."""
+    """Everything that changes a latent's bytes; its hash is the encode key and is kept in the store in clear."""
 
     vae_sha256: str
     vae_architecture: dict[str, Any]

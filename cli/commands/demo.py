@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
 def run_demo(
     app: typer.Typer, out: Path, phantoms: tuple[int, int, int], refine_seconds: float, train_seconds: float, seed: int
 ) -> dict[str, Any]:
-    """Run the commands one after the other; returns what stands in metrics.json.
+    """Run the commands one after the other; returns what is in metrics.json.
 
     Args:
         phantoms: Patients, in-plane size and thin slices.

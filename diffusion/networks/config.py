@@ -1,4 +1,4 @@
-"""What a U-Net is made of: a frozen configuration with presets, kept beside the weights in every run."""
+"""Configuration of a U-Net: a frozen configuration with presets, kept beside the weights in every run."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def for_generation(module: _M, device: torch.device) -> _M:
 
 
 def cast_weights(module: _M, dtype: torch.dtype) -> _M:
-    """What autocast would cast at each call, cast for good, in place: convolutions and linear layers, not the norms."""
+    """Cast for good, in place, what autocast would cast at each call: convolutions and linear layers, not the norms."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv3d, nn.Linear)):
             layer.to(dtype)

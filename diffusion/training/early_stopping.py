@@ -11,7 +11,7 @@ from latentcache import InputError
 
 
 class Best:
-    """What ``best`` and early stopping look at: ``value`` is the metric's best so far, none before the first
+    """Figure that ``best`` and early stopping look at: ``value`` is the metric's best so far, none before the first
     validation; ``waited`` counts the validations since."""
 
     def __init__(self, settings: ValidationConfig) -> None:

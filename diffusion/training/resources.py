@@ -1,4 +1,4 @@
-"""What a training step needs, before it runs: arithmetic, memory and disk, counted on shapes without allocating any."""
+"""Needs of a training step before it runs: arithmetic, memory and disk, counted on shapes without allocating any."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def check_resources(need: StepEstimate, config: TrainConfig, device: torch.devic
 
 
 def remedies(config: TrainConfig) -> list[str]:
-    """What would make a step smaller, the least costly first."""
+    """Return what would make a step smaller, the least costly first."""
     hints = []
     if config.data.batch_size > 1:
         hints.append(f"--set data.batch_size={config.data.batch_size // 2} (results do not change)")

@@ -49,7 +49,7 @@ class SelfTest:
 
     Args:
         store: Made up, or the user's; nothing is written to it.
-        decoder: The VAE's, for the image losses; without it a stand-in that enlarges latents is used, and said.
+        decoder: The VAE's, for the image losses; without it a stand-in that enlarges latents is used, and reported.
     """
 
     def __init__(self, store: LatentStore, config: TrainConfig, decoder: Decoder | None = None) -> None:
@@ -192,7 +192,7 @@ class SelfTest:
         )
 
     def memory(self) -> str:
-        """What a step of this configuration needs against what is free."""
+        """Compare what a step of this configuration needs with what is free."""
         assert self.stream is not None, "the data check failed"
         need = estimate_step(self.config, self.stream.shapes[0], self.world)
         present = memory_present(self.world.device)
@@ -239,7 +239,7 @@ class _OneBatch:
 
 
 def _share(before: torch.Tensor, after: torch.Tensor) -> float:
-    """How far a tensor moved, as a share of its size; a tensor that began at zero counts as one of size 1e-3."""
+    """Return how far a tensor moved, as a share of its size; a tensor that began at zero counts as one of size 1e-3."""
     size = before.square().mean().sqrt().clamp(min=1e-3)
     return float((after.detach() - before).square().mean().sqrt() / size)
 

@@ -84,7 +84,7 @@ def validation(
 
 
 def chosen_metric(settings: ValidationConfig, card: RunCard, images: ValidateImages | None) -> str:
-    """What ``best`` looks at where the configuration leaves it open: the nearest thing to an image that is at hand."""
+    """Return the metric of ``best`` where the configuration leaves it open: the nearest thing to an image at hand."""
     if settings.metric != "auto":
         return settings.metric
     if images is not None:

@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What was looked at, and what was wrong. Orphans are garbage that gc will take, not a fault."""
+    """Counts of what was looked at, and faults. Orphans are garbage that gc will take, not a fault."""
 
     snapshots: int = 0
     fragments: int = 0
@@ -111,7 +111,7 @@ def damaged_latents(
 
 
 def _catalogued(store: LatentStore) -> set[str]:
-    """Keys of the catalog and pairs; empty for a store of generated latents, which has no catalog of its own."""
+    """Keys of the catalog and pairs; empty for a store of generated latents, which has no catalog."""
     series = store.catalog_table(("series_key",)).column("series_key").to_pylist()
     pairs = store.pairs_table(("pair_key",)).column("pair_key").to_pylist()
     return {*series, *pairs} if series else set()

@@ -49,7 +49,7 @@ class KeyIndex:
 
 
 class RowFinder:
-    """Looks latents of one snapshot up, each read with its own part of the manifest until it is worth holding it all.
+    """Looks latents of one snapshot up, each read with one part of the manifest until it is worth holding it all.
 
     Args:
         whole: The manifest, which its owner then holds.

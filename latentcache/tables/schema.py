@@ -66,7 +66,7 @@ UNIQUE: dict[Kind, tuple[str, ...]] = {
     "manifest": ("encode_key", "key", "role"),
     "timings": (),
 }
-"""What identifies a row. Of catalog and pairs the last committed row counts, of the manifest the first."""
+"""Columns that identify a row. Of catalog and pairs the last committed row counts, of the manifest the first."""
 
 
 def to_table(kind: Kind, rows: Iterable[SeriesRecord | PairRecord | LatentRecord]) -> pa.Table:

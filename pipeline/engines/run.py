@@ -25,12 +25,12 @@ WORDS: dict[StageName, tuple[str, str]] = {
     "sample": ("pair", "sampled"),
     "decode": ("series", "decoded"),
 }
-"""What an item of a stage is called in messages, and the event of one that is done."""
+"""Name of a stage's item in messages, and the event of one that is done."""
 
 
 @dataclass
 class StageTotals:
-    """What a stage came to.
+    """Totals of a stage.
 
     Attributes:
         failed: Reasons of the items that were excluded, by name.

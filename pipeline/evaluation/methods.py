@@ -82,7 +82,7 @@ SamplesOf = Callable[[PairRecord], Iterator[NDArray[Any]]]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is compared.
+    """Settings of a comparison.
 
     Attributes:
         views: Cases that keep their volumes for the report's viewer.
@@ -102,7 +102,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class SeriesLocations:
-    """Where one pair's series lie: the part of PRIVATE that scoring needs."""
+    """Pointers of one pair's series: the part of PRIVATE that scoring needs."""
 
     pointers: Mapping[str, SeriesPointer]
 
@@ -112,7 +112,7 @@ class SeriesLocations:
 
 @dataclass(frozen=True)
 class CaseWork:
-    """What every case needs."""
+    """Store, VAE, samples and settings that every case needs."""
 
     store: LatentStore
     private: PrivateStore | SeriesLocations

@@ -1,4 +1,4 @@
-"""What the VAE alone loses: genuine series encoded and decoded, window by window. It bounds every model."""
+"""Loss of the VAE alone: genuine series encoded and decoded, window by window. It bounds every model."""
 
 from __future__ import annotations
 

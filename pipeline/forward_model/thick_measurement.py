@@ -1,4 +1,4 @@
-"""What was measured, in one piece: the thick series, the operator that thin slices reach it by, and its noise."""
+"""A measurement in one piece: the thick series, the operator that thin slices reach it by, and its noise."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class Tube:
 
 @lru_cache(maxsize=4096)
 def thin_factor(radius: float, along_z: float, dz: float) -> float:
-    """What a tube's coverage is scaled by, so that its sum over voxels is the true cross-section, pi r^2.
+    """Return the factor that makes a tube's coverage, summed over voxels, the true cross-section, pi r^2.
 
     The clipped ramp makes a tube thinner than a pixel too heavy. Lengths in pixels; ``along_z`` is the z component of
     its unit direction. Integrates the ramp over the plane across the tube.

@@ -55,7 +55,7 @@ def series_digest(hu: NDArray[np.int16], geometry: Geometry, identity: SeriesIde
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How slices are stored.
+    """Options of storing slices.
 
     Attributes:
         transfer_syntax: ``explicit`` (native little endian), ``jpegls`` or ``htj2k``, all lossless.

@@ -33,7 +33,7 @@ def transfer_syntax_uid(name: str) -> UID:
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How stored values mean HU: ``HU = slope * stored + intercept`` (DICOM PS3.3 C.11.1).
+    """Relation of stored values to HU: ``HU = slope * stored + intercept`` (DICOM PS3.3 C.11.1).
 
     Native series store HU itself, signed. Compressed ones are stored unsigned above an intercept, since the coders
     predict on unsigned samples and readers differ in how they sign-extend. ``offset`` is the lowest stored value's.

@@ -142,7 +142,7 @@ class SlabExecutor:
 
 
 def widest_slice_bytes(stream: Stream) -> int:
-    """Bytes of what one output slice of a stream needs of its own or its source's slices, whichever is more."""
+    """Bytes of what one output slice of a stream needs of the stream's or its source's slices, whichever is more."""
     _, height, width, channels = stream.shape
     values = height * width * channels
     window = getattr(stream, "window", None)

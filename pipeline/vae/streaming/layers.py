@@ -115,7 +115,7 @@ class Field:
     """
 
     def __init__(self, values_DHWC: Tensor, device: torch.device, lanes: Lanes | None = None) -> None:
-        """``lanes`` carry the slabs of an activation that lies in host memory."""
+        """``lanes`` carry the slabs of an activation that is in host memory."""
         self.values = values_DHWC
         self.device = device
         self.lanes = lanes
@@ -306,8 +306,8 @@ class Down(Stream):
 class Doubled(Stream):
     """Every axis doubled by interpolation.
 
-    Coarse slices in plane, one at a time, then along depth, where a fine slice is three quarters its own coarse slice
-    and one quarter the neighbour on its side (trilinear, half-pixel centres).
+    Coarse slices in plane, one at a time, then along depth, where a fine slice is three quarters the coarse slice
+    around it and one quarter the neighbour on its side (trilinear, half-pixel centres).
     """
 
     def __init__(self, source: Stream, mode: str) -> None:
