@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from latentcache import InputError, SeriesRecord, missing_extra
 from pipeline.metrics import TISSUE_CLASSES_HU, bias_by_tissue, mean_absolute_error, psnr, ssim
 from pipeline.vae import Autoencoder
-from pipeline.volume import NAMED_WINDOWS, Window
+from pipeline.volume import Window
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,3 @@ def plot(scores: Sequence[Score], path: Path) -> None:
 def as_dict(scores: Sequence[Score]) -> dict[str, Any]:
     """JSON-able: the summary and every score."""
     return {"windows": summarise(scores), "scores": [asdict(s) for s in scores]}
-
-
-DEFAULT_WINDOWS = tuple(NAMED_WINDOWS)

@@ -160,10 +160,6 @@ class PrivateStore:
     def fingerprint(self) -> str:
         return self.keys.fingerprint
 
-    def hmac16(self, text: str) -> str:
-        """16 hex digits of the keyed hash of any text."""
-        return self.keys.text(text)
-
     # -- writing ------------------------------------------------------------------------------------------------
 
     def add_archives(self, rows: Sequence[ArchiveRow]) -> None:

@@ -137,14 +137,6 @@ def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, 
     window = Window(*file.load()[1].window)
     how = ComposeSettings("absolute", consistency, refiner=file)
 
-    def told_by(thick: Any, thin: Any) -> dict[str, Any]:
-        from diffusion.networks import ThickSlices
-        from latentcache import LatentGrid
-
-        had = thick.geometry
-        slices = ThickSlices(had.z_mm[0], had.spacing_mm_zyx[0], len(had.z_mm), had.thickness_mm or 0.0)
-        return {"thick": slices, "z_mm": LatentGrid.of(thin).positions()}
-
     def generate(thick: Any, thin: Any) -> Any:
         return compose(interpolated(thick, thin, how.base_method), window, how.measured(thick, thin), how)[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,6 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, HTJ2KLossless, JPEGLSLossle
 
 from latentcache import InputError
 
-SyntaxName = Literal["explicit", "jpegls", "htj2k"]
 TRANSFER_SYNTAXES: dict[str, UID] = {
     "explicit": ExplicitVRLittleEndian,
     "jpegls": JPEGLSLossless,
