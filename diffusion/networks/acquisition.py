@@ -23,8 +23,10 @@ spacing, slice thickness and profile width; the latent slice's own position."""
 
 @dataclass(frozen=True)
 class ThickSlices:
-    """Places of a thick series' slices and what each averages, in mm; ``profile_mm`` is the width (FWHM) of its slice
-    profile where that was measured, 0 where the thickness is used for it."""
+    """Places of a thick series' slices and what each averages, in mm.
+
+    ``profile_mm`` is the width (FWHM) of its slice profile where that was measured, 0 where the thickness is used.
+    """
 
     z0_mm: float
     spacing_mm: float

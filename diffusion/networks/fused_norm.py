@@ -27,8 +27,10 @@ _ASSUMED: ContextVar[bool | None] = ContextVar("fused norm assumed", default=Non
 
 @contextmanager
 def assume_fused(fused: bool = True) -> Iterator[None]:
-    """Inside, the kernels run (or do not), whatever the device: for Triton's interpreter on a CPU, for counting on
-    shapes alone what a GPU will keep, and for comparing both paths."""
+    """Inside, the kernels run (or do not), whatever the device.
+
+    For Triton's interpreter on a CPU, for counting on shapes what a GPU will keep, and for comparing both paths.
+    """
     before = _ASSUMED.set(fused)
     try:
         yield
@@ -49,8 +51,10 @@ def is_fused(x_BCDHW: Tensor) -> bool:
 
 
 def norm_act(norm: nn.GroupNorm, x_BCDHW: Tensor, modulation_B2C: Tensor | None = None, *, silu: bool = True) -> Tensor:
-    """``silu(norm(x) * (1 + scale) + shift)`` in the input's dtype and layout; the halves of ``modulation_B2C``, if
-    given, are scale and shift. Only where `is_fused`."""
+    """Return ``silu(norm(x) * (1 + scale) + shift)`` in the input's dtype and layout. Only where `is_fused`.
+
+    The halves of ``modulation_B2C``, if given, are scale and shift.
+    """
     if modulation_B2C is not None:
         modulation_B2C = modulation_B2C.contiguous()
     y: Tensor = _NormAct.apply(  # type: ignore[no-untyped-call]

@@ -19,8 +19,11 @@ WINDOW = 50
 
 @dataclass(frozen=True)
 class Progress:
-    """State of a run after a step. ``mfu`` is the share of the measured matmul rate that model arithmetic reached
-    (Chowdhery et al. 2022, appendix B), none where the model's arithmetic is unknown."""
+    """State of a run after a step.
+
+    ``mfu`` is the share of the measured matmul rate that model arithmetic reached (Chowdhery et al. 2022, appendix B),
+    none where the model's arithmetic is unknown.
+    """
 
     step: int
     total_steps: int

@@ -136,8 +136,10 @@ def on_first_rank(
 
 
 def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor]:
-    """A sharded module's weights by name, whole, on the first rank; nothing on the others, which take part in gathering
-    a tensor at a time and keep none (2.4 GB a GPU for the preset ``medium``)."""
+    """Return a sharded module's weights by name, whole, on the first rank; nothing on the others.
+
+    Those take part in gathering a tensor at a time and keep none (2.4 GB per GPU for the preset ``medium``).
+    """
     weights: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
