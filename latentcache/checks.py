@@ -41,7 +41,7 @@ def load_encoding(location: Location, encode_key: str) -> Encoding:
     return _cached_encoding(location.url, encode_key, text)
 
 
-def check_latent(
+def validate_latent(
     array: NDArray[Any], encoding: Encoding, key: str, role: str, dz_mm: float, valid_zyx: tuple[int, int, int]
 ) -> tuple[int, int, int, int]:
     """Refuse what must never be cached; returns the shape (C, d, h, w).

@@ -93,7 +93,7 @@ def full_float32() -> None:
 
 
 def check_bf16_convolutions(device: torch.device) -> None:
-    """Refuse a GPU whose bf16 3-D convolutions are known, or found, to be wrong. About two seconds, once a process.
+    """Refuse a GPU whose bf16 3-D convolutions are known, or found, to be wrong. About two seconds, once per process.
 
     Raises:
         InputError: The cuDNN version, or the error that was measured, and what to install.

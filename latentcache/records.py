@@ -67,11 +67,11 @@ class SeriesRecord:
 
 
 ACROSS_FIELDS = '"across_fields": true'
-"""Stands in the evidence (canonical JSON) of a pair whose in-plane grids differ, so that a column can be searched."""
+"""Marker in the evidence (canonical JSON) of a pair whose in-plane grids differ, so that a column can be searched."""
 
 
 SIMULATED = '"simulated": true'
-"""Stands likewise in the evidence of a pair whose thick series was computed from its thin one."""
+"""Marker likewise of a pair whose thick series was computed from its thin one."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from latentcache.checks import check_key, check_latent, load_encoding
+from latentcache.checks import check_key, load_encoding, validate_latent
 from latentcache.errors import InputError, StoreError, StoreExistsError
 from latentcache.moments import ROW, Moments, moments_of
 from latentcache.records import (
@@ -340,7 +340,7 @@ class LatentStore:
             NonFiniteError: NaN or infinity in the latent.
         """
         encoding = self.encoding(meta.encode_key)
-        shape = check_latent(array, encoding, meta.key, meta.role, meta.dz_mm, meta.valid_zyx)
+        shape = validate_latent(array, encoding, meta.key, meta.role, meta.dz_mm, meta.valid_zyx)
         array = np.ascontiguousarray(array)
         d, h, w = valid_latents(meta.valid_zyx)
         moments = Moments.of(array[:, :d, :h, :w])

@@ -113,26 +113,26 @@ def set_up(
     return SampleWorker(model, out, settings, expected_key)
 
 
-def draw(drawing: SampleWorker, prepared: PreparedSample) -> LatentRecord:
+def draw(worker: SampleWorker, prepared: PreparedSample) -> LatentRecord:
     """Sample one pair's thin latent and stage it (the stage's device part)."""
     grid = prepared.task.grid
     assert grid is not None
-    latent = drawing.model.generate_latent(
+    latent = worker.model.generate_latent(
         prepared.condition,
         thick=prepared.task.thick,
         z_mm=_positions(grid),
-        **asdict(drawing.settings),
+        **asdict(worker.settings),
     )
-    return drawing.out.stage(
+    return worker.out.stage(
         latent.astype(np.float16),
         LatentMeta(
-            encode_key=drawing.model.encode_key,
+            encode_key=worker.model.encode_key,
             key=prepared.task.name,
             role="thin",
             z0_mm=grid.z0_mm,
             dz_mm=grid.dz_mm,
             valid_zyx=grid.valid_zyx,
-            source_digest=drawing.generation_key,
+            source_digest=worker.generation_key,
         ),
     )
 
@@ -166,10 +166,10 @@ def generate_store(
     elif model.encoding is not None:
         out.register_encoding(model.encoding)
     tasks, already = plan_samples(store, model, keys, out)
-    drawing = SampleWorker(model, out, settings, key)
+    worker = SampleWorker(model, out, settings, key)
     with out.writer() as writer:
         for number, task in enumerate(tasks):
-            writer.commit([draw(drawing, prepare(task, store_url=store.url))])
+            writer.commit([draw(worker, prepare(task, store_url=store.url))])
             if progress is not None:
                 progress(already + number + 1, already + len(tasks), task.name)
     return SampleSummary(key, len(tasks), already)

@@ -48,7 +48,7 @@ class SelfTest:
     """The six checks over one store and one configuration; later ones use what earlier ones built.
 
     Args:
-        store: Made up, or the user's; nothing is written to it.
+        store: Synthetic, or the user's; nothing is written to it.
         decoder: The VAE's, for the image losses; without it a stand-in that enlarges latents is used, and reported.
     """
 
@@ -252,6 +252,6 @@ def _require(
 
 
 def _enlarge(latents: torch.Tensor) -> torch.Tensor:
-    """Stands in for a decoder: the mean over channels at voxel size."""
+    """Replacement of a decoder: the mean over channels at voxel size."""
     size: tuple[Any, ...] = tuple(4 * n for n in latents.shape[2:])
     return torch.nn.functional.interpolate(latents, size=size).mean(1, keepdim=True).tanh()

@@ -1,4 +1,4 @@
-"""Finds a manifest row by key without a Python object a row: a million rows cost 40 MB and a tenth of a second."""
+"""Finds a manifest row by key without a Python object per row: a million rows cost 40 MB and a tenth of a second."""
 
 from __future__ import annotations
 

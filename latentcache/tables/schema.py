@@ -108,7 +108,7 @@ def _tuples(column: pa.ChunkedArray) -> list[Any]:
 
 
 def matrix(table: pa.Table, name: str) -> np.ndarray[tuple[int, int], np.dtype[Any]]:
-    """A list column of equal lengths as an (n, length) array, without a Python object a row.
+    """A list column of equal lengths as an (n, length) array, without a Python object per row.
 
     Raises:
         InputError: The lengths differ: latents of other channel counts.

@@ -28,7 +28,7 @@ from pipeline.volume import (
     Volume,
     Window,
     ZMethod,
-    hand_over,
+    blend_at_edges,
     interpolated,
     interpolated_onto,
     row_blocks,
@@ -231,7 +231,7 @@ def restore(
             seen = np.clip(decoded, window.lower, window.upper)
             decoded = np.clip(base, window.lower, window.upper) + seen
             decoded -= np.clip(condition_hu[:, rows], window.lower, window.upper)
-        blended = hand_over(decoded, base, window)
+        blended = blend_at_edges(decoded, base, window)
         changed += int(np.count_nonzero(np.abs(blended - decoded) > 0.5))
         inside = (decoded > window.lower) & (decoded < window.upper)
         spoken += int(np.count_nonzero(inside & (np.abs(decoded - base) > SPOKEN_HU)))

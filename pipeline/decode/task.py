@@ -57,7 +57,7 @@ class DecodeTask:
         kind: ``decoded``: a stored thin latent's reconstruction; ``generated``: sampled from the thick series.
         latents: (store URL, row) of every sample, at least one; all on one grid.
         condition: The condition's latent on the same grid, for residual detail.
-        target: Lattice of the latents' volume; slices beyond the thick series' extent are left out where thin was
+        target: Grid of the latents' volume; slices beyond the thick series' extent are left out where thin was
             generated, since nothing was measured there.
         source: The series that the output is derived from, whose header and identity it carries.
         thick: The measured thick series, None for a thin series without one.

@@ -90,7 +90,7 @@ AT_ONCE = 1000
 class EncodePlan:
     """Tasks that a store lacks under an encode key, at its snapshot.
 
-    One task a pair and one a lone series. A pair's volumes are read once for its up to four latents. A pair that the
+    One task per pair and one per lone series. A pair's volumes are read once for up to four latents. A pair that the
     pixel proof quarantined gives no ``thick_on_thin``; its series still give their own latents.
 
     Args:

@@ -180,13 +180,13 @@ def set_up(device: str, *, store_url: str, fingerprint: str, encode_key: str, se
     return EncodeWorker(vae, store)
 
 
-def run_task(bench: EncodeWorker, prepared: Prepared, *, settings: EncodeSettings) -> StagedLatents:
+def run_task(worker: EncodeWorker, prepared: Prepared, *, settings: EncodeSettings) -> StagedLatents:
     """The stage's device part: encode and stage one task's latents."""
     pin(settings.torch_threads)
     return encode.encode_one(
-        bench.vae,
+        worker.vae,
         settings.window,
-        bench.store.stage,
+        worker.store.stage,
         prepared,
         round_trip_fraction=settings.round_trip_fraction,
         pad_multiple_zyx=settings.pad_multiple_zyx,

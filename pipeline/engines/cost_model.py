@@ -99,7 +99,7 @@ def cost(series: float, gpus: int, rates: Rates, cores: int | None = None, worke
     Args:
         series: How many series.
         gpus: GPUs in all; 0 encodes on the cores.
-        cores: CPU cores in all; by default ``cores_per_gpu`` beside each GPU, or one a worker.
+        cores: CPU cores in all; by default ``cores_per_gpu`` beside each GPU, or one per worker.
         workers: Series encoded at once without GPUs (``--workers`` of encode); by default one a core. With fewer than
             cores, the cores that are left read ahead while the workers encode.
 

@@ -1,7 +1,7 @@
 """Wiring without logic: runs pure stage functions over items, in threads through dask, on a dask cluster, or on Ray.
 
 Every backend obeys one contract, ``stream``: ``prepare(item)`` runs on CPU workers ahead of time, ``run(state,
-prepared)`` runs where the state that ``setup(device)`` made lives (one a device), and outcomes arrive in order of
+prepared)`` runs where the state that ``setup(device)`` made lives (one per device), and outcomes arrive in order of
 completion. An item that fails is an outcome with an error, never an exception, so the rest of a batch goes on.
 """
 

@@ -61,7 +61,7 @@ class Case:
 
     Attributes:
         truth: (z, y, x) HU.
-        geometry: Lattice of ``truth``.
+        geometry: Grid of ``truth``.
         thick_z_mm: Positions of the thick slices.
         operator: A from ``geometry`` to the thick slices; None leaves out the null space and the misfit.
         thick: The thick series' HU, (k, y, x); None leaves out the misfit to it.

@@ -61,7 +61,7 @@ def check_record(record: LatentRecord, thin: Geometry) -> None:
         )
 
 
-def check_latent(latent: NDArray[Any], thin: Geometry) -> None:
+def check_latent_grid(latent: NDArray[Any], thin: Geometry) -> None:
     """Refuse a generated latent (4, d, h, w) that cannot be that of the thin series.
 
     Raises:
@@ -149,7 +149,7 @@ def case_methods(
     target = thin.with_z(np.array(thin.z_mm)[inside])
 
     def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
-        check_latent(latent, thin)
+        check_latent_grid(latent, thin)
         unit = np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), thin.shape_zyx))
         return settings.window.from_unit(unit[inside])
 

@@ -34,12 +34,12 @@ AWAY_FROM_MIDLINE_MM = 42.0
 """Beyond this is lung, not mediastinum."""
 
 
-def known_structures(pointer: SeriesPointer, lattice: Geometry) -> tuple[Structure, ...]:
+def known_structures(pointer: SeriesPointer, grid: Geometry) -> tuple[Structure, ...]:
     """The structures of the phantom that a series was read from, as far as they lie in ``grid``; none for others."""
     recipe = phantom_recipe(pointer)
     if recipe is None:
         return ()
-    return tuple(s for s in _made_again(json.dumps(recipe, sort_keys=True)) if holds(lattice, s))
+    return tuple(s for s in _made_again(json.dumps(recipe, sort_keys=True)) if holds(grid, s))
 
 
 @functools.lru_cache(maxsize=8)

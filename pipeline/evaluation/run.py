@@ -96,7 +96,7 @@ class ScoreSpread:
     Attributes:
         options: The engine; one after the other in this process by default.
         load: Makes a worker's own VAE on its device; None where this process's serves.
-        threads: Arithmetic threads a worker, pinned for equal figures; None leaves them as they are.
+        threads: Arithmetic threads per worker, pinned for equal figures; None leaves them as they are.
     """
 
     options: EngineOptions = field(default_factory=lambda: EngineOptions("inline"))

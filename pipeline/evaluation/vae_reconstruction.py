@@ -104,7 +104,7 @@ def check(
 
 
 def summarise(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """A row a window: means over the series, and the sentence that says what they mean."""
+    """Return one row per window: means over the series, and the sentence that says what they mean."""
     rows = []
     for name in dict.fromkeys(s.window for s in scores):
         chosen = [s for s in scores if s.window == name]

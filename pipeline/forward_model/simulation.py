@@ -34,7 +34,7 @@ def draw_thick(thin: Geometry, thickness_mm: float, key: str, thin_noise_hu: flo
     """A thick series of about ``thickness_mm`` that the thin one allows, the same for the same key; None if too short.
 
     Args:
-        thin: Lattice of the thin series.
+        thin: Grid of the thin series.
         key: Of the thin series: seeds the draw.
         thin_noise_hu: Of the thin slices; what is left of it after averaging counts towards the noise wanted.
     """

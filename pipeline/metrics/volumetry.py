@@ -30,7 +30,7 @@ class Structure:
         start, end: Ends of its axis, (x, y, z) in LPS mm; the same point for a nodule.
         radius_mm: Largest distance of its surface from the axis.
         volume_mm3: Known volume; for a vessel that of the stretch between the planes through both ends.
-        inside_hu, outside_hu: Its own HU and its surroundings'.
+        inside_hu, outside_hu: HU of the structure and of its surroundings.
     """
 
     kind: Literal["nodule", "vessel"]

@@ -128,7 +128,7 @@ class PatientSplits:
 
 
 def patient_table(store: LatentStore) -> pa.Table:
-    """A row a patient with a usable series: patient_key, category, paired, split."""
+    """Return one row per patient with a usable series: patient_key, category, paired, split."""
     catalog = store.catalog_table(("patient_key", "category", "role", "status", "split"))
     usable = pc.and_(pc.equal(catalog["status"], "ok"), pc.not_equal(catalog["role"], "other"))
     catalog = catalog.filter(usable)

@@ -132,7 +132,7 @@ class RunSettings:
         arithmetic: ``auto`` takes bfloat16 where the processor has it in hardware: twice as fast, within 1 HU.
         threads: Of a CPU; None leaves torch's own.
         max_cells: Cells of the thick grid at once; less needs less memory and more time.
-        on_progress: Told the share that is done, 0 to 1.
+        on_progress: Called with the share that is done, 0 to 1.
     """
 
     device: str = "cpu"

@@ -24,7 +24,7 @@ from latentcache.storage import written_aside
 from pipeline.forward_model import ThickMeasurement
 from pipeline.refiner.inputs import RefinerInput, ThickView
 from pipeline.refiner.network import HEAD_REACH, Refiner, RefinerConfig
-from pipeline.volume import HANDOVER_SLOPE, Volume, Window, interpolated_onto
+from pipeline.volume import BLEND_SLOPE, Volume, Window, interpolated_onto
 
 FILE_NAME = "refiner.safetensors"
 START_NAME = "start_refiner.safetensors"
@@ -261,13 +261,14 @@ def settle(refined: NDArray[np.float32], composed: NDArray[np.float32], window: 
     """Refined HU, inside the window, where composed HU is inside too; else blended with it, without a step.
 
     For composed HU beyond an edge, the weight of the refined value rises from 0 at that edge to 1 at a distance that
-    grows with how far beyond it is, as in ``compose.hand_over``: salt in the lung needs more than a few HU of belief.
+    grows with how far beyond it is, as in ``volume.blend_at_edges``: salt in the lung needs more than a few HU of
+    belief.
     """
     out = np.array(refined, dtype=np.float32)
     for edge, sign in ((window.lower, 1.0), (window.upper, -1.0)):
         beyond = sign * (composed - np.float32(edge)) < 0
         value = composed[beyond]
-        margin = np.float32(HANDOVER_SLOPE) * np.abs(value - np.float32(edge))
+        margin = np.float32(BLEND_SLOPE) * np.abs(value - np.float32(edge))
         t = np.clip(sign * (refined[beyond] - np.float32(edge)) / np.maximum(margin, np.float32(1e-3)), 0.0, 1.0)
         out[beyond] = value + t * t * (3.0 - 2.0 * t) * (refined[beyond] - value)
     return out

@@ -38,7 +38,7 @@ class PeerConfig:
 
     Attributes:
         host: The address it must come from; empty for any.
-        port: Its own port for storage commitment reports; 0 where it has none.
+        port: Port of the peer for storage commitment reports; 0 where it has none.
     """
 
     ae_title: str

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from latentcache import Encoding, InputError
 
-HANDOVER_FRACTION = 0.025
-"""Width of the hand-over at a window's edge, as a share of the window, where base is at the edge."""
-HANDOVER_SLOPE = 0.15
+BLEND_FRACTION = 0.025
+"""Width of the blend at a window's edge, as a share of the window, where base is at the edge."""
+BLEND_SLOPE = 0.15
 """Growth of the blend's width for each HU that base is beyond the edge."""
 
 
-def hand_over(decoded: NDArray[np.float32], base: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
+def blend_at_edges(decoded: NDArray[np.float32], base: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
     """Blend decoded and interpolated HU where the window clipped; both (z, y, x), returns float32.
 
     At the window's lower edge L (and mirrored at the upper): a decoded value at L says only "L or below", so base
@@ -26,10 +26,10 @@ def hand_over(decoded: NDArray[np.float32], base: NDArray[np.float32], window: W
     volume. Both inputs enter continuously, so no step can appear; deep inside the window D passes unchanged.
     """
     out = np.array(decoded, dtype=np.float32)
-    narrowest = np.float32(HANDOVER_FRACTION * window.width)
+    narrowest = np.float32(BLEND_FRACTION * window.width)
     for edge, sign in ((window.lower, 1.0), (window.upper, -1.0)):
         beyond = np.minimum(sign * (base - np.float32(edge)), 0.0)
-        margin = narrowest - np.float32(HANDOVER_SLOPE) * beyond
+        margin = narrowest - np.float32(BLEND_SLOPE) * beyond
         np.minimum(margin, np.float32(window.width / 2), out=margin)
         t = np.clip(sign * (decoded - np.float32(edge)) / margin, 0.0, 1.0)
         t = t * t * (3.0 - 2.0 * t)

@@ -33,7 +33,7 @@ class DecodeJob:
         consistency: Project onto the measured thick slices; None: where thin slices are sampled.
         refiner: A refiner's run; None: the checkpoint's own; ``none``: without.
         engine: How tasks are spread; one after the other in this process by default.
-        threads: Arithmetic threads a device, pinned for equal bytes on every engine.
+        threads: Arithmetic threads per device, pinned for equal bytes on every engine.
     """
 
     store: str
@@ -116,10 +116,10 @@ def _sampled(job: DecodeJob, run: Path, latents: Any, engine: Any, answer: str, 
     from pipeline.workflows.sample import SampleJob, Spread, sample_pairs
 
     apart = job.uncertainty or job.uncertainty_map or job.alarm_map or answer != "mean"
-    drawing = SampleJob(
+    sampling = SampleJob(
         run, job.split, job.keys, job.sampler, job.steps, seed=job.seed, samples=job.samples, apart=apart
     )
-    return sample_pairs(latents, drawing, Spread(engine, job.threads), on_progress)
+    return sample_pairs(latents, sampling, Spread(engine, job.threads), on_progress)
 
 
 def _decode_into_folder(
@@ -142,7 +142,7 @@ def _decode_into_folder(
     from pipeline.identity import PrivateStore
     from pipeline.volume import Window
 
-    people = PrivateStore.open(job.store, job.private)
+    private = PrivateStore.open(job.store, job.private)
     encoding = latents.encoding(sampled.encode_key) if sampled else latents.encoding_in_use(job.encode_key)
     facts: dict[str, Any] = sampled.facts if sampled else {"checkpoint_sha256": "", "sampling": {}}
     writing = WriteSettings(
@@ -166,7 +166,7 @@ def _decode_into_folder(
 
     return decode_store(
         latents,
-        people,
+        private,
         encoding.encode_key,
         DecodeSettings(
             writing, composing, restore_identity=job.restore_identity, compose_stored=job.consistency is True

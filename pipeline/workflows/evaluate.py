@@ -97,7 +97,7 @@ def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[
     model = Interpolator.load(job.run, "meta")
     engine = job.engine or EngineOptions("inline", devices=(job.device,))
     vaes = _vaes(job, latents, model.encode_key, engine)
-    people = PrivateStore.open(job.store, job.private)
+    private = PrivateStore.open(job.store, job.private)
     pairs, not_encoded = pairs_of(latents, model.encode_key, job.split, job.limit, model.condition_role)
     evaluation, facts = _compared(job, latents, model, pairs)
     settings = SampleSettings(sampler=job.sampler, num_inference_steps=job.steps, seed=job.seed, samples=job.samples)
@@ -109,7 +109,7 @@ def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[
     )
     folder = job.run / "evaluation" / job.split
     looks = _log_looks(job, sampled.generation_key, len(pairs))
-    work = CaseWork(latents, people, vaes.here, sampled.latent_of, evaluation, sampled.samples_of)
+    work = CaseWork(latents, private, vaes.here, sampled.latent_of, evaluation, sampled.samples_of)
     cases = _scored(work, pairs, folder, ScoreSpread(engine, vaes.load, job.threads), sampled.failed, on_progress)
     refiner = evaluation.compose.refiner
     document = {

@@ -140,12 +140,12 @@ def sample_stage(
     )
 
 
-def _run(drawing: SampleWorker, prepared: PreparedSample, *, threads: int | None) -> StagedLatents:
+def _run(worker: SampleWorker, prepared: PreparedSample, *, threads: int | None) -> StagedLatents:
     """The stage's device part, with its threads pinned for equal bytes on every engine."""
     if threads is not None:
         pin(threads)
     seconds: dict[str, float] = {}
-    record = timed(seconds, "sample", lambda: draw(drawing, prepared))
+    record = timed(seconds, "sample", lambda: draw(worker, prepared))
     return StagedLatents(prepared.task.name, (record,), None, seconds)
 
 
@@ -235,14 +235,14 @@ def sample_pairs(latents: LatentStore, job: SampleJob, spread: Spread, on_progre
     stores: list[LatentStore] = []
     failed: dict[str, str] = {}
     for number in range(stores_wanted):
-        drawing = SampleSettings(
+        how = SampleSettings(
             sampler=job.sampler,
             num_inference_steps=job.steps,
             seed=job.seed + number,
             samples=1 if job.apart else job.samples,
         )
         left = [key for key in pairs if key not in failed]
-        out, lost = sample_store(latents, job.run, model, left, drawing, spread, advance)
+        out, lost = sample_store(latents, job.run, model, left, how, spread, advance)
         stores.append(out)
         failed |= lost
     options = {"sampler": job.sampler, "num_inference_steps": job.steps, "seed": job.seed}

@@ -47,7 +47,7 @@ def docstrings() -> Iterator[tuple[str, str]]:
 
 
 def found(word: str, text: str) -> bool:
-    return re.search(rf"\b{word}\b", " ".join(CODE.sub(" ", text).split())) is not None
+    return re.search(rf"\b{word}\b", " ".join(CODE.sub(" ", text).split()), re.IGNORECASE) is not None
 
 
 @pytest.mark.parametrize("word", sorted(REFUSED))

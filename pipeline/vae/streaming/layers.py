@@ -27,9 +27,7 @@ from pipeline.vae.streaming.transfers import Download, Lanes, Upload
 
 def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int], *, bias: bool = True) -> Tensor:
     """Convolve a slab; returns (n, H, W, C) dense. ``layer.weight`` is kept in channels-last order."""
-    if (
-        x_DHWC.is_meta
-    ):  # a rehearsal: there conv3d answers in another layout, and a copy that no device makes would count
+    if x_DHWC.is_meta:  # a dry run: there conv3d answers in another layout, and a copy that no device makes would count
         sizes = zip(x_DHWC.shape[:3], padding, layer.kernel_size, layer.stride, strict=True)
         return x_DHWC.new_empty([*((n + 2 * p - k) // s + 1 for n, p, k, s in sizes), layer.out_channels])
     x = as_image(x_DHWC)

@@ -45,7 +45,7 @@ class Plan:
     host_bytes: int
 
 
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Live bytes of the storages made on the meta device while it is active, and their peaks.
 
     Index 0 is the device, index 1 the host.
@@ -110,12 +110,12 @@ def rehearse(
     meta = torch.device("meta")
     with meta:
         layers = getattr(KlAutoencoder(architecture).to(dtype), part)
-    with torch.inference_mode(), _Ledger() as ledger:
-        executor = SlabExecutor(slab_bytes, offload=offload, rehearsal=ledger.on_host)
+    with torch.inference_mode(), _AllocationTracker() as tracker:
+        executor = SlabExecutor(slab_bytes, offload=offload, dry_run=tracker.on_host)
         stream = executor.run(layers, _Blank(shape_DHWC, dtype, meta))
         for start, stop in executor.slabs(stream):
             stream.take(stop - start)
-    return ledger.peak[0], ledger.peak[1]
+    return tracker.peak[0], tracker.peak[1]
 
 
 def make_plan(

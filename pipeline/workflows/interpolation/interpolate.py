@@ -334,7 +334,7 @@ def interpolate(
         thick: The chosen series in HU.
         keys: Derives the pseudonyms; the output folder is named by the series key.
         generate: The model, on latents.
-        progress: Told the step that begins: ``encode``, ``generate``, ``decode and write``.
+        progress: Called with the step that begins: ``encode``, ``generate``, ``decode and write``.
 
     Raises:
         InputError: The output folder exists, or the original identity is wanted and incomplete.

@@ -89,14 +89,14 @@ def train_refiner(
     from pipeline.workflows.training.refiner_cases import RefinerSource
 
     prepare_run(job.run, job.resume)
-    latents, people = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
+    latents, private = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
     cutting = PatchSettings(job.patch, batch=job.batch, seed=job.seed)
     with tempfile.TemporaryDirectory(prefix="ctpipe-refiner-") as scratch:
         model: Sampled | None = None
         facts: dict[str, Any] = {}
         if job.checkpoint is not None:
             model, facts = sampled(latents, job, job.checkpoint, on_progress)
-        source = RefinerSource(latents, people, Path(scratch), model)
+        source = RefinerSource(latents, private, Path(scratch), model)
         training = RefinerPatches(source.keys("train"), source.case, source.window, cutting)
         trainer = _trainer(job, source, training, on_step)
         summary = trainer.run(job.resume)
@@ -274,8 +274,8 @@ def sampled(
 
     keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
     here = Spread(EngineOptions("inline", devices=(job.device,)))
-    drawing = SampleJob(checkpoint, keys=keys, steps=job.sampling_steps, seed=job.seed)
-    done = sample_pairs(latents, drawing, here, on_progress)
+    sampling = SampleJob(checkpoint, keys=keys, steps=job.sampling_steps, seed=job.seed)
+    done = sample_pairs(latents, sampling, here, on_progress)
     if done.failed:
         raise InputError(
             f"{len(done.failed)} pairs that cannot be sampled, the first {next(iter(done.failed.items()))}",

@@ -36,12 +36,14 @@ class RefinerSource:
     """Cases by pair key.
 
     Args:
-        scratch: A folder of the run's own for decoded detail, so that a model's output is decoded once a pair.
+        scratch: A folder of the run's own for decoded detail, so that a model's output is decoded once per pair.
         model: None where the refiner is to correct plain interpolation.
     """
 
-    def __init__(self, latents: LatentStore, people: PrivateStore, scratch: Path, model: Sampled | None = None) -> None:
-        self.latents, self.people, self.scratch, self.model = latents, people, scratch, model
+    def __init__(
+        self, latents: LatentStore, private: PrivateStore, scratch: Path, model: Sampled | None = None
+    ) -> None:
+        self.latents, self.private, self.scratch, self.model = latents, private, scratch, model
         self.window = Window.of(latents.encoding(model.encode_key) if model else latents.encoding_in_use())
         self._series = {s.series_key: s for s in latents.series()}
         self._pairs = {p.pair_key: p for p in latents.pairs() if p.status == "ok"}
@@ -58,8 +60,8 @@ class RefinerSource:
     def case(self, key: str) -> RefinerCase:
         """Read one pair: thin slices inside the thick extent, thick slices, detail."""
         pair = self._pairs[key]
-        thin = read_series(self.people.pointer(pair.thin_key))
-        thick = onto_field(read_series(self.people.pointer(pair.thick_key)), thin.geometry)
+        thin = read_series(self.private.pointer(pair.thin_key))
+        thick = onto_field(read_series(self.private.pointer(pair.thick_key)), thin.geometry)
         inside = common_slices(thick.geometry, thin.geometry)
         target = thin.geometry.with_z(np.asarray(thin.geometry.z_mm)[inside])
         detail = None if self.model is None else self._detail(self.model, key, thick, target, inside)

@@ -92,14 +92,14 @@ def train_regression(job: RegressionJob, on_step: Callable[[Progress], None] | N
     from pipeline.workflows.training.refiner_cases import RefinerSource
 
     seconds = _budget(job)
-    latents, people = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
+    latents, private = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
     card = None if job.like is None else RunCard.read(job.like)
     if card is not None:
         latents = reopen(latents, card)
     window = Window.of(latents.encoding(card.encode_key) if card else latents.encoding_in_use())
     config = RefinerConfig(job.width, job.blocks)
     with tempfile.TemporaryDirectory(prefix="ctpipe-regression-") as scratch:
-        source = RefinerSource(latents, people, Path(scratch))
+        source = RefinerSource(latents, private, Path(scratch))
         keys = training_pairs(latents.pairs())
         patches = RefinerPatches(keys, source.case, window, PatchSettings(job.patch, seed=job.seed))
         trainer = _trainer(job, patches, window, seconds, on_step)

@@ -168,7 +168,7 @@ def held_out_pairs(
 
     start = Path(settings["run"]) / START_NAME if config.data.start == "refined" else None
     try:
-        people = PrivateStore.open(settings["store"], settings["private"])
+        private = PrivateStore.open(settings["store"], settings["private"])
     except CtpipeError as error:
         if demanded:
             raise
@@ -179,7 +179,7 @@ def held_out_pairs(
         return lambda interpolator, step: {}
     held_out = HeldOutImages(
         latents,
-        people,
+        private,
         vae,
         encode_key,
         count=config.validation.pairs,
