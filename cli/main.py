@@ -50,9 +50,9 @@ def logs(
         bool, typer.Option("--version", help="Show the version and stop.", callback=show_version, is_eager=True)
     ] = False,
     log_json: Annotated[
-        bool, typer.Option("--log-json", help="Log one JSON object a line on stderr; CTPIPE_LOG=json does the same.")
+        bool, typer.Option("--log-json", help="Log one JSON object per line on stderr; CTPIPE_LOG=json does the same.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Log more, with tracebacks of what was set aside.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Log more, with tracebacks of what was excluded.")] = False,
 ) -> None:
     """Thick-slice CT archives to trustworthy thin slices."""
     if log_json or os.environ.get(job_log.ENVIRONMENT) == "json":

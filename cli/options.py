@@ -23,9 +23,9 @@ GpuShare = Annotated[
 Engine = Annotated[str, typer.Option(help="dask (embedded, the default), ray, or inline.")]
 DaskScheduler = Annotated[str | None, typer.Option(help="A dask scheduler, e.g. tcp://host:8786.")]
 RayAddress = Annotated[str | None, typer.Option(help="A Ray cluster's address, or `auto`.")]
-Threads = Annotated[int, typer.Option(min=1, help="Arithmetic threads a device; pinned, for equal bytes.")]
+Threads = Annotated[int, typer.Option(min=1, help="Arithmetic threads per device; pinned, for equal bytes.")]
 Prefetch = Annotated[int, typer.Option(min=0, help="Series read ahead of each device.")]
-SeriesTimeout = Annotated[float | None, typer.Option(min=1, help="On Ray, seconds after which a series is set aside.")]
+SeriesTimeout = Annotated[float | None, typer.Option(min=1, help="On Ray, seconds after which a series is excluded.")]
 
 
 def engine_options(
@@ -111,7 +111,7 @@ UncertaintyMap = Annotated[
 ]
 AlarmMap = Annotated[
     bool,
-    typer.Option("--alarm-map", help="Also write where the sample stands out from the others, as a Parametric Map."),
+    typer.Option("--alarm-map", help="Also write where the sample differs from the others, as a Parametric Map."),
 ]
 TransferSyntax = Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")]
 Enhanced = Annotated[

@@ -98,7 +98,7 @@ def counting_bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
 
 @contextmanager
 def advancing_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that is told how many more items are done."""
+    """A progress bar that takes how many more items are done."""
     done = 0
     with counting_bar(title) as show:
         show(0, total)

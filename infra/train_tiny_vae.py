@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from tiny_vae_crops import SOFT_TISSUE, Crops
 from tiny_vae_start import ARCHITECTURE, LATENT_SIGMA, build, start_linear
 
+from latentcache.storage import written_aside
 from pipeline.phantom import make_patient
 
 log = logging.getLogger("train_tiny_vae")
@@ -81,15 +82,10 @@ def round_trip_psnr(model: AutoencoderKL, volumes: list[NDArray[np.float32]]) ->
 def export(model: AutoencoderKL, path: Path, facts: dict[str, Any]) -> None:
     """Float16 safetensors under MONAI's names; architecture and recipe as metadata. Replaced atomically."""
     tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    save_file(
-        tensors,
-        aside,
-        metadata={"architecture": json.dumps(ARCHITECTURE), "recipe": json.dumps(facts), "intensity": "[0, 1]"},
-    )
-    aside.chmod(0o644)
-    os.replace(aside, path)
+    metadata = {"architecture": json.dumps(ARCHITECTURE), "recipe": json.dumps(facts), "intensity": "[0, 1]"}
+    with written_aside(path) as draft:
+        save_file(tensors, draft, metadata=metadata)
+        draft.chmod(0o644)
 
 
 def loss_terms(

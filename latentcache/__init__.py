@@ -1,4 +1,4 @@
-"""What a latent is and where it is kept.
+"""Latents, their records, and the store that keeps them.
 
 In: arrays with their `Encoding`. Out: checked reads from a store that survives kills; one committing driver.
 """

@@ -13,12 +13,14 @@ from .host_memory import free_host_bytes as free_host_bytes, peak_bytes as peak_
 from .lease import Lease as Lease
 from .moments import ROW as ROW, Moments as Moments, merge_all as merge_all, moments_of as moments_of
 from .numerics import (
+    TRITON_SWITCH as TRITON_SWITCH,
     check_bf16_convolutions as check_bf16_convolutions,
     compute_dtype as compute_dtype,
     device_kind as device_kind,
     dtype_for_latents as dtype_for_latents,
     full_float32 as full_float32,
     linear_neighbours as linear_neighbours,
+    triton_agrees as triton_agrees,
 )
 from .queries import pairs_where as pairs_where, series_where as series_where
 from .records import (
@@ -41,5 +43,10 @@ from .records import (
     valid_latents as valid_latents,
 )
 from .shard import METADATA as METADATA, SHARD as SHARD, Layout as Layout, restore_latent as restore_latent
-from .store import STORE as STORE, LatentStore as LatentStore, open_on_worker as open_on_worker
+from .store import (
+    STORE as STORE,
+    LatentStore as LatentStore,
+    open_on_worker as open_on_worker,
+    store_of_worker as store_of_worker,
+)
 from .writer import Writer as Writer

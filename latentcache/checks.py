@@ -1,4 +1,4 @@
-"""What may enter a store: registered encodings, and latents that are finite, of the right shape and keyed by a hash."""
+"""Admission to a store: registered encodings, and latents that are finite, of the right shape and keyed by a hash."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_encoding(location: Location, encode_key: str) -> Encoding:
     return _cached_encoding(location.url, encode_key, text)
 
 
-def check_latent(
+def validate_latent(
     array: NDArray[Any], encoding: Encoding, key: str, role: str, dz_mm: float, valid_zyx: tuple[int, int, int]
 ) -> tuple[int, int, int, int]:
     """Refuse what must never be cached; returns the shape (C, d, h, w).

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class LatentView:
     """Latents end to end along depth: ``array`` is (C, D, h, w) float16, one dask chunk a latent.
 
-    Latent ``keys[i]`` lies in slices ``starts[i]`` to ``starts[i + 1]``.
+    Latent ``keys[i]`` is in slices ``starts[i]`` to ``starts[i + 1]``.
     """
 
     array: dask.array.Array

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def held_by_others(device: torch.device) -> str:
-    """How much of a GPU's memory other processes hold, as the end of a sentence.
+    """Return how much of a GPU's memory other processes hold, as the end of a sentence.
 
     Empty where it is none to speak of, and for a CPU.
     """

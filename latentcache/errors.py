@@ -56,7 +56,7 @@ def missing_extra(package: str, extra: str, purpose: str) -> InputError:
 
 
 def no_ray_cluster() -> InputError:
-    """What training and every other stage say where nothing answers at a Ray address."""
+    """Return the error of training and every other stage where nothing answers at a Ray address."""
     return InputError(
         "no Ray cluster answers at that address",
         expected="a running head node, and its token where it asks for one",

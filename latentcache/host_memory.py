@@ -1,4 +1,4 @@
-"""How much host memory this process may still take: what the machine has free, or its control group if that is less.
+"""Host memory that this process may still take: what the machine has free, or its control group if that is less.
 
 And how much it has taken at most.
 """

@@ -24,7 +24,7 @@ CLOCK_SKEW_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """Who may commit, and until when (seconds since 1970). ``host`` and ``process`` are hashes, not names."""
+    """Holder of the lease, and its end (seconds since 1970). ``host`` and ``process`` are hashes, not names."""
 
     token: str
     host: str
@@ -77,7 +77,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def current(self) -> LeaseRecord | None:
-        """Who holds the lease now; None when nobody does."""
+        """Return the holder of the lease; None when nobody holds it."""
         try:
             data = self.location.read(LEASE)
         except FileNotFoundError:

@@ -16,7 +16,7 @@ from latentcache.records import COMPRESSION
 from latentcache.tables import matrix, positions
 
 ROW = ("key", "role", "valid_zyx", "mean", "std")
-"""What is needed of a manifest row."""
+"""Columns that moments need of a manifest row."""
 
 
 def moments_of(rows: pa.Table, catalog: pa.Table, encode_key: str) -> Moments:

@@ -5,6 +5,10 @@ PyTorch is imported where it is needed, so that a store can be read without it.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Computed(Protocol):
-    """What says in which arithmetic latents were computed; `Encoding` does."""
+    """A statement of the arithmetic that latents were computed in, such as an `Encoding`."""
 
     @property
     def compute_dtype(self) -> str: ...
@@ -26,6 +30,10 @@ class Computed(Protocol):
     def device_kind(self) -> str: ...
 
 
+log = logging.getLogger("ctpipe.kernels")
+
+TRITON_SWITCH = "CTPIPE_TRITON"
+"""Environment variable: 0 keeps to PyTorch's operations."""
 Precision = Literal["auto", "fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "bf16")
 
@@ -85,7 +93,7 @@ def full_float32() -> None:
 
 
 def check_bf16_convolutions(device: torch.device) -> None:
-    """Refuse a GPU whose bf16 3-D convolutions are known, or found, to be wrong. About two seconds, once a process.
+    """Refuse a GPU whose bf16 3-D convolutions are known, or found, to be wrong. About two seconds, once per process.
 
     Raises:
         InputError: The cuDNN version, or the error that was measured, and what to install.
@@ -162,3 +170,31 @@ def linear_neighbours(
     distance = np.where(above > below, z_from[above] - z_from[below], 1.0)
     weight = np.clip((z_to - z_from[below]) / distance, 0.0, 1.0) * (above > below)
     return below, above, weight
+
+
+def triton_agrees(index: int, largest_difference: Callable[[torch.device], float], without: str) -> bool:
+    """Return whether Triton is there and its kernels agree with PyTorch on a GPU; the log says why they do not.
+
+    Args:
+        index: Of the CUDA device.
+        largest_difference: Runs the kernels on a device; their largest relative difference from PyTorch's operations.
+        without: What runs by PyTorch's operations where Triton is missing, for the log.
+    """
+    import torch
+
+    if os.environ.get(TRITON_SWITCH) == "0":
+        log.info("Triton kernels are off (%s=0)", TRITON_SWITCH)
+        return False
+    if importlib.util.find_spec("triton") is None:
+        log.info("Triton is not installed: %s by PyTorch's operations, which is slower", without)
+        return False
+    try:
+        wrong = largest_difference(torch.device("cuda", index))
+    except Exception as error:  # noqa: BLE001 - compilers and drivers fail in many ways; PyTorch's path remains
+        why = f"{type(error).__name__}: {error}"
+        log.warning("Triton kernels do not run here (%s); PyTorch's operations instead", why)
+        return False
+    if not wrong < 1e-3:
+        log.warning("Triton kernels are off by %.1e here; PyTorch's operations instead", wrong)
+        return False
+    return True

@@ -1,11 +1,14 @@
-"""The rows that ctpipe keeps: a series found, a thick/thin pair, a committed latent, and what an encode key hashes."""
+"""The rows that ctpipe keeps: a series found, a thick/thin pair, a committed latent, and what an encode key hashes.
+
+A row's fields are a table's columns: ``Annotated[type, meaning]``, with an Arrow type of the items where it is unusual.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,56 +42,55 @@ class SeriesRecord:
     (16 numbers). ``z_mm`` are the projections of each slice's ImagePositionPatient on the slice normal, ascending.
     """
 
-    series_key: str
-    study_key: str
-    patient_key: str
-    category: str
-    role: SeriesRole
-    status: Literal["ok", "quarantined"]
-    reason: str
-    n_slices: int
-    shape_zyx: tuple[int, int, int]
-    spacing_mm_zyx: tuple[float, float, float]
-    thickness_mm: float
-    affine_lps: tuple[float, ...]
-    z_mm: tuple[float, ...]
-    frame_key: str
-    """HMAC of FrameOfReferenceUID; equal within one frame of reference."""
-    acquisition_key: str
-    kernel: str
-    modality: str
-    transfer_syntax: str
-    flags: tuple[str, ...] = ()
-    split: Split = ""
-    source_digest: str = ""
+    series_key: Annotated[str, "first 16 hex of the HMAC of SeriesInstanceUID and discriminator"]
+    study_key: Annotated[str, "HMAC of StudyInstanceUID"]
+    patient_key: Annotated[str, "HMAC of PatientID and issuer"]
+    category: Annotated[str, "label from the allow-list"]
+    role: Annotated[SeriesRole, "thick, thin or other"]
+    status: Annotated[Literal["ok", "quarantined"], "ok or quarantined"]
+    reason: Annotated[str, "why quarantined; no patient data"]
+    n_slices: Annotated[int, "slices"]
+    shape_zyx: Annotated[tuple[int, int, int], "voxels"]
+    spacing_mm_zyx: Annotated[tuple[float, float, float], "from positions, mm"]
+    thickness_mm: Annotated[float, "SliceThickness as stated, mm"]
+    affine_lps: Annotated[tuple[float, ...], "4x4, row by row: indices (z, y, x, 1) to LPS mm"]
+    z_mm: Annotated[tuple[float, ...], "slice positions along the normal, mm, ascending"]
+    frame_key: Annotated[str, "HMAC of FrameOfReferenceUID"]
+    acquisition_key: Annotated[str, "one acquisition of a study"]
+    kernel: Annotated[str, "reconstruction kernel"]
+    modality: Annotated[str, "Modality"]
+    transfer_syntax: Annotated[str, "transfer syntax of the source"]
+    flags: Annotated[tuple[str, ...], "what is unusual but usable"] = ()
+    split: Annotated[Split, "train, val, test or empty"] = ""
+    source_digest: Annotated[str, "over every member's CRC-32 and size"] = ""
     """Hash over the CRC-32 and size of every member, so that a changed archive is noticed without reading pixels."""
 
 
 ACROSS_FIELDS = '"across_fields": true'
-"""Stands in the evidence (canonical JSON) of a pair whose in-plane grids differ, so that a column can be searched."""
+"""Marker in the evidence (canonical JSON) of a pair whose in-plane grids differ, so that a column can be searched."""
 
 
 SIMULATED = '"simulated": true'
-"""Stands likewise in the evidence of a pair whose thick series was computed from its thin one."""
+"""Marker likewise of a pair whose thick series was computed from its thin one."""
 
 
 @dataclass(frozen=True)
 class PairRecord:
     """A thick and a thin series of one acquisition. ``overlap_mm`` is the common extent along the slice normal."""
 
-    pair_key: str
-    study_key: str
-    patient_key: str
-    category: str
-    thick_key: str
-    thin_key: str
-    overlap_mm: tuple[float, float]
-    split: Split
-    evidence: str
+    pair_key: Annotated[str, "HMAC of the two series"]
+    study_key: Annotated[str, "HMAC of StudyInstanceUID"]
+    patient_key: Annotated[str, "HMAC of PatientID and issuer"]
+    category: Annotated[str, "label from the allow-list"]
+    thick_key: Annotated[str, "series key of the thick series"]
+    thin_key: Annotated[str, "series key of the thin series"]
+    overlap_mm: Annotated[tuple[float, float], "common extent along the normal, mm: low, high"]
+    split: Annotated[Split, "train, val, test or empty"]
+    evidence: Annotated[str, "JSON: scores, other candidates, pixel proof"]
     """JSON object: scores of every criterion, other candidates, and the pixel proof once encoded."""
-    status: Literal["ok", "quarantined"] = "ok"
+    status: Annotated[Literal["ok", "quarantined"], "ok, or quarantined by the pixel proof"] = "ok"
     """``quarantined`` once the pixels contradict the headers (the thin series does not average to the thick one)."""
-    reason: str = ""
+    reason: Annotated[str, "why quarantined; no patient data"] = ""
 
     @property
     def across_fields(self) -> bool:
@@ -111,25 +113,25 @@ class LatentRecord:
     ``dz_mm`` the distance between latent slices. ``mean`` and ``std`` are per channel over the valid latents.
     """
 
-    key: str
-    encode_key: str
-    role: LatentRole
-    shape: tuple[int, int, int, int]
-    dtype: str
-    path: str
-    z0_mm: float
-    dz_mm: float
-    valid_zyx: tuple[int, int, int]
-    crc32c: tuple[int, ...]
+    key: Annotated[str, "series key, or pair key for thick_on_thin"]
+    encode_key: Annotated[str, "hash of the encoding"]
+    role: Annotated[LatentRole, "thin, thick or thick_on_thin"]
+    shape: Annotated[tuple[int, int, int, int], "channels, then latent slices, rows, columns"]
+    dtype: Annotated[str, "float16"]
+    path: Annotated[str, "of the Zarr array, relative to the store"]
+    z0_mm: Annotated[float, "centre of latent slice 0 along the normal, mm"]
+    dz_mm: Annotated[float, "distance between latent slices, mm"]
+    valid_zyx: Annotated[tuple[int, int, int], "voxels of the volume before padding"]
+    crc32c: Annotated[tuple[int, ...], "of every depth chunk, channels in turn", "uint32"]
     """One checksum for every inner chunk along depth, so that a window is checked without reading the whole."""
-    sha256: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    round_trip_psnr: float | None
-    source_digest: str
-    compute_dtype: str = "float32"
-    device_kind: str = "cpu"
-    """What it was computed in and on: two of these differ by 6e-3, where the pixels and the weights are the same."""
+    sha256: Annotated[str, "of the shard object"]
+    mean: Annotated[tuple[float, ...], "per channel over the valid latents"]
+    std: Annotated[tuple[float, ...], "per channel over the valid latents, population"]
+    round_trip_psnr: Annotated[float | None, "dB, where it was measured"]
+    source_digest: Annotated[str, "of the series it was made from"]
+    compute_dtype: Annotated[str, "float32 or bfloat16: what it was computed in"] = "float32"
+    device_kind: Annotated[str, "cpu or cuda: what it was computed on"] = "cpu"
+    """Arithmetic and device: two of these differ by 6e-3, where the pixels and the weights are the same."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ class LatentPlace(Protocol):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Everything that changes a latent's bytes; its hash is the encode key and stands in the store in clear."""
+    """Everything that changes a latent's bytes; its hash is the encode key and is kept in the store in clear."""
 
     vae_sha256: str
     vae_architecture: dict[str, Any]

@@ -1,8 +1,8 @@
 """A latent's bytes: a Zarr v3 array of one shard, and the reader that is fast enough to feed a GPU from one core.
 
-Layout (format version 1). The array (C, d, h, w) float16 lies in one shard object, ``c.0.0.0.0``, beside ``zarr.json``.
+Layout (format version 1). The array (C, d, h, w) float16 is in one shard object, ``c.0.0.0.0``, beside ``zarr.json``.
 Inner chunks are (1, CHUNK_DEPTH, h, w), each followed by its CRC-32C (Zarr's ``crc32c`` codec), the channels of one
-depth chunk side by side; the shard index stands at the end. So a depth window of all channels is one byte range, and
+depth chunk side by side; the shard index is at the end. So a depth window of all channels is one byte range, and
 every inner chunk is contiguous in the result: one preadv scatters it there without a copy. Bytes are raw: see
 infra/decisions/0005. Any Zarr v3 reader opens the array; this module needs no zarr.
 
@@ -36,7 +36,7 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies in the shard of an array of this shape."""
+    """Offsets in the shard of an array of this shape."""
 
     shape: Shape
 
@@ -104,7 +104,7 @@ class Written:
 
 
 def write_latent(location: Location, path: str, array: Latent) -> Written:
-    """Write a contiguous (C, d, h, w) float16 array under a path of its own; the data last, so that it proves both."""
+    """Write a contiguous (C, d, h, w) float16 array under a separate path; the data last, so that it proves both."""
     channels, depth, height, width = array.shape
     layout = Layout((channels, depth, height, width))
     buffers: list[Buffer] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import uuid
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from latentcache.checks import check_key, check_latent, load_encoding
+from latentcache.checks import check_key, load_encoding, validate_latent
 from latentcache.errors import InputError, StoreError, StoreExistsError
 from latentcache.moments import ROW, Moments, moments_of
 from latentcache.records import (
@@ -54,7 +55,7 @@ STORE = "store.json"
 
 @dataclass(frozen=True)
 class Header:
-    """What never changes about a store: whose secret made its keys, and the seed of its splits."""
+    """Facts of a store that never change: whose secret made its keys, and the seed of its splits."""
 
     secret_fingerprint: str
     split_seed: int
@@ -149,6 +150,12 @@ def open_on_worker(url: str, fingerprint: str) -> LatentStore:
             remedy=f"The worker's has {store.secret_fingerprint}: mount the same volume on every node.",
         )
     return store
+
+
+@functools.lru_cache(maxsize=16)
+def store_of_worker(url: str) -> LatentStore:
+    """Return this process's own handle of a store, opened once. Rows come with a task: its snapshot does not matter."""
+    return LatentStore.open(url)
 
 
 def training_moments(store: LatentStore, encode_key: str) -> Moments:
@@ -305,10 +312,25 @@ class LatentStore:
         """Keys of all registered encodings."""
         return sorted(e.path.split("/")[-1][:-5] for e in self.location.list("encodings") if e.path.endswith(".json"))
 
+    def encoding_in_use(self, encode_key: str | None = None) -> Encoding:
+        """Return the encoding asked for, else the only one there.
+
+        Raises:
+            InputError: None, several, or another than asked for.
+        """
+        keys = self.encode_keys()
+        if encode_key in keys or (encode_key is None and len(keys) == 1):
+            return self.encoding(encode_key or keys[0])
+        raise InputError(
+            f"encodings {', '.join(keys) or 'none'}" + (f", not {encode_key}" if encode_key else ""),
+            expected="one encoding, or its key",
+            remedy="Name one with --encode-key (`ctpipe status STORE` lists them), or run `ctpipe encode` first.",
+        )
+
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def stage(self, array: NDArray[np.float16], meta: LatentMeta) -> LatentRecord:
-        """Write a latent durably under a fresh path of its own. It exists once a driver commits the returned row.
+        """Write a latent durably under a fresh path. It exists once a driver commits the returned row.
 
         Args:
             array: (C, d, h, w) float16, raw posterior mean.
@@ -318,7 +340,7 @@ class LatentStore:
             NonFiniteError: NaN or infinity in the latent.
         """
         encoding = self.encoding(meta.encode_key)
-        shape = check_latent(array, encoding, meta.key, meta.role, meta.dz_mm, meta.valid_zyx)
+        shape = validate_latent(array, encoding, meta.key, meta.role, meta.dz_mm, meta.valid_zyx)
         array = np.ascontiguousarray(array)
         d, h, w = valid_latents(meta.valid_zyx)
         moments = Moments.of(array[:, :d, :h, :w])

@@ -4,8 +4,9 @@ Safety rests on three things, in this order: a snapshot's name is put once, so o
 n; the lease keeps a second driver from starting at all; and a snapshot names only files that are already durable. On a
 file system the first holds by itself. On an object store without conditional puts the lease must: it is read back
 before and after every commit, and a driver that lost it stops; one that was stopped between looking and putting may
-still replace a snapshot, which both drivers notice: its own commit is reported as failed, and the other, when it next
-commits or ends, puts its snapshot back. infra/docs/store-guarantees.md says what is left to chance.
+still replace a snapshot, which both drivers notice: the replaced driver's commit is reported as failed, and
+the other, when it next commits or ends, puts its snapshot back. infra/docs/store-guarantees.md says what is left to
+chance.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 def decode(
     store: Annotated[str, typer.Argument(help="The latent store; a path or s3://bucket/prefix.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write into, one folder a series below it.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write into, one folder per series below it.")],
     to_dicom: Annotated[bool, typer.Option("--to-dicom", help="Write DICOM series (the only form there is).")] = True,
     checkpoint: Annotated[
         Path | None, typer.Option(help="A training run: sample thin from thick first, then decode that.")
@@ -86,7 +86,7 @@ def decode(
 ) -> int:
     """Write stored thin latents, or thin latents sampled from thick ones, as DICOM series.
 
-    A stored latent is written as the plain round trip through the VAE (with --consistency it is composed with the
+    A stored latent is written as the plain reconstruction of the VAE (with --consistency it is composed with the
     measured thick slices as sampled ones are). Series already in OUT are left alone, so that running it again resumes.
 
     Examples:

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         ),
         patients: Annotated[int, typer.Option(min=4, help="Synthetic patients.")] = 20,
         size: Annotated[int, typer.Option(min=64, help="In-plane matrix size.")] = 192,
-        slices: Annotated[int, typer.Option(min=40, help="Thin slices a patient.")] = 96,
+        slices: Annotated[int, typer.Option(min=40, help="Thin slices per patient.")] = 96,
         refine_seconds: Annotated[float, typer.Option(min=1, help="Seconds of training the refiner.")] = 180.0,
         train_seconds: Annotated[float, typer.Option(min=1, help="Seconds of training the model.")] = 120.0,
         seed: Annotated[int, typer.Option(help="Seed of the patients and the training.")] = 0,
@@ -46,7 +46,7 @@ def register(app: typer.Typer) -> None:
 def run_demo(
     app: typer.Typer, out: Path, phantoms: tuple[int, int, int], refine_seconds: float, train_seconds: float, seed: int
 ) -> dict[str, Any]:
-    """Run the commands one after the other; returns what stands in metrics.json.
+    """Run the commands one after the other; returns what is in metrics.json.
 
     Args:
         phantoms: Patients, in-plane size and thin slices.

@@ -55,7 +55,7 @@ def encode(
     prefetch: Prefetch = 1,
     series_timeout: SeriesTimeout = None,
     round_trip: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of latents whose round trip is measured.")
+        float, typer.Option(min=0, max=1, help="Share of latents whose reconstruction is measured.")
     ] = 0.02,
     private: Private = None,
     refresh: Annotated[

@@ -26,7 +26,7 @@ def ingest(
         "APE,non-APE"
     ),
     pair_across_fov: Annotated[
-        bool, typer.Option(help="Also pair series whose fields of view differ, if the thin lies within the thick.")
+        bool, typer.Option(help="Also pair series whose fields of view differ, if the thin is within the thick.")
     ] = False,
     resample_variable_spacing: Annotated[
         bool, typer.Option(help="Take series of uneven spacing too, interpolated to even positions.")
@@ -53,21 +53,21 @@ def ingest(
     that have not changed since the last ingest are not opened. Run it again at any time: it goes on where it was
     stopped.
 
-    Exit code 3 means that something that should have been usable was set aside: an archive that cannot be read or
+    Exit code 3 means that something that should have been usable was excluded: an archive that cannot be read or
     holds no CT, an entry that cannot be used (a link to nothing, a named pipe, a folder that may not be listed, a
     7z or tar), a series that is damaged or ambiguous, or a patient without a thick/thin pair. Each is named by its
     key with the reason; `ctpipe whois` tells who a key is. Scouts, reformats and dose reports are part of a normal
     study and do not count.
 
     With --pair-across-fov a thick series that no thin one shares its in-plane grid with is paired with one whose
-    field of view lies within its own. Such a pair is marked, its thick series is resampled in plane, and only the
-    alignment `pixel` can use it. Run it on a store at any time.
+    field of view is within that of the thick one. Such a pair is marked, its thick series is resampled in plane, and
+    only the alignment `pixel` can use it. Run it on a store at any time.
 
-    With --resample-variable-spacing a series whose slices are unevenly spaced, otherwise set aside, is interpolated
+    With --resample-variable-spacing a series whose slices are unevenly spaced, otherwise excluded, is interpolated
     to even positions whenever it is read, and marked. Archives already in the store need --rescan for it.
 
     With --simulate-thick 5 a study that has thin series alone gets a thick one that is computed from it whenever it
-    is read: averaged by a drawn slice profile, with noise of its own, the same for the same secret. It is marked as
+    is read: averaged by a drawn slice profile, with drawn noise, the same for the same secret. It is marked as
     simulated in catalog, pairs, reports and DICOM, and never counted with real pairs. Archives already in the store
     need --rescan.
 

@@ -33,8 +33,8 @@ def report(
 ) -> int:
     """Write the report of a run's evaluation, or of a store's data, in one file without network.
 
-    A run: viewer, tables, curves, provenance. A store: what was found and set aside,
-    spacing, kernels, latents, ceilings.
+    A run: viewer, tables, curves, provenance. A store: what was found and excluded,
+    spacing, kernels, latents, reconstruction bounds.
 
     Examples:
 

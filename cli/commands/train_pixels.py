@@ -41,7 +41,7 @@ def train_refiner(
     Half of the patches see the measured thick slices, half see thick slices simulated from the thin ones by other
     slice profiles, phases and overlaps. The validation split is scored with a profile that training never draws. Where
     the output of --checkpoint wins by it there, over a linear estimate too, the refiner becomes that run's own: decode,
-    interpolate and evaluate use it unless told otherwise.
+    interpolate and evaluate use it unless another is named.
 
     Examples:
 

@@ -29,7 +29,7 @@ def vae_check(
     private: Private = None,
     as_json: AsJson = False,
 ) -> int:
-    """Round trip of a sample of the store's series: PSNR, SSIM, error and HU bias by tissue, and the ceiling they set.
+    """Reconstruct a sample of the store's series: PSNR, SSIM, error and HU bias by tissue, and the bound they set.
 
     Examples:
 

@@ -118,7 +118,7 @@ MIN_SNR = "diffusion.min_snr_gamma"
 
 @dataclass(frozen=True)
 class Entry:
-    """A key of a classic file: ``written`` as it stands there, ``key`` as the tables above name it."""
+    """A key of a classic file: ``written`` as it is there, ``key`` as the tables above name it."""
 
     written: str
     key: str

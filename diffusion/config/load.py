@@ -134,10 +134,10 @@ def load_config(
     """A preset, then a YAML file (ours or the classic form), then ``section.key=value`` overrides.
 
     Args:
-        base: Stands in for the preset: the configuration that a resumed run kept.
+        base: Replaces the preset: the configuration that a resumed run kept.
 
     Returns:
-        The configuration, and notes that a person should read: what a classic file said that has no place here.
+        The configuration, and notes that a person should read: what a classic file holds that has no place here.
 
     Raises:
         InputError: An unreadable file, an unknown key or a value of the wrong kind.

@@ -43,11 +43,11 @@ SYNONYMS = {
     "ema": "ema_std",
     "depth": "window",
 }
-"""What others call the words of our keys."""
+"""Other names for the words of our keys."""
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The known key that most likely was meant: by the words that its last part stands for, then by letters."""
+    """The known key that most likely was meant: by the words that its last part means, then by letters."""
     meant = _words(key.rsplit(".", 1)[-1], SYNONYMS)
 
     def likeness(candidate: str) -> float:
@@ -63,7 +63,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 
 def _words(name: str, synonyms: Mapping[str, str]) -> set[str]:
-    """The words of a key's last part, each replaced by what it stands for."""
+    """The words of a key's last part, each replaced by what it means."""
     return {ours for word in name.lower().replace("-", "_").split("_") for ours in synonyms.get(word, word).split("_")}
 
 

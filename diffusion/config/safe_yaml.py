@@ -11,7 +11,7 @@ from latentcache import InputError
 MOST_BYTES = 256 << 10
 """A configuration has about 100 keys; this many bytes take a second to parse."""
 MOST_VALUES = 10_000
-"""Keys and values, those behind an alias counted wherever it stands."""
+"""Keys and values, those behind an alias counted wherever it is used."""
 DEEPEST = 32
 """Levels of lists and mappings. The parser's work grows with the square of them."""
 
@@ -32,7 +32,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """Return the value that a YAML text stands for.
+    """Return the value that a YAML text means.
 
     Aliases are references for the parser, so that ten lines can stand for a billion values (a "billion laughs" bomb).
     They are counted before anything walks through them.
@@ -42,7 +42,7 @@ def parse_yaml(text: str, what: str) -> Any:
         what: What to call it in an error, such as ``the configuration file``.
 
     Raises:
-        InputError: No YAML, objects of Python, an alias inside of what it stands for, or more than the limits.
+        InputError: No YAML, objects of Python, an alias inside of what it means, or more than the limits.
     """
     if len(text.encode(errors="replace")) > MOST_BYTES:
         raise _refused(f"{what} of more than {MOST_BYTES >> 10} KiB", "a short file of keys and values")

@@ -1,4 +1,4 @@
-"""What a training run is: data, model, objective, losses, optimiser, validation and budget, and the presets.
+"""Configuration of a training run: data, model, objective, losses, optimiser, validation and budget, and the presets.
 
 A run's configuration is a preset, then a YAML file, then ``--set section.key=value``; a key that does not exist is an
 error that names the nearest one. Configs of the model stand beside the model in ``model_config``.
@@ -16,7 +16,7 @@ from diffusion.networks import UNetConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a batch is made of. Depths and crops are in latents (4 voxels along each axis).
+    """Settings of a batch. Depths and crops are in latents (4 voxels along each axis).
 
     Attributes:
         encode_key: Which latents; none takes the store's only encode key.
@@ -54,7 +54,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How an error is measured, and the image losses: on a latent slab decoded through the frozen VAE decoder.
+    """Settings of the losses; image losses are taken on a latent slab decoded through the frozen VAE decoder.
 
     Attributes:
         measure: ``image``: the latent loss weighs each channel by what its error does to the image, in HU², measured on
@@ -138,7 +138,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Where a session of the run stops early, and how often it saves.
+    """Limits of a session of the run, and how often it saves.
 
     No limit changes a learning rate or an order: the weights after step N are the same whatever stopped the run,
     and a longer session goes on from there. ``max_seconds`` decides by the clock, ``max_cpu_seconds`` by the
@@ -155,7 +155,7 @@ class BudgetConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How several devices train together.
+    """Settings of training on several devices.
 
     Attributes:
         strategy: ``ddp`` copies the model to every device, ``fsdp`` shards weights, gradients and optimiser.

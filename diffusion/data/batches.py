@@ -79,7 +79,7 @@ KEPT_PIECES = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of a pair: where it lies in the thin latent, and its own random stream."""
+    """A window of a pair: where it is in the thin latent, and its random stream."""
 
     pair: PlannedPair
     depth: slice
@@ -122,7 +122,7 @@ class BatchReader:
         self._own, self._recycled = threading.local(), Recycled(KEPT_PIECES)
 
     def size(self, micro: MicroBatch) -> int:
-        """Bytes of the batch's tensors, give or take the positions and a thick latent of its own."""
+        """Bytes of the batch's tensors, give or take the positions and a separate thick latent."""
         voxels = int(np.prod(self.shapes[micro.samples[0] // self.data.windows_per_volume]))
         return len(micro.samples) * voxels * (2 * LATENT_CHANNELS + 1) * 4
 
@@ -232,7 +232,7 @@ def widen(half: NDArray[np.float16], out: NDArray[np.float32]) -> None:
 
     The exponent's field moves into place as it is and is 112 too small (IEEE 754-2019, table 3.5: biases 15 and 127).
     NumPy's own conversion goes element by element, some seven times slower; torch's spreads over threads, of which
-    every reader would have its own set, or is a hundred small calls, which leave the trainer's thread no turn between
+    every reader would have a set, or is a hundred small calls, which leave the trainer's thread no turn between
     them. On a thread that flushes denormals, values below 6.1e-5 become zero.
     """
     bits = out.view(np.int32)
@@ -245,7 +245,7 @@ def widen(half: NDArray[np.float16], out: NDArray[np.float32]) -> None:
 def fill_valid(mask: NDArray[np.float32], valid_zyx: tuple[int, int, int], row: int = 0, column: int = 0) -> None:
     """Make (1, D, H, W) 1 where a latent covers at least one scanned voxel in-plane, 0 in the padding.
 
-    Along depth every latent of a window lies inside the scan by construction.
+    Along depth every latent of a window is inside the scan by construction.
 
     Args:
         row, column: Where the mask's plane begins in the latent's.

@@ -1,4 +1,4 @@
-"""Which samples make a step: a seeded order over the whole store that depends on neither ranks nor reader threads.
+"""Division of samples into steps: a seeded order over the whole store that depends on neither ranks nor reader threads.
 
 A step is a fixed list of samples of one shape, whatever the number of processes; each rank computes its share of that
 list. So two GPUs take the steps that one would, and a run may be resumed on another number of them.
@@ -66,7 +66,7 @@ def plan_epoch(buckets: NDArray[Any], samples_per_step: int, seed: int, epoch: i
 
 
 def steps_in_epoch(buckets: NDArray[Any], samples_per_step: int) -> int:
-    """How many steps ``plan_epoch`` makes: the same every epoch."""
+    """Return how many steps ``plan_epoch`` makes: the same every epoch."""
     return int((-(-np.unique(buckets, return_counts=True)[1] // samples_per_step)).sum())
 
 
@@ -94,6 +94,6 @@ def share_of_rank(step: NDArray[np.int64], batch_size: int, rank: int, world: in
 
 
 def draw_seed(*parts: object) -> int:
-    """63 bits from a hash of the parts: a random stream of its own for every (seed, epoch, sample, purpose)."""
+    """63 bits from a hash of the parts: a separate random stream for every (seed, epoch, sample, purpose)."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

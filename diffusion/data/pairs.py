@@ -1,4 +1,4 @@
-"""Which pairs of a store can be trained on: their latents, and the run of thin latents that the overlap contains.
+"""Pairs of a store that can be trained on: their latents, and the run of thin latents that the overlap contains.
 
 Planning stays in Arrow and numpy, a column at a time: a million rows take a second or two. Python objects are made for
 a pair when it is read.
@@ -38,12 +38,12 @@ LATENT = ("key", "role", "shape", "path", "z0_mm", "dz_mm", "valid_zyx", "crc32c
 NUMERICS = ("compute_dtype", "device_kind")
 SERIES = ("series_key", "split", "n_slices", "source_digest")
 PLACES = ("z_mm", "spacing_mm_zyx", "thickness_mm")
-"""Of a thick series, for models that are told where its slices lie."""
+"""Of a thick series, for models that take the places of its slices."""
 
 
 @dataclass(frozen=True)
 class PlannedLatent:
-    """What a stream needs of a manifest row; see ``LatentRecord``."""
+    """Part of a manifest row that a stream needs; see ``LatentRecord``."""
 
     key: str
     role: LatentRole
@@ -188,7 +188,7 @@ def choose_encode_key(store: LatentStore, wanted: str | None) -> str:
 
 @dataclass(frozen=True)
 class Tables:
-    """What planning and whitening need of a snapshot, every table read once.
+    """Tables of a snapshot that planning and whitening need, each read once.
 
     Attributes:
         condition: Role of the condition's latents.
@@ -309,7 +309,7 @@ def _taken(column: pa.ChunkedArray, at: NDArray[np.int64], absent: str | int) ->
 def _stale(
     digests: Sequence[pa.ChunkedArray], thin: Latents, condition: Latents, role: LatentRole
 ) -> NDArray[np.bool_]:
-    """Which pairs hold a latent that was made from another archive than the catalog now describes.
+    """Return which pairs hold a latent made from another archive than the catalog now describes.
 
     Args:
         digests: Of every pair's thin and thick series in the catalog.

@@ -18,8 +18,9 @@ T = TypeVar("T")
 AHEAD_BYTES = 4 * 2**30
 """Results that wait together hold no more than this, however many may be ahead; one alone may be larger."""
 LOOK_S = 0.01
-"""How often a reader without room looks for it. A reader that the consumer wakes takes the consumer's core, or its turn
-at the interpreter's lock, just while a batch is wanted; one that wakes by itself does so while the trainer computes."""
+"""Seconds after which a reader without room looks for it again. A reader that the consumer wakes takes the consumer's
+core, or its turn at the interpreter's lock, just while a batch is wanted; one that wakes by itself does so while the
+trainer computes."""
 
 
 def prefetch(
@@ -48,7 +49,7 @@ def prefetch(
 
 @dataclass
 class _Room:
-    """How many results may be ahead. One thread at a time waits for room, the consumer gives it back."""
+    """Room for results that are ahead. One thread at a time waits for room, the consumer gives it back."""
 
     results: int
     size: int
@@ -85,7 +86,7 @@ class _Room:
 
 @dataclass
 class _Outcome(Generic[T]):
-    """What came of a task; neither result nor error: the tasks are at an end."""
+    """Outcome of a task; neither result nor error: the tasks are at an end."""
 
     size: int
     result: tuple[T] | None = None
@@ -93,7 +94,7 @@ class _Outcome(Generic[T]):
 
 
 class _Work(Generic[T]):
-    """What the threads share. It does not know the iterator, so that dropping that ends them."""
+    """State that the threads share. It does not know the iterator, so that dropping that ends them."""
 
     def __init__(self, tasks: Iterator[Callable[[], T]], size: Callable[[Any], int], room: _Room) -> None:
         self.room = room

@@ -55,7 +55,7 @@ class PairStream:
         samples_per_step: Samples of one optimiser step over all ranks.
         seed: Orders, windows and noise follow from it.
         share: This process among those that share each step.
-        told: Batches say where the thick slices lie (``told``), for models that take it.
+        told: Batches have the acquisition facts (``told``), for models that take them.
         in_plane_multiple: Height and width of every sample are multiples of this (a U-Net's in-plane step).
 
     Raises:
@@ -146,7 +146,7 @@ class PairStream:
             reader.close()  # type: ignore[attr-defined]
 
     def _tasks(self, epoch: int, index: int) -> Iterator[_Load]:
-        """What the readers draw from: an epoch is planned by the reader that comes to it first."""
+        """Yield what the readers load: an epoch is planned by the reader that comes to it first."""
         while True:
             plan = self._plans.of(epoch)
             for k in range(index, len(plan)):

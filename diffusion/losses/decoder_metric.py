@@ -1,4 +1,4 @@
-"""What the decoder makes of an error in a latent: its power in the image by channel, from the Jacobian.
+"""Effect of a latent's error in the image: its power in the image by channel, from the Jacobian.
 
 Whitened channels look alike to a squared error, and are not: of one tiny VAE the first channel's error is seen 25 times
 as much as the next one's. The decoder itself says so, and is asked at the start of a run.

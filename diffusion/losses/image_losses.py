@@ -104,7 +104,7 @@ class ImageLosses:
 
         Args:
             predicted_BCDHW, clean_BCDHW: Whitened latents, as in :class:`diffusion.objectives.bridge.LossTerms`.
-            mask_B1DHW: 1 where latents are valid; elsewhere the target stands in for the prediction.
+            mask_B1DHW: 1 where latents are valid; elsewhere the target replaces the prediction.
             meaningful_B: Samples to look at.
             generators: One a sample: chooses its slab, crop and slices, so that batch mates do not matter.
         """

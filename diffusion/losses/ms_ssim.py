@@ -21,9 +21,9 @@ _said: set[tuple[int, int]] = set()
 
 
 def scales_for(height: int, width: int) -> int:
-    """How many of the five scales an image has room for: the 11-pixel window must fit at the coarsest.
+    """Return how many of the five scales an image has room for: the 11-pixel window must fit at the coarsest.
 
-    Five need 161 pixels. Fewer are logged once a size. Raises :class:`InputError` under 11 pixels.
+    Five need 161 pixels. Fewer are logged once per size. Raises :class:`InputError` under 11 pixels.
     """
     side = min(height, width)
     if side < WINDOW:

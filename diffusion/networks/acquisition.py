@@ -1,4 +1,4 @@
-"""What a network is told of the thick series, seen from the latent slices that it predicts: positions in mm.
+"""Facts of the thick series for a network, seen from the latent slices that it predicts: positions in mm.
 
 The thick slices' phase against the latent slices (5 mm against 4 mm latents: a period of 20 mm) decides every
 interpolation weight, and spacing and thickness differ by protocol; from latents alone a network can only guess both.
@@ -17,14 +17,16 @@ from torch import Tensor
 
 BELOW, ABOVE, SPACING, THICKNESS, PROFILE, POSITION = range(6)
 FEATURES = 6
-"""Rows of what is told, (6, D) in mm: distance to the thick slice below and to the one above; the thick series'
+"""Rows of acquisition facts, (6, D) in mm: distance to the thick slice below and to the one above; the thick series'
 spacing, slice thickness and profile width; the latent slice's own position."""
 
 
 @dataclass(frozen=True)
 class ThickSlices:
-    """Where a thick series' slices are and what each averages, in mm; ``profile_mm`` is the width (FWHM) of its slice
-    profile where that was measured, 0 where the thickness stands for it."""
+    """Places of a thick series' slices and what each averages, in mm.
+
+    ``profile_mm`` is the width (FWHM) of its slice profile where that was measured, 0 where the thickness is used.
+    """
 
     z0_mm: float
     spacing_mm: float
@@ -49,7 +51,7 @@ class ThickSlices:
 
 
 def informed(model: Callable[..., Tensor], told_BFD: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model as objectives call it, ``model(x, t)``, with what it is told of the batch, if anything."""
+    """The model as objectives call it, ``model(x, t)``, with the batch's acquisition facts, if it takes any."""
     if told_BFD is None:
         return model
 
@@ -60,5 +62,5 @@ def informed(model: Callable[..., Tensor], told_BFD: Tensor | None) -> Callable[
 
 
 def told_tensor(thick: ThickSlices, z_mm: ArrayLike, device: Any = None) -> Tensor:
-    """What is told of one series, (1, 6, D) float32."""
+    """Return a network's facts of one series, (1, 6, D) float32."""
     return torch.from_numpy(thick.seen_from(z_mm))[None].to(device)

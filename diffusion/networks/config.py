@@ -1,4 +1,4 @@
-"""What a U-Net is made of: a frozen configuration with presets, kept beside the weights in every run."""
+"""Configuration of a U-Net: a frozen configuration with presets, kept beside the weights in every run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class UNetConfig:
     latent_channels: int = 4
     condition_channels: int = 4
     told: bool = False
-    """Told where the thick slices lie: distances as two input channels, spacing, thickness and profile width by
+    """Given the places of the thick slices: distances as two input channels, spacing, thickness and profile width by
     embedding, positions in mm in the attention along depth. See ``networks.acquisition``."""
     latent_patch: int = 1
     activation_checkpointing: Literal[False, True, "auto"] = False

@@ -9,9 +9,6 @@ run, which are also what the kernels are tested against.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,18 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-log = logging.getLogger("ctpipe.kernels")
+from latentcache import triton_agrees
 
-
-SWITCH = "CTPIPE_TRITON"
-"""Environment variable: 0 keeps to PyTorch's operations."""
 _ASSUMED: ContextVar[bool | None] = ContextVar("fused norm assumed", default=None)
 
 
 @contextmanager
 def assume_fused(fused: bool = True) -> Iterator[None]:
-    """Inside, the kernels run (or do not), whatever the device: for Triton's interpreter on a CPU, for counting on
-    shapes alone what a GPU will keep, and for comparing both paths."""
+    """Inside, the kernels run (or do not), whatever the device.
+
+    For Triton's interpreter on a CPU, for counting on shapes what a GPU will keep, and for comparing both paths.
+    """
     before = _ASSUMED.set(fused)
     try:
         yield
@@ -55,8 +51,10 @@ def is_fused(x_BCDHW: Tensor) -> bool:
 
 
 def norm_act(norm: nn.GroupNorm, x_BCDHW: Tensor, modulation_B2C: Tensor | None = None, *, silu: bool = True) -> Tensor:
-    """``silu(norm(x) * (1 + scale) + shift)`` in the input's dtype and layout; the halves of ``modulation_B2C``, if
-    given, are scale and shift. Only where `is_fused`."""
+    """Return ``silu(norm(x) * (1 + scale) + shift)`` in the input's dtype and layout. Only where `is_fused`.
+
+    The halves of ``modulation_B2C``, if given, are scale and shift.
+    """
     if modulation_B2C is not None:
         modulation_B2C = modulation_B2C.contiguous()
     y: Tensor = _NormAct.apply(  # type: ignore[no-untyped-call]
@@ -120,24 +118,8 @@ def _device_of(x: Tensor) -> Any:
 
 @lru_cache
 def usable(index: int) -> bool:
-    """Whether Triton is there and agrees with PyTorch on this GPU; looked at once, on a small activation."""
-    if os.environ.get(SWITCH) == "0":
-        log.info("Triton kernels are off (%s=0)", SWITCH)
-        return False
-    if importlib.util.find_spec("triton") is None:
-        log.info("Triton is not installed: normalisation by PyTorch's operations, which is slower")
-        return False
-    try:
-        wrong = largest_difference(torch.device("cuda", index))
-    except Exception as error:  # noqa: BLE001 - a compiler or driver may fail in any way; the other path always works
-        log.warning(
-            "Triton kernels do not run here (%s: %s); PyTorch's operations instead", type(error).__name__, error
-        )
-        return False
-    if not wrong < 1e-3:
-        log.warning("Triton kernels are off by %.1e here; PyTorch's operations instead", wrong)
-        return False
-    return True
+    """Return whether Triton is there and agrees with PyTorch on this GPU; looked at once, on a small activation."""
+    return triton_agrees(index, largest_difference, "normalisation")
 
 
 def largest_difference(device: torch.device) -> float:

@@ -11,14 +11,18 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def channels_last(module: _M) -> _M:
-    """Convolution weights in channels-last order, in place; activations follow them. The order that tensor cores read:
-    elsewhere cuDNN converts every activation there and back."""
+    """Put convolution weights in channels-last order, in place; activations follow them.
+
+    The order that tensor cores read: elsewhere cuDNN converts every activation there and back.
+    """
     return module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload,no-any-return]
 
 
 def contiguous_weights(module: nn.Module) -> None:
-    """Weights in contiguous order, in place. Where one was channels-last, 5-D inputs become so in its stead, and the
-    activations follow them as before."""
+    """Put weights in contiguous order, in place.
+
+    Where one was channels-last, 5-D inputs become so in its stead, and the activations follow them as before.
+    """
     was_channels_last = False
     for parameter in module.parameters():
         if not parameter.is_contiguous():
@@ -36,10 +40,10 @@ def _channels_last_inputs(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[
 
 
 def for_generation(module: _M, device: torch.device) -> _M:
-    """A frozen network as it generates on a device: on a GPU in the layout of training, and the weights of
-    convolutions and linear layers cast to bf16 once.
+    """Return a frozen network as it generates on a device.
 
-    Autocast casts frozen weights anew at every call (its cache is for weights that learn); the numbers are the same.
+    On a GPU that is the layout of training, with weights of convolutions and linear layers cast to bf16 once. Autocast
+    casts frozen weights anew at every call (its cache is for weights that learn); the numbers are the same.
     """
     module = module.to(device)
     if device.type != "cuda":
@@ -48,7 +52,7 @@ def for_generation(module: _M, device: torch.device) -> _M:
 
 
 def cast_weights(module: _M, dtype: torch.dtype) -> _M:
-    """What autocast would cast at each call, cast for good, in place: convolutions and linear layers, not the norms."""
+    """Cast for good, in place, what autocast would cast at each call: convolutions and linear layers, not the norms."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv3d, nn.Linear)):
             layer.to(dtype)

@@ -52,8 +52,8 @@ class UNet(nn.Module):
 
     ``forward(x, t)`` takes x (B, latent + condition channels, D, H, W), the noisy latents followed by the condition,
     and t (B,) in [0, 1], and returns (B, latent channels, D, H, W). The last convolution starts at zero, and so does
-    the output of an untrained network. A network that is ``told`` also takes (B, 6, D), see ``networks.acquisition``;
-    without it, it is told zeros, which no series ever is: that counts arithmetic, and predicts nothing.
+    the output of an untrained network. A network with ``told`` also takes (B, 6, D), see ``networks.acquisition``;
+    without it, it gets zeros, which no series ever is: that counts arithmetic, and predicts nothing.
     """
 
     def __init__(self, config: UNetConfig) -> None:

@@ -1,4 +1,4 @@
-"""What the network learns and how it is sampled: ``epsilon``, ``v``, ``flow`` and ``bridge`` behind one interface.
+"""Objectives: what the network learns and how it is sampled, for ``epsilon``, ``v``, ``flow`` and ``bridge``.
 
 Times run from t = 0 (clean) to t = 1 (pure noise, or the condition for ``bridge``). Latents are whitened. With
 ``residual`` (the default) the diffused variable is y = (clean - condition) / residual_std: what the condition does

@@ -14,7 +14,7 @@ from latentcache import InputError
 
 @dataclass(frozen=True)
 class Level:
-    """One noise level: the time ``t`` in [0, 1] that the network is told, and the level's alpha and sigma."""
+    """One noise level: the time ``t`` in [0, 1] that the network gets, and the level's alpha and sigma."""
 
     t: float
     alpha: float

@@ -127,7 +127,7 @@ class DepthNoise:
     """Standard normal noise that depends on the seed, the sample, the draw and the absolute depth index alone.
 
     So a window, a longer volume and another device see the same noise at the same place. Each depth slice has a
-    generator of its own, on the CPU.
+    separate generator, on the CPU.
     """
 
     seed: int

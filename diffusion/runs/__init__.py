@@ -1,4 +1,4 @@
-"""What a run leaves: run card, checkpoints, averaged weights, log.
+"""Files that a run leaves: run card, checkpoints, averaged weights, log.
 
 In: a trainer's state. Out: files that resume to the bit.
 """

@@ -14,7 +14,7 @@ from diffusion.networks import UNetConfig
 from diffusion.objectives import Objective, build_objective
 from latentcache import Encoding, InputError, LatentStore, StoreError
 from latentcache.maintenance import pin
-from latentcache.storage import fresh_draft
+from latentcache.storage import write_text
 
 log = logging.getLogger("ctpipe.train")
 
@@ -47,7 +47,7 @@ def pin_snapshot(store: LatentStore, card: RunCard) -> None:
     """Name the run's snapshot in the store, so that ``ctpipe gc --expire`` keeps what a resume will read.
 
     The pin bears the run's id, so that pinning again is the same pin. A store that cannot be written is trained on all
-    the same, and said so.
+    the same, and reported.
     """
     try:
         pin(store.location, card.pin_name, card.snapshot)
@@ -91,7 +91,7 @@ class RunCard:
 
     @property
     def pin_name(self) -> str:
-        """The name under which the run pins its snapshot: its own id; for a card without one, a hash of the card."""
+        """The name under which the run pins its snapshot: the run's id; for a card without one, a hash of the card."""
         own = self.extra.get("run_id") or hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return f"run-{own[:16]}"
 
@@ -102,11 +102,8 @@ class RunCard:
         return Encoding.from_json(self.encoding)
 
     def write(self, run_dir: Path) -> None:
-        """Writes ``run.json`` aside and renames it into place."""
-        run_dir.mkdir(parents=True, exist_ok=True)
-        aside = fresh_draft(run_dir / (RUN_CARD + ".tmp"))
-        aside.write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        aside.replace(run_dir / RUN_CARD)
+        """Write ``run.json``, whole or not at all."""
+        write_text(run_dir / RUN_CARD, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def read(cls, run_dir: Path) -> RunCard:

@@ -1,17 +1,16 @@
-"""What a run leaves to be looked at: one JSON object a line in ``log.jsonl``, and the same figures in TensorBoard."""
+"""Figures of a run to look at: one JSON object per line in ``log.jsonl``, and the same figures in TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from latentcache.storage import fresh_draft
+from latentcache.storage import write_text
 
 log = logging.getLogger("ctpipe.train")
 LOG = "log.jsonl"
@@ -48,9 +47,7 @@ class Journal:
 
     def _keep_until(self, step: int) -> None:
         kept = [line for line in read_log(self.path) if line["step"] <= step]
-        aside = fresh_draft(self.path.with_suffix(".aside"))
-        aside.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_text(self.path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in kept))
 
 
 def _board(folder: Path, purge_step: int | None) -> Any:

@@ -39,8 +39,8 @@ def blend_weights(window: int) -> Tensor:
 class DepthWindows:
     """The same model on (B, C, D, H, W) of any D, evaluated on windows of at most ``window`` slices.
 
-    A slice that lies in several windows gets their weighted mean; the weights vary smoothly along depth. ``told_BFD``
-    is what a model that takes it is told of the slices.
+    A slice that is in several windows gets their weighted mean; the weights vary smoothly along depth. ``told_BFD``
+    are the slices' facts, for a model that takes them.
     """
 
     def __init__(self, model: Callable[..., Tensor], window: int, overlap: int, told_BFD: Tensor | None = None) -> None:
@@ -66,5 +66,5 @@ class DepthWindows:
         return total / norm
 
     def _part(self, x_BCDHW: Tensor, t_B: Tensor, part: slice) -> Tensor:
-        """The model on some of the slices, told of just these."""
+        """The model on some of the slices, with the facts of just these."""
         return informed(self.model, None if self.told is None else self.told[:, :, part])(x_BCDHW[:, :, part], t_B)

@@ -194,7 +194,7 @@ class Interpolator:
 
     @property
     def told(self) -> bool:
-        """Whether the network must be told where the thick slices lie."""
+        """Whether the network needs the places of the thick slices."""
         return bool(getattr(getattr(self.model, "config", None), "told", False))
 
     @property
@@ -283,7 +283,7 @@ class Interpolator:
             options: Sampler, seed and windows: see :class:`GenerateOptions`.
 
         Raises:
-            InputError: A model that is not told what it needs, a condition of another shape, an unknown sampler, a
+            InputError: A model without the facts that it needs, a condition of another shape, an unknown sampler, a
                 window that is not larger than its overlap.
             NonFiniteError: NaN or infinity in the condition or in a sampler step.
         """

@@ -30,7 +30,7 @@ SCHEMA = "https://project-monai.github.io/schema/meta_schema_20240725.json"
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """What a bundle says of its origin: who answers for the weights, and the bundle's own version."""
+    """Statement of a bundle's origin: who answers for the weights, and the bundle's own version."""
 
     authors: str = "not stated"
     copyright: str = "not stated"

@@ -1,4 +1,4 @@
-"""What is to be sampled: pairs whose condition is stored, under a key that says how their thin latents are drawn."""
+"""Plan of sampling: pairs whose condition is stored, under a key that says how their thin latents are drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from latentcache.maintenance import refiner_of_digest
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How thin latents are drawn; None takes the model's default. Part of the generation key."""
+    """Settings for drawing thin latents; None takes the model's default. Part of the generation key."""
 
     sampler: str | None = None
     num_inference_steps: int | None = None
@@ -27,10 +27,10 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class SampleTask:
-    """One pair to sample: whose it is, and the rows of its condition and of the grid that the sample lies on.
+    """One pair to sample: whose it is, and the rows of its condition and of the grid that the sample is on.
 
-    ``name`` is the pair key; ``thick`` is what a model that takes it is told. ``problem`` is why the pair cannot be
-    sampled, told where it would have been.
+    ``name`` is the pair key; ``thick`` is for a model that takes it. ``problem`` is why the pair cannot be
+    sampled, reported where it would have been.
     """
 
     name: str
@@ -81,7 +81,7 @@ def plan_samples(
 
 
 def thick_slices(store: LatentStore, pairs: Sequence[PairRecord]) -> dict[str, ThickSlices]:
-    """Where the pairs' thick series have their slices, by series key."""
+    """Return the slices of the pairs' thick series, by series key."""
     wanted = {pair.thick_key for pair in pairs}
     return {
         s.series_key: ThickSlices(s.z_mm[0], s.spacing_mm_zyx[0], s.n_slices, s.thickness_mm)
@@ -98,7 +98,7 @@ def _task(store: LatentStore, model: Interpolator, pair: PairRecord, thick: Thic
 
 
 def condition_rows(store: LatentStore, model: Interpolator, pair: PairRecord) -> tuple[LatentRecord, LatentRecord]:
-    """The rows of a pair's condition and of the grid that its sample lies on.
+    """The rows of a pair's condition and of the grid that its sample is on.
 
     Raises:
         InputError: A latent that is needed is not stored, or the fields of view differ where latents are aligned.

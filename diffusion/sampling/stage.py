@@ -7,7 +7,6 @@ device, ``draw`` samples and stages the latent. Nothing here knows an engine: ``
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,12 +35,13 @@ from latentcache import (
     LatentStore,
     PairRecord,
     open_on_worker,
+    store_of_worker,
 )
 
 
 @dataclass(frozen=True)
 class SampleSummary:
-    """What a call of :func:`generate_store` did."""
+    """Summary of a call of :func:`generate_store`."""
 
     generation_key: str
     generated: int
@@ -58,7 +58,7 @@ class PreparedSample:
 
 @dataclass(frozen=True)
 class SampleWorker:
-    """What a worker keeps: the model on its device, and where its samples go."""
+    """State of a worker: the model on its device, and the store of its samples."""
 
     model: Interpolator
     out: LatentStore
@@ -76,7 +76,7 @@ def prepare(task: SampleTask, *, store_url: str) -> PreparedSample:
         raise task.problem
     assert task.condition is not None
     assert task.grid is not None
-    return PreparedSample(task, _aligned(_store(store_url), task.condition, task.grid))
+    return PreparedSample(task, _aligned(store_of_worker(store_url), task.condition, task.grid))
 
 
 def set_up(
@@ -113,26 +113,26 @@ def set_up(
     return SampleWorker(model, out, settings, expected_key)
 
 
-def draw(drawing: SampleWorker, prepared: PreparedSample) -> LatentRecord:
+def draw(worker: SampleWorker, prepared: PreparedSample) -> LatentRecord:
     """Sample one pair's thin latent and stage it (the stage's device part)."""
     grid = prepared.task.grid
     assert grid is not None
-    latent = drawing.model.generate_latent(
+    latent = worker.model.generate_latent(
         prepared.condition,
         thick=prepared.task.thick,
         z_mm=_positions(grid),
-        **asdict(drawing.settings),
+        **asdict(worker.settings),
     )
-    return drawing.out.stage(
+    return worker.out.stage(
         latent.astype(np.float16),
         LatentMeta(
-            encode_key=drawing.model.encode_key,
+            encode_key=worker.model.encode_key,
             key=prepared.task.name,
             role="thin",
             z0_mm=grid.z0_mm,
             dz_mm=grid.dz_mm,
             valid_zyx=grid.valid_zyx,
-            source_digest=drawing.generation_key,
+            source_digest=worker.generation_key,
         ),
     )
 
@@ -166,10 +166,10 @@ def generate_store(
     elif model.encoding is not None:
         out.register_encoding(model.encoding)
     tasks, already = plan_samples(store, model, keys, out)
-    drawing = SampleWorker(model, out, settings, key)
+    worker = SampleWorker(model, out, settings, key)
     with out.writer() as writer:
         for number, task in enumerate(tasks):
-            writer.commit([draw(drawing, prepare(task, store_url=store.url))])
+            writer.commit([draw(worker, prepare(task, store_url=store.url))])
             if progress is not None:
                 progress(already + number + 1, already + len(tasks), task.name)
     return SampleSummary(key, len(tasks), already)
@@ -206,12 +206,6 @@ def _aligned(store: LatentStore, condition: LatentRecord, grid: LatentRecord) ->
         _positions(condition),
         _positions(grid),
     ).numpy()
-
-
-@functools.lru_cache(maxsize=16)
-def _store(url: str) -> LatentStore:
-    """A worker's own handle: opened once a process. Rows come with the task, so that its snapshot does not matter."""
-    return LatentStore.open(url)
 
 
 def _positions(record: LatentRecord) -> NDArray[np.float64]:

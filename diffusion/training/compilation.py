@@ -1,4 +1,4 @@
-"""What ``torch.compile`` and Triton's kernels need of a machine: they build a small C module when they first run."""
+"""Requirements of ``torch.compile`` and Triton's kernels: they build a small C module when they first run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentcache import InputError
 
 
 def what_compilation_lacks() -> list[str]:
-    """What is missing, in words; empty where compilation can run."""
+    """Return what is missing, in words; empty where compilation can run."""
     missing = []
     if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
         missing.append("C compiler")

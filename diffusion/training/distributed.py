@@ -47,6 +47,7 @@ class World:
 
 
 def default_device(local_rank: int = 0) -> torch.device:
+    """Return the local rank's GPU, or the CPU where there is none."""
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -66,7 +67,7 @@ def join() -> World:
 
 
 GLOO_SECONDS = 0.25
-"""What a process waits for gloo's threads before it ends."""
+"""Time that a process waits for gloo's threads before it ends."""
 
 
 def leave() -> None:
@@ -94,8 +95,9 @@ def spread(module: nn.Module, world: World, strategy: Literal["ddp", "fsdp"], *,
 
 
 def shard(module: nn.Module, world: World, *, bf16: bool = False) -> nn.Module:
-    """Shard a module in place over all ranks (FSDP2): every large child and the root, so that weights, gradients and
-    the optimiser's moments are each kept once.
+    """Shard a module in place over all ranks (FSDP2): every large child and the root.
+
+    So weights, gradients and the optimiser's moments are each kept once.
 
     FSDP2 refuses weights that are not contiguous: they become so, and the activations take their channels-last layout
     from the input instead.

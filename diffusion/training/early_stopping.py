@@ -11,8 +11,10 @@ from latentcache import InputError
 
 
 class Best:
-    """What ``best`` and early stopping look at: ``value`` is the metric's best so far, none before the first
-    validation; ``waited`` counts the validations since."""
+    """Figure that ``best`` and early stopping look at.
+
+    ``value`` is the metric's best so far, none before the first validation; ``waited`` counts the validations since.
+    """
 
     def __init__(self, settings: ValidationConfig) -> None:
         # Whoever has no more than a loss to offer leaves the choice open.

@@ -1,4 +1,4 @@
-"""What may interrupt a run, told so that a person can act on it: values that are not finite, and signals."""
+"""Interruptions of a run, reported so that a person can act: values that are not finite, and signals."""
 
 from __future__ import annotations
 

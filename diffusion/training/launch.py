@@ -45,7 +45,7 @@ def check_gpus(wanted: int) -> None:
 
 
 def torchrun_command(processes: int, program: Sequence[str], shutdown_timeout_s: int = 300) -> list[str]:
-    """The command that starts ``program`` once a process on this machine and ends when all have.
+    """The command that starts ``program`` once per process on this machine and ends when all have.
 
     Args:
         shutdown_timeout_s: Seconds between SIGTERM, which torchrun passes on, and SIGKILL: torchrun's own 30 do not

@@ -72,7 +72,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """How a session of a run ended. ``stopped_by``: finished, max-steps, max-seconds, early-stopping or signal."""
+    """End of a session of a run. ``stopped_by``: finished, max-steps, max-seconds, early-stopping or signal."""
 
     steps: int
     epochs: int
@@ -149,8 +149,8 @@ class Trainer:
     def training_step(self, step: Step, signalled: Sequence[int] = ()) -> tuple[float, bool, bool]:
         """One optimiser step over the samples of all ranks.
 
-        Returns the mean loss, and whether any rank was told to stop, or is out of time. Told to stop between two of the
-        batches whose gradients it sums, it takes no step: ``self.step`` stays what it was.
+        Returns the mean loss, and whether any rank was asked to stop, or is out of time. Asked to stop between two of
+        the batches whose gradients it sums, it takes no step: ``self.step`` stays what it was.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self._set_learning_rate()

@@ -1,7 +1,7 @@
 """Activation checkpointing `auto`: recompute only the blocks that must be, chosen before the first step.
 
 A block that is kept costs the bytes that its backward pass needs; one that is recomputed costs its input, its forward
-arithmetic once more, and for the time of its own backward pass the bytes of keeping it. All three are counted on shapes
+arithmetic once more, and during that block's backward pass the bytes of keeping it. All three are counted on shapes
 alone. Of the sets that fit, the one with the least arithmetic is wanted: a knapsack of some twenty blocks, filled in
 order of bytes saved per operation and then thinned out, the most expensive first.
 """
@@ -90,7 +90,7 @@ def cheapest(costs: Sequence[BlockCost], room_bytes: float) -> frozenset[int]:
 
 
 def bytes_of(costs: Sequence[BlockCost], recomputed: set[int] | frozenset[int]) -> int:
-    """What the blocks hold at the worst moment: all that is kept, and the largest recomputed block at work."""
+    """Return the bytes that the blocks hold at most: all that is kept, and the largest recomputed block at work."""
     held = sum(c.input_bytes if i in recomputed else c.kept_bytes for i, c in enumerate(costs))
     return held + max((costs[i].kept_bytes for i in recomputed), default=0)
 

@@ -1,4 +1,4 @@
-"""What a training step needs, before it runs: arithmetic, memory and disk, counted on shapes without allocating any."""
+"""Needs of a training step before it runs: arithmetic, memory and disk, counted on shapes without allocating any."""
 
 from __future__ import annotations
 
@@ -99,8 +99,10 @@ def exchange_bytes(config: TrainConfig, parameters: int, world: World) -> int:
 
 
 def count_image_losses(config: TrainConfig, shape_dhw: tuple[int, int, int], decoder: Decoder) -> int:
-    """Bytes that one sample's image losses keep for the backward pass: the decoder's activations on a slab, those of
-    VGG19 on the slices that it looks at, and those of MS-SSIM."""
+    """Return the bytes that one sample's image losses keep for the backward pass.
+
+    The decoder's activations on a slab, those of VGG19 on the slices that it looks at, and those of MS-SSIM.
+    """
     # Here, so that counting the U-Net needs torch alone (infra/bench/unet_gpu.py).
     from diffusion.losses import VGG19Features, ms_ssim, perceptual_distance
 
@@ -130,8 +132,9 @@ def count_image_losses(config: TrainConfig, shape_dhw: tuple[int, int, int], dec
 def count_forward(
     model: UNetConfig, batch: int, shape_dhw: tuple[int, int, int], bf16: bool, *, fused: bool = False
 ) -> tuple[int, float, int, int]:
-    """Parameters, forward operations, bytes kept for the backward pass, and the largest block's share of such bytes
-    where blocks are recomputed (it lives while that block's backward pass runs).
+    """Return parameters, forward operations, bytes kept for the backward pass, and the largest block's share of them.
+
+    The share is of blocks that are recomputed: it is needed while that block's backward pass runs.
 
     Args:
         fused: Count what is kept where the Triton kernels run, as they do on a GPU: a normalised activation less a
@@ -230,7 +233,7 @@ def check_resources(need: StepEstimate, config: TrainConfig, device: torch.devic
 
 
 def remedies(config: TrainConfig) -> list[str]:
-    """What would make a step smaller, the least costly first."""
+    """Return what would make a step smaller, the least costly first."""
     hints = []
     if config.data.batch_size > 1:
         hints.append(f"--set data.batch_size={config.data.batch_size // 2} (results do not change)")

@@ -48,8 +48,8 @@ class SelfTest:
     """The six checks over one store and one configuration; later ones use what earlier ones built.
 
     Args:
-        store: Made up, or the user's; nothing is written to it.
-        decoder: The VAE's, for the image losses; without it a stand-in that enlarges latents is used, and said.
+        store: Synthetic, or the user's; nothing is written to it.
+        decoder: The VAE's, for the image losses; without it a stand-in that enlarges latents is used, and reported.
     """
 
     def __init__(self, store: LatentStore, config: TrainConfig, decoder: Decoder | None = None) -> None:
@@ -192,7 +192,7 @@ class SelfTest:
         )
 
     def memory(self) -> str:
-        """What a step of this configuration needs against what is free."""
+        """Compare what a step of this configuration needs with what is free."""
         assert self.stream is not None, "the data check failed"
         need = estimate_step(self.config, self.stream.shapes[0], self.world)
         present = memory_present(self.world.device)
@@ -239,7 +239,7 @@ class _OneBatch:
 
 
 def _share(before: torch.Tensor, after: torch.Tensor) -> float:
-    """How far a tensor moved, as a share of its size; a tensor that began at zero counts as one of size 1e-3."""
+    """Return how far a tensor moved, as a share of its size; a tensor that began at zero counts as one of size 1e-3."""
     size = before.square().mean().sqrt().clamp(min=1e-3)
     return float((after.detach() - before).square().mean().sqrt() / size)
 
@@ -252,6 +252,6 @@ def _require(
 
 
 def _enlarge(latents: torch.Tensor) -> torch.Tensor:
-    """Stands in for a decoder: the mean over channels at voxel size."""
+    """Replacement of a decoder: the mean over channels at voxel size."""
     size: tuple[Any, ...] = tuple(4 * n for n in latents.shape[2:])
     return torch.nn.functional.interpolate(latents, size=size).mean(1, keepdim=True).tanh()

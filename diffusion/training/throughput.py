@@ -1,4 +1,4 @@
-"""What a training loop spends its time on: throughput, waiting for data, memory, MFU and the time left."""
+"""Time of a training loop by what it is spent on: throughput, waiting for data, memory, MFU and the time left."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ WINDOW = 50
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a step. ``mfu`` is the share of the measured matmul rate that model arithmetic reached
-    (Chowdhery et al. 2022, appendix B), none where the model's arithmetic is unknown."""
+    """State of a run after a step.
+
+    ``mfu`` is the share of the measured matmul rate that model arithmetic reached (Chowdhery et al. 2022, appendix B),
+    none where the model's arithmetic is unknown.
+    """
 
     step: int
     total_steps: int

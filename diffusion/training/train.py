@@ -51,7 +51,7 @@ def train(
     """Train a model on a store's latents; see ``loop`` for the loop and ``checkpoint`` for what is saved.
 
     Args:
-        store: Any snapshot; a new run is pinned to it, a resumed run reopens its own.
+        store: Any snapshot; a new run is pinned to it, a resumed run reopens the one it began with.
         decoder: The frozen VAE's decoder, for the image losses.
         validate: Samples, decodes and scores held-out pairs.
         resume: Continue the run in ``run_dir``; without it the folder must hold no run. ``if-there``: continue one, or
@@ -108,7 +108,7 @@ Opened = tuple[RunCard, PairStream, PairStream | None]
 
 
 def _reopened(store: LatentStore, run_dir: Path, config: TrainConfig, world: World) -> Opened:
-    """Open the run in ``run_dir`` at its own snapshot."""
+    """Open the run in ``run_dir`` at the snapshot that it is pinned to."""
     card = RunCard.read(run_dir)
     store = reopen(store, card)
     if world.rank == 0:
@@ -214,7 +214,7 @@ def require_pairs(stream: PairStream, remedy: str) -> None:
 
 
 def reasons(stream: PairStream) -> str:
-    """How many pairs are left out, for which reason."""
+    """Return how many pairs are left out, for which reason."""
     return ", ".join(f"{count} ({reason})" for reason, count in stream.left_out.items())
 
 
@@ -260,7 +260,7 @@ def probe_side(config: TrainConfig) -> int:
 
 
 def new_card(store: LatentStore, stream: PairStream, config: TrainConfig, power: list[float] | None = None) -> RunCard:
-    """What the run is, fixed for good: data, whitening, model and objective, with the decoder's power by channel."""
+    """Return the run's card: data, whitening, model and objective, with the decoder's power by channel."""
     settings = dict(config.objective.settings)
     if power is not None:
         settings["channel_weights"] = [float(f"{v:.4g}") for v in np.array(power) / np.mean(power)]
@@ -328,7 +328,7 @@ def latent_loss(
 ) -> Callable[[nn.Module, Batch, int], Terms]:
     """The objective's loss of a batch and, every so many steps, the image losses of the clean latent it predicts.
 
-    Each sample's time and noise, and the slab that is decoded, come from its own seed.
+    Each sample's time and noise, and the slab that is decoded, come from the sample's seed.
     """
 
     def batch_loss(model: nn.Module, batch: Batch, step: int) -> Terms:
@@ -374,8 +374,10 @@ def image_losses(
 
 
 def identity(card: RunCard, config: TrainConfig) -> dict[str, Any]:
-    """What a resumed run must agree on, by name: all that changes a weight. Budgets, readers, validation, the batch of
-    one device and their number do not."""
+    """Return what a resumed run must agree on, by name: all that changes a weight.
+
+    Budgets, readers, validation, the batch of one device and their number do not.
+    """
     named: dict[str, Any] = {
         "store snapshot": card.snapshot,
         "encode key": card.encode_key,

@@ -84,7 +84,7 @@ def validation(
 
 
 def chosen_metric(settings: ValidationConfig, card: RunCard, images: ValidateImages | None) -> str:
-    """What ``best`` looks at where the configuration leaves it open: the nearest thing to an image that is at hand."""
+    """Return the metric of ``best`` where the configuration leaves it open: the nearest thing to an image at hand."""
     if settings.metric != "auto":
         return settings.metric
     if images is not None:
@@ -136,8 +136,10 @@ def on_first_rank(
 
 
 def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor]:
-    """A sharded module's weights by name, whole, on the first rank; nothing on the others, which take part in gathering
-    a tensor at a time and keep none (2.4 GB a GPU for the preset ``medium``)."""
+    """Return a sharded module's weights by name, whole, on the first rank; nothing on the others.
+
+    Those take part in gathering a tensor at a time and keep none (2.4 GB per GPU for the preset ``medium``).
+    """
     weights: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -25,12 +25,12 @@ from latentcache.tables import (
 )
 
 Keep = Callable[[Kind, pa.Table], pa.Array]
-"""Which rows of a table stay, as a boolean mask."""
+"""Function that returns the rows of a table that stay, as a boolean mask."""
 
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What was removed."""
+    """Counts of what was removed."""
 
     series: int = 0
     pairs: int = 0

@@ -26,7 +26,7 @@ ARRAYS = "latents.zarr"
 
 @dataclass(frozen=True)
 class Garbage:
-    """What was (or, in a dry run, would be) removed."""
+    """Counts of what was (or, in a dry run, would be) removed."""
 
     attempts: int = 0
     fragments: int = 0
@@ -114,7 +114,7 @@ def _collect(store: LatentStore, writer: Writer, grace_s: float, dry_run: bool, 
 
 
 def _garbage(location: Location, oldest: float, doomed: list[Entry], base: Snapshot) -> _Found:
-    """What no snapshot names but the doomed; ``base`` counts also where a listing does not show it yet."""
+    """Return what no snapshot names but the doomed; ``base`` counts also where a listing does not show it yet."""
     gone = {e.path for e in doomed}
     numbers = [n for n in snapshot_numbers(location) if snapshot_path(n) not in gone and n != base.number]
     paths, attempts = named(location, [base, *(load_snapshot(location, n) for n in numbers)])

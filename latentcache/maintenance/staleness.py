@@ -55,7 +55,7 @@ def sources(digests: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def unlike(found: Iterable[Any], expected: Iterable[Any]) -> NDArray[np.bool_]:
-    """Where two columns of digests differ and both say something."""
+    """Return a mask of where two columns of digests differ and neither is empty."""
     said = pc.and_(pc.not_equal(found, ""), pc.not_equal(expected, ""))
     return np.asarray(pc.and_(said, pc.not_equal(found, expected)), dtype=bool)
 

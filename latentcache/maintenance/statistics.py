@@ -104,7 +104,7 @@ def _sampled(
 
 
 def _outliers(keys: list[str], mean: NDArray[np.float64], std: NDArray[np.float64]) -> list[Outlier]:
-    """Latents whose mean or log std lies far from the median of all, worst first. Needs ten latents to judge."""
+    """Latents whose mean or log std is far from the median of all, worst first. Needs ten latents to judge."""
     if len(keys) < 10:
         return []
     found: dict[str, Outlier] = {}

@@ -1,4 +1,4 @@
-"""What a store holds, counted."""
+"""Counts of a store's content."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def status(store: LatentStore) -> dict[str, Any]:
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    """How often each value stands in a column of text; the empty one as ``none``."""
+    """Count each value of a column of text; the empty one as ``none``."""
     return {row["values"] or "none": row["counts"] for row in pc.value_counts(column).to_pylist()}
 
 

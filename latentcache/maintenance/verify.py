@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What was looked at, and what was wrong. Orphans are garbage that gc will take, not a fault."""
+    """Counts of what was looked at, and faults. Orphans are garbage that gc will take, not a fault."""
 
     snapshots: int = 0
     fragments: int = 0
@@ -80,7 +80,7 @@ def verify(store: LatentStore, *, threads: int = 2) -> Verification:
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, manifest.num_rows, AT_ONCE):
             rows = from_table(manifest.slice(first, AT_ONCE), LatentRecord)
-            found = pool.map(lambda r: list(check_latent(store, r, encodings)), rows)
+            found = pool.map(lambda r: list(verify_latent(store, r, encodings)), rows)
             for row, problems in zip(rows, found, strict=True):
                 result.latents += 1
                 result.bytes += Layout(row.shape).shard_bytes
@@ -105,13 +105,13 @@ def damaged_latents(
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, table.num_rows, AT_ONCE):
             rows = from_table(table.slice(first, AT_ONCE), LatentRecord)
-            checked = pool.map(lambda row: next(check_latent(store, row, {encode_key}), None), rows)
+            checked = pool.map(lambda row: next(verify_latent(store, row, {encode_key}), None), rows)
             found.update((row.path, (row, bad.what)) for row, bad in zip(rows, checked, strict=True) if bad)
     return found
 
 
 def _catalogued(store: LatentStore) -> set[str]:
-    """Keys of the catalog and pairs; empty for a store of generated latents, which has no catalog of its own."""
+    """Keys of the catalog and pairs; empty for a store of generated latents, which has no catalog."""
     series = store.catalog_table(("series_key",)).column("series_key").to_pylist()
     pairs = store.pairs_table(("pair_key",)).column("pair_key").to_pylist()
     return {*series, *pairs} if series else set()
@@ -150,7 +150,7 @@ def _verify_encodings(store: LatentStore, result: Verification) -> None:
             result.problems.append(Problem(f"encodings/{encode_key}.json", f"cannot be read: {type(error).__name__}"))
 
 
-def check_latent(store: LatentStore, row: LatentRecord, encodings: set[str]) -> Iterator[Problem]:
+def verify_latent(store: LatentStore, row: LatentRecord, encodings: set[str]) -> Iterator[Problem]:
     """Everything that a manifest row says, against the bytes."""
     subject = f"{row.key} {row.role}"
     layout = Layout(row.shape)

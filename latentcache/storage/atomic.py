@@ -17,14 +17,15 @@ from latentcache.storage.system_calls import process_is_gone, sync_file, sync_fo
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Yield a hidden sibling to write into; on success it replaces ``path``, on any error it vanishes.
 
     A kill at any instant leaves ``path`` as it was or as it shall be, and at worst a hidden ``*.part`` sibling, which
-    the next writer of the same file replaces. A link planted in its place is not followed.
+    the next writer of the same file replaces. A link planted in its place is not followed. ``mode`` is that of a new
+    file, less the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = fresh_draft(path.with_name(f".{path.name}.part"))
+    draft = fresh_draft(path.with_name(f".{path.name}.part"), mode)
     try:
         yield draft
         sync_file(draft)

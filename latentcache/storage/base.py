@@ -27,7 +27,7 @@ class Entry:
 
 
 class Location(Protocol):
-    """What the store needs of a file system. Paths are relative, with forward slashes."""
+    """Operations that the store needs of a file system. Paths are relative, with forward slashes."""
 
     @property
     def url(self) -> str: ...

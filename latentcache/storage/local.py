@@ -1,4 +1,4 @@
-"""Where a store's bytes lie: a directory or an object store behind one small interface.
+"""Locations of a store's bytes: a directory or an object store behind one small interface.
 
 Every object is immutable and appears whole or not at all. Locally that takes four steps: write aside, fsync the file,
 link it under its name (which fails if the name is taken), fsync the directory.
@@ -28,7 +28,7 @@ IOV_MAX = 1024
 
 
 def local_path(url: str) -> Path:
-    """Return the path that a file:// URL stands for (percent-encoded, RFC 8089), or a plain path as it is."""
+    """Return the path that a file:// URL names (percent-encoded, RFC 8089), or a plain path as it is."""
     if not url.startswith(FILE_SCHEME):
         return Path(url)
     return Path(os.fsdecode(unquote_to_bytes(os.fsencode(url.removeprefix(FILE_SCHEME)))))
@@ -77,7 +77,7 @@ class LocalLocation:
         return str(self.root)
 
     def _at(self, path: str) -> Path:
-        """Where a path lies; never outside of the location, whatever a file of the store may say.
+        """Return a path in the file system; never outside of the location, whatever a file of the store may name.
 
         Raises:
             StoreError: It climbs out.

@@ -12,7 +12,7 @@ SUPERUSER = 0
 
 
 def is_foreign(path: Path, *, follow: bool = False) -> bool:
-    """Return whether what lies at a path belongs to neither this user nor the superuser; False where nothing does.
+    """Return whether what is at a path belongs to neither this user nor the superuser; False where nothing does.
 
     Args:
         path: Where to look.
@@ -56,12 +56,12 @@ def refuse_planted(path: Path, below: Path | None = None) -> None:
         path = path.parent
 
 
-def fresh_draft(path: Path) -> Path:
+def fresh_draft(path: Path, mode: int = 0o666) -> Path:
     """Return the path of a new, empty file to write into; what lay there, a link for instance, is removed first.
 
     Raises:
         OSError: It cannot be removed, as in a folder whose sticky bit protects another user's entries, or made.
     """
     path.unlink(missing_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     return path

@@ -137,7 +137,7 @@ class S3Location:
 
     @functools.cached_property
     def conditional(self) -> bool:
-        """Whether this server refuses a put of a name that is taken, asked once with an object of its own."""
+        """Whether this server refuses a put of a name that is taken, asked once with a test object."""
         path = f"probe-{uuid.uuid4().hex}"
         with _errors(path):
             try:

@@ -1,4 +1,4 @@
-"""System calls that not every platform has, each with what stands in for it: Linux, macOS and Windows.
+"""System calls that not every platform has, each with what replaces it: Linux, macOS and Windows.
 
 What is missing is looked for by name, not by platform: an interpreter of WebAssembly or an old macOS lacks some too.
 """

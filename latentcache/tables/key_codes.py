@@ -1,6 +1,6 @@
-"""Text columns as numbers: joins and duplicates among a million keys without a Python object a row.
+"""Text columns as numbers: joins and duplicates among a million keys without a Python object per row.
 
-Keys are 16 hexadecimal digits, so a column of them lies in Arrow's memory as two 64-bit words a row. Whatever is found
+Keys are 16 hexadecimal digits, so a column of them is in Arrow's memory as two 64-bit words a row. Whatever is found
 by a hash of the words is compared word for word before it is believed.
 """
 

@@ -1,4 +1,4 @@
-"""Finds a manifest row by key without a Python object a row: a million rows cost 40 MB and a tenth of a second."""
+"""Finds a manifest row by key without a Python object per row: a million rows cost 40 MB and a tenth of a second."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class KeyIndex:
 
 
 class RowFinder:
-    """Looks latents of one snapshot up, each read with its own part of the manifest until it is worth holding it all.
+    """Looks latents of one snapshot up, each read with one part of the manifest until it is worth holding it all.
 
     Args:
         whole: The manifest, which its owner then holds.

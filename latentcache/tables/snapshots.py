@@ -67,7 +67,7 @@ def without_latents(location: Location, base: Snapshot, paths: pa.ChunkedArray) 
 
 
 def _kept(fragments: Sequence[Fragment], added: int) -> int:
-    """How many of the oldest fragments stay as they are when a fragment of ``added`` rows joins.
+    """Return how many of the oldest fragments stay as they are when one of ``added`` rows joins.
 
     Of every size class (powers of COMPACT_AT) fewer than COMPACT_AT fragments are kept, so that n commits leave
     O(log n) classes and rewrite each row O(log n) times.
@@ -106,8 +106,8 @@ def arrow_memory_pool() -> Iterator[None]:
 
 SNAPSHOTS = "snapshots"
 DROPPED = b'{"dropped": true}\n'
-"""What a snapshot's file holds once it is dropped. The name stays taken: a driver that slept at its put, for however
-long, finds it so, and cannot commit a snapshot that lies behind the current one."""
+"""Content of a snapshot's file once it is dropped. The name stays taken: a driver that slept at its put, for however
+long, finds it so, and cannot commit a snapshot that is behind the current one."""
 _FRAGMENT = re.compile(r"[a-z]+/[A-Za-z0-9_-]+\.parquet")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 Keep = Callable[[pa.Table], Any]
@@ -251,7 +251,7 @@ def load_snapshot(location: Location, number: int | None = None) -> Snapshot:
 
 
 def has_snapshot(location: Location, number: int) -> bool:
-    """Whether a snapshot stands."""
+    """Whether a snapshot is there."""
     try:
         return location.size(snapshot_path(number)) != len(DROPPED)
     except FileNotFoundError:
@@ -338,7 +338,7 @@ def read_row(location: Location, snapshot: Snapshot, kind: Kind, row: int, check
 def distinct(
     location: Location, snapshot: Snapshot, kind: Kind, columns: Sequence[str], checked: set[str] | None = None
 ) -> pa.Table:
-    """The combinations of values that a few columns take; much cheaper than the rows, since none is told apart."""
+    """The combinations of values that a few columns take; much cheaper than the rows, since none is distinguished."""
     names = list(columns)
     schema = pa.schema([SCHEMAS[kind].field(name) for name in names])
     parts = [schema.empty_table()]

@@ -1,4 +1,4 @@
-"""Where DICOM members are kept: zips, folders and S3 objects, read in place.
+"""Storage of DICOM members:  zips, folders and S3 objects, read in place.
 
 In: a path or URL. Out: a `Source` of members addressed by number, with limits against hostile archives.
 """

@@ -1,4 +1,4 @@
-"""What a directory entry is to a reader: a file, a folder, an archive, or something that cannot be used, and why."""
+"""Directory entries as a reader sees them: a file, a folder, an archive, or something that cannot be used, and why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SIGNATURES = (
     (b"\x28\xb5\x2f\xfd", "zst"),
 )
 _TAR_AT = 257
-"""Where a tar's header says ``ustar`` (POSIX.1-1988)."""
+"""Offset at which a tar's header says ``ustar`` (POSIX.1-1988)."""
 _COMPRESSED_DICOM = re.compile(r"\.(dcm|dicom|ima)\.(gz|bz2|xz|zst)$")
 _TYPES = {
     stat.S_IFIFO: "a named pipe",
@@ -78,7 +78,7 @@ def why_unlisted(error: OSError) -> str:
 
 
 def unlisted_folder(folder: str, error: OSError) -> DirectoryEntry:
-    """Return the entry that stands for a folder which could not be listed."""
+    """Return the entry of a folder which could not be listed."""
     entry = DirectoryEntry(folder, os.path.basename(folder), "unusable", refusal=why_unlisted(error))
     try:
         info = os.lstat(folder)
@@ -141,7 +141,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def url_of(path: str) -> str:
-    """Return a path as the URL that stands for it everywhere: itself, or file:// where it is not valid UTF-8."""
+    """Return a path as the URL that names it everywhere: itself, or file:// where it is not valid UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:

@@ -75,7 +75,7 @@ def stream_archives(
 
     Args:
         dataset: A folder, a single zip or NIfTI file, or an object store's URL such as s3://bucket/prefix.
-        categories: Allow-list of labels; the topmost folder with such a name labels what lies below it.
+        categories: Allow-list of labels; the topmost folder with such a name labels what is below it.
         exclude: Folders not to enter (the store itself may lie inside the dataset).
 
     Raises:
@@ -127,7 +127,7 @@ class _Tree:
     def _shared(self, folder: str, parts: tuple[str, ...]) -> Iterator[FoundArchive]:
         """Below the dataset itself or a category, where stray files (lists, notes) are to be expected.
 
-        One that holds DICOM files of its own is a single archive with all that lies below it.
+        One that itself holds DICOM files is a single archive with all that is below it.
         """
         entries = self._entries(folder)
         if any(entry.kind == "file" and _is_dicom(entry.path) for entry in entries):
@@ -173,7 +173,7 @@ class _Tree:
             yield from map(self._found, within)
 
     def _entries(self, folder: str) -> list[DirectoryEntry]:
-        """What a folder holds, hidden and excluded entries left out; itself where it cannot be listed."""
+        """Return a folder's entries, hidden and excluded ones left out; the folder itself where it cannot be listed."""
         try:
             entries = list_folder(folder)
         except OSError as error:
@@ -237,7 +237,7 @@ def _objects(url: str, entries: Iterable[Entry], name: str, categories: Sequence
 
 
 def _literal(part: str) -> str:
-    """A folder's name as it stands in a URL; everything but the special characters stays as it is."""
+    """A folder's name as it is written in a URL; everything but the special characters stays as it is."""
     return "".join(f"%{ord(c):02X}" if c in _SPECIAL else c for c in part)
 
 

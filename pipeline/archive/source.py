@@ -79,7 +79,7 @@ class RangeReader(Protocol):
 
 
 class Source(Protocol):
-    """Where DICOM files come from. Thread-safe for reading."""
+    """Source of DICOM files. Thread-safe for reading."""
 
     url: str
 

@@ -73,7 +73,7 @@ def _inflate_some(packed: memoryview, wanted: int) -> bytes:
 
 
 def inflated(member: Member, packed: memoryview) -> Iterator[bytes]:
-    """The content piece by piece, never more than the declared size: a bomb that lies about it fails."""
+    """The content piece by piece, never more than the declared size: a bomb that misstates it fails."""
     stream, size = isal_zlib.decompressobj(-15), 0
     for start in range(0, len(packed), _PIECE):
         try:
@@ -151,7 +151,7 @@ class StorageError(InputError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one archive may ask for before it is called a bomb.
+    """Limits on what one archive may ask for before it is called a bomb.
 
     A lone air slice compresses 1000:1, so a ratio alone says nothing: it counts only above ``ratio_from`` bytes.
     """
@@ -217,7 +217,7 @@ def _find_end(tail: bytes) -> int:
 
 
 def _may_end_zip(tail: bytes, at: int, record: tuple[int, ...]) -> bool:
-    """Whether a directory lies right before a record, as far as the end of the file shows."""
+    """Whether a directory is right before a record, as far as the end of the file shows."""
     count, length = record[4], record[5]
     if tail[max(at - _LOCATOR64.size, 0) : at][:4] == b"PK\x06\x07":
         return True

@@ -19,8 +19,6 @@ from .store import (
     VaeSettings as VaeSettings,
     decode_store as decode_store,
     note_certificates as note_certificates,
-    only_encoding as only_encoding,
-    window_of as window_of,
 )
 from .task import (
     DecodeSelection as DecodeSelection,

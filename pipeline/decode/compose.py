@@ -28,7 +28,7 @@ from pipeline.volume import (
     Volume,
     Window,
     ZMethod,
-    hand_over,
+    blend_at_edges,
     interpolated,
     interpolated_onto,
     row_blocks,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 UNMET = 1.5
 """Residual over the noise from which on a projection has failed, and the operator is in doubt."""
 SPOKEN_HU = 0.5
-"""A decoded value closer than this to interpolation says nothing of its own."""
+"""A decoded value closer than this to interpolation says nothing."""
 
 
 Detail = Literal["absolute", "residual"]
@@ -59,7 +59,7 @@ def parse_detail(text: str) -> Detail:
 
 @dataclass(frozen=True)
 class ComposeSettings:
-    """How decoded slices become HU.
+    """Settings of the way from decoded slices to HU.
 
     Attributes:
         detail: ``residual``: B + (D - D of the condition), which cancels the VAE's own round-trip error; where no
@@ -172,7 +172,7 @@ def _floor(thick: Volume) -> int:
 def plain_round_trip(
     decoded_hu: NDArray[np.float32], window: Window, thick: Volume | None, target: Geometry
 ) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
-    """What the autoencoder gave, and nothing else inside the window: (z, y, x) int16 HU and figures.
+    """Return what the autoencoder gave, and nothing else inside the window: (z, y, x) int16 HU and figures.
 
     Only voxels at the window's edges, where a latent says no more than "here or beyond", take interpolated thick HU,
     and only within the thick series' extent. Clipped to the window, the written series is the reconstruction itself.
@@ -194,7 +194,7 @@ def plain_round_trip(
 
 
 def agreement(hu: NDArray[np.int16], measured: ThickMeasurement, *, residual: bool = True) -> dict[str, Any]:
-    """What finished HU (z, y, x) agree to, under the names that ``compose`` uses.
+    """Return how well finished HU (z, y, x) agree with the measured slices, under the names that ``compose`` uses.
 
     RMS(A x - y), overall and a thick slice (left out without ``residual``), and the certificate.
     """
@@ -231,7 +231,7 @@ def restore(
             seen = np.clip(decoded, window.lower, window.upper)
             decoded = np.clip(base, window.lower, window.upper) + seen
             decoded -= np.clip(condition_hu[:, rows], window.lower, window.upper)
-        blended = hand_over(decoded, base, window)
+        blended = blend_at_edges(decoded, base, window)
         changed += int(np.count_nonzero(np.abs(blended - decoded) > 0.5))
         inside = (decoded > window.lower) & (decoded < window.upper)
         spoken += int(np.count_nonzero(inside & (np.abs(decoded - base) > SPOKEN_HU)))
@@ -272,7 +272,7 @@ def _made_consistent(x: NDArray[np.float32], measured: ThickMeasurement, window:
 
 
 def _doubt(check: OperatorCheck, done: ProjectionFigures) -> str:
-    """What the figures say against the operator, for a reader; empty where nothing does.
+    """Return what the figures say against the operator, for a reader; empty where nothing does.
 
     Slices that are smoother than life, as interpolated ones are, favour a narrower profile than the true one, so that
     verdict alone accuses nobody. That the measured slices cannot be met does.

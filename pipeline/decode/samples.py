@@ -51,8 +51,8 @@ class DerivedVolume:
     """A finished volume: (z, y, x) int16 HU.
 
     ``spread`` is the standard deviation over samples in HU, if there were several; ``figures`` is JSON-ready.
-    ``sample`` is the first of several, with figures of its own; ``hu`` is then their mean. ``alarm`` says where the
-    first sample stands out from the others, if that was asked for.
+    ``sample`` is the first of several, with its figures; ``hu`` is then their mean. ``alarm`` says where the
+    first sample differs from the others, if that was asked for.
     """
 
     hu: NDArray[np.int16]
@@ -66,15 +66,15 @@ class DerivedVolume:
 
 @dataclass(frozen=True)
 class WriteSettings:
-    """How derived series are written. ``sampling`` and ``checkpoint_sha256`` go into the provenance.
+    """Settings for writing derived series. ``sampling`` and ``checkpoint_sha256`` go into the provenance.
 
     Attributes:
         uncertainty_map: The uncertainty as a Parametric Map instead of a second CT series.
         enhanced: One Enhanced CT instance instead of a CT instance a slice.
         answer: Of several samples the ``mean``, for viewing; one ``sample``, for measuring density and texture, which
-            a mean smooths away; or ``both``, the sample in a folder of its own.
+            a mean smooths away; or ``both``, the sample in a separate folder.
         layout: Write NIfTI, laid out so, instead of DICOM, all volumes in one folder.
-        alarm_map: Where the written sample stands out from the others, as a Parametric Map beside it.
+        alarm_map: Where the written sample differs from the others, as a Parametric Map beside it.
     """
 
     out_dir: Path
@@ -106,7 +106,7 @@ class WriteSettings:
 
 @dataclass(frozen=True)
 class DerivedSeries:
-    """What was written; keys and figures only. ``folders`` are names below the output folder."""
+    """A derived series as written; keys and figures only. ``folders`` are names below the output folder."""
 
     key: str
     series_uid: str
@@ -293,7 +293,7 @@ def _write_nifti(
 def _with_figures(
     provenance: Provenance, figures: Mapping[str, Any], answer: Literal["", "mean", "sample"]
 ) -> Provenance:
-    """The provenance of one of the answers, with its own figures and warnings."""
+    """The provenance of one of the answers, with its figures and warnings."""
     warnings = (str(figures["warning"]),) if figures.get("warning") else ()
     return replace(provenance, consistency=figures, answer=answer, notes=(*provenance.notes, *warnings))
 

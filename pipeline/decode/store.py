@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentcache import Encoding, InputError, LatentStore, dtype_for_latents
+from latentcache import Encoding, InputError, LatentStore
 from pipeline.decode import task as decode
 from pipeline.decode.samples import DerivedSeries
 from pipeline.decode.task import EVERYTHING, DecodeSelection, DecodeSettings, DecodeTask, PreparedDecode
@@ -31,7 +31,6 @@ from pipeline.forward_model import Protocols
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.vae import Autoencoder, load_decoder
-from pipeline.volume import Window
 from pipeline.writing import is_written_series
 
 log = logging.getLogger("ctpipe.decode")
@@ -39,7 +38,7 @@ log = logging.getLogger("ctpipe.decode")
 
 @dataclass
 class DecodeSummary:
-    """What a run did; keys and figures only."""
+    """Outcome of a decode run; keys and figures only."""
 
     planned: int = 0
     already: int = 0
@@ -65,30 +64,6 @@ def run_task(vae: Autoencoder, prepared: PreparedDecode, *, settings: DecodeSett
     return decode.decode_one(vae, prepared, settings=settings)
 
 
-def only_encoding(store: LatentStore, encode_key: str | None) -> str:
-    """The encode key to decode: the one given, else the only one there.
-
-    Raises:
-        InputError: None, several, or another than asked for.
-    """
-    keys = store.encode_keys()
-    if encode_key is not None and encode_key in keys:
-        return encode_key
-    if encode_key is None and len(keys) == 1:
-        return keys[0]
-    raise InputError(
-        f"encodings {', '.join(keys) or 'none'}" + (f", not {encode_key}" if encode_key else ""),
-        expected="one encoding, or its key",
-        remedy="Name one with --encode-key (`ctpipe status STORE` lists them), or run `ctpipe encode` first.",
-    )
-
-
-def window_of(store: LatentStore, encode_key: str) -> Window:
-    """The window that an encoding's latents hold."""
-    encoding = store.encoding(encode_key)
-    return Window(encoding.window_center, encoding.window_width)
-
-
 @dataclass(frozen=True)
 class VaeSettings:
     """The VAE of a worker.
@@ -105,28 +80,16 @@ class VaeSettings:
     threads: int = 2
     precision: str = "auto"
 
-    def loader(self, store: LatentStore, encode_key: str, gpu_share: float) -> Callable[[str], Autoencoder]:
-        """A function that loads it on a device, and refuses one that did not encode these latents."""
-        encoding = store.encoding(encode_key)
+    def loader(self, encoding: Encoding, gpu_share: float = 1.0) -> Callable[[str], Autoencoder]:
+        """Return a function that loads it on a device, and refuses one that did not encode these latents."""
         return functools.partial(
-            load_decoder_for,
-            encoding,
-            self.precision,
+            load_decoder,
             spec=self.spec,
+            encoding=encoding,
+            precision=self.precision,
             memory_gib=self.memory_gib,
             gpu_share=gpu_share,
         )
-
-
-def load_decoder_for(encoding: Encoding, precision: str, device: str, **options: Any) -> Autoencoder:
-    """Load the decoder of an encoding's latents on a worker's device; ``options`` as `load_decoder` takes them."""
-    return load_decoder(
-        device,
-        expected_sha256=encoding.vae_sha256,
-        extra=encoding.extra,
-        dtype=dtype_for_latents(precision, device, encoding),
-        **options,
-    )
 
 
 def decode_store(
@@ -155,7 +118,7 @@ def decode_store(
     for key in sorted(odd):
         said = summary.failed[key] = f"{key} in the output folder is no series that decode wrote: move it away"
         note(log, "set_aside", logging.WARNING, said, series_key=key, stage="decode", outcome="InputError")
-    load = vae.loader(store, encode_key, options.gpus_per_worker)
+    load = vae.loader(store.encoding(encode_key), options.gpus_per_worker)
     with mark(out) if todo else contextlib.nullcontext(out) as seen:
         stage: Stage[DecodeTask, PreparedDecode, Autoencoder, DerivedSeries] = Stage(
             prepare=functools.partial(decode.prepare, threads=2),

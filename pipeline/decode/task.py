@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import InputError, LatentRecord, LatentStore, PairRecord, SeriesRecord
+from latentcache import InputError, LatentRecord, LatentStore, PairRecord, SeriesRecord, store_of_worker
 from latentcache.maintenance import refiner_of_digest
 from latentcache.storage import refuse_existing
 from pipeline.decode.compose import ComposeSettings, plain_round_trip
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """How latents are decoded, composed and written.
+    """Settings of decoding, composing and writing.
 
     Attributes:
         compose_stored: Stored thin latents too are handed over at the window's edges and projected onto the thick
@@ -58,7 +57,7 @@ class DecodeTask:
         kind: ``decoded``: a stored thin latent's reconstruction; ``generated``: sampled from the thick series.
         latents: (store URL, row) of every sample, at least one; all on one grid.
         condition: The condition's latent on the same grid, for residual detail.
-        target: Lattice of the latents' volume; slices beyond the thick series' extent are left out where thin was
+        target: Grid of the latents' volume; slices beyond the thick series' extent are left out where thin was
             generated, since nothing was measured there.
         source: The series that the output is derived from, whose header and identity it carries.
         thick: The measured thick series, None for a thin series without one.
@@ -242,17 +241,11 @@ def prepare(task: DecodeTask, *, threads: int = 2) -> PreparedDecode:
     return PreparedDecode(task, header, onto_field(thick, task.target) if thick is not None else None)
 
 
-@functools.lru_cache(maxsize=16)
-def _store(url: str) -> LatentStore:
-    """A worker's own handle: opened once a process."""
-    return LatentStore.open(url)
-
-
 def decode_one(vae: Autoencoder, prepared: PreparedDecode, *, settings: DecodeSettings) -> DerivedSeries:
     """Decode one task's latents, compose them with the measured series, and write the DICOM series.
 
     Several latents are samples: their mean is written, and with ``settings.write.uncertainty`` their standard
-    deviation as a second series in a folder of its own.
+    deviation as a second series in a separate folder.
 
     Raises:
         InputError: The output folder exists, or a latent is corrupt.
@@ -320,7 +313,7 @@ def _measured_slices(task: DecodeTask, thick: Volume | None) -> slice:
 
 def decoded_hu(vae: Autoencoder, window: Window, url: str, row: LatentRecord) -> NDArray[np.float32]:
     """A stored latent through the decoder: (z, y, x) float32 HU, meaningful inside the window."""
-    latent = np.asarray(_store(url).read(row), dtype=np.float32)
+    latent = np.asarray(store_of_worker(url).read(row), dtype=np.float32)
     return window.from_unit(np.asarray(vae.decode(latent, row.valid_zyx)))
 
 

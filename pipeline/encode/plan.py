@@ -1,4 +1,4 @@
-"""The tasks that are left: what the catalog wants and the manifest lacks, told in Arrow and made one by one."""
+"""The tasks that are left: what the catalog wants and the manifest lacks, found in Arrow and made one by one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.encode.task import EncodeTask, Wanted
 from pipeline.volume import SeriesPointer
 
 ALL_ROLES: tuple[LatentRole, ...] = ("thin", "thick", "thick_on_thin")
-"""What is encoded unless more is asked for; ``refined_on_thin`` needs a refiner."""
+"""Roles that are encoded unless more is asked for; ``refined_on_thin`` needs a refiner."""
 
 
 def missing_latents(store: LatentStore, encode_key: str, roles: Sequence[LatentRole] = ALL_ROLES) -> pa.Table:
@@ -88,13 +88,13 @@ AT_ONCE = 1000
 
 
 class EncodePlan:
-    """What a store lacks under an encode key, at its snapshot.
+    """Tasks that a store lacks under an encode key, at its snapshot.
 
-    One task a pair and one a lone series. A pair's volumes are read once for its up to four latents. A pair that the
+    One task per pair and one per lone series. A pair's volumes are read once for up to four latents. A pair that the
     pixel proof quarantined gives no ``thick_on_thin``; its series still give their own latents.
 
     Args:
-        pointer: Where a series lies, by its key; called only when its task is asked for.
+        pointer: Where a series is, by its key; called only when its task is asked for.
         refiner_sha256: The refiner of ``refined_on_thin`` latents.
     """
 

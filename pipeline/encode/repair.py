@@ -52,7 +52,7 @@ class Damage:
         return len(self.repairable) + len(self.hopeless)
 
     def paths(self) -> pa.Table:
-        """What `Writer.retire` takes."""
+        """Return the table that `Writer.retire` takes."""
         return pa.table({"path": pa.array([row.path for row in self.repairable], pa.string())})
 
 
@@ -66,7 +66,7 @@ def find_damage(
     """Read every latent of an encoding, and of those that are damaged look for the archive.
 
     Args:
-        pointer: Where a series lies, by its key.
+        pointer: Where a series is, by its key.
     """
     damaged = damaged_latents(store, encode_key, roles, threads=threads)
     pairs = {pair.pair_key: pair for pair in store.pairs()} if damaged else {}

@@ -30,7 +30,7 @@ ALIKE = 0.03
 
 @dataclass
 class SourceCheck:
-    """What was compared.
+    """Outcome of comparing latents with their archives.
 
     Attributes:
         compared: Latents made again.
@@ -85,13 +85,13 @@ def check_sources(
     """Make latents again from their archives and compare them with those committed. Changes nothing.
 
     Args:
-        pointer: Where a series lies, by its key.
+        pointer: Where a series is, by its key.
         vae: Latents that another VAE made are counted and left out.
         sample: Share of the pairs and series to compare, chosen by their keys.
         on_task: Called with the tasks done and planned of an encoding.
     """
     result = SourceCheck()
-    bench = _Compare(store, result)
+    comparison = _Compare(store, result)
     for encode_key in sorted({key for key, _ in store.encoded()}):
         encoding = store.encoding(encode_key)
         if encoding.vae_sha256 != vae.sha256:
@@ -101,7 +101,7 @@ def check_sources(
         plan = EncodePlan(store, "", functools.partial(_pointer, pointer))  # as if nothing were encoded yet
         for done, task in enumerate(_held(store, plan, encode_key, sample), start=1):
             try:
-                _again(encoder, encoding, bench, task)
+                _again(encoder, encoding, comparison, task)
             except InputError as error:
                 result.unread[task.name] = str(error)
             on_task(done, len(plan))
@@ -120,11 +120,11 @@ def retire_foreign(store: LatentStore, found: SourceCheck) -> tuple[int, int]:
         return retired, reopen_pairs(store, writer, {row.key for row, _ in found.foreign.values()})
 
 
-def _again(vae: Autoencoder, encoding: Encoding, bench: _Compare, task: EncodeTask) -> None:
+def _again(vae: Autoencoder, encoding: Encoding, comparison: _Compare, task: EncodeTask) -> None:
     encode_one(
         vae,
-        Window(encoding.window_center, encoding.window_width),
-        bench.stage,
+        Window.of(encoding),
+        comparison.stage,
         prepare(task),
         round_trip_fraction=0.0,
         pad_multiple_zyx=encoding.pad_multiple_zyx,

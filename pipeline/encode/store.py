@@ -52,7 +52,7 @@ log = logging.getLogger("ctpipe.encode")
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What to encode and how; everything that changes bytes is in the encode key.
+    """Settings of encoding; everything that changes bytes is in the encode key.
 
     Attributes:
         vae: ``tiny`` or a path of MAISI weights.
@@ -90,7 +90,7 @@ class EncodeSettings:
 
 @dataclass
 class EncodeSummary:
-    """What a run did; keys only."""
+    """Outcome of an encode run; keys only."""
 
     encode_key: str
     planned: int = 0
@@ -154,7 +154,7 @@ def encoding_of(vae: Autoencoder, settings: EncodeSettings, device: str) -> Enco
 
 @dataclass(frozen=True)
 class EncodeWorker:
-    """What a worker keeps: the VAE on its device, and its own handle of the store."""
+    """State of a worker: the VAE on its device, and a handle of the store."""
 
     vae: Autoencoder
     store: LatentStore
@@ -180,13 +180,13 @@ def set_up(device: str, *, store_url: str, fingerprint: str, encode_key: str, se
     return EncodeWorker(vae, store)
 
 
-def run_task(bench: EncodeWorker, prepared: Prepared, *, settings: EncodeSettings) -> StagedLatents:
+def run_task(worker: EncodeWorker, prepared: Prepared, *, settings: EncodeSettings) -> StagedLatents:
     """The stage's device part: encode and stage one task's latents."""
     pin(settings.torch_threads)
     return encode.encode_one(
-        bench.vae,
+        worker.vae,
         settings.window,
-        bench.store.stage,
+        worker.store.stage,
         prepared,
         round_trip_fraction=settings.round_trip_fraction,
         pad_multiple_zyx=settings.pad_multiple_zyx,

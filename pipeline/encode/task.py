@@ -103,7 +103,7 @@ def prepare(task: EncodeTask, *, threads: int = 2) -> Prepared:
     """Read the task's volumes from their archives (CPU).
 
     Raises:
-        InputError: Pixels are broken, or what lies in the archive now is not what the catalog describes.
+        InputError: Pixels are broken, or what is in the archive now is not what the catalog describes.
     """
     from pipeline.reading import read_series
 
@@ -174,7 +174,7 @@ def encode_one(
 def _input(
     role: LatentRole, thin: Volume | None, thick: Volume | None, window: Window, refiner: RefinerFile | None
 ) -> tuple[NDArray[np.float32], Geometry]:
-    """What the VAE sees for one role, on [-1, 1], and the grid it lies on."""
+    """Return what the VAE sees for one role, on [-1, 1], and its grid."""
     if role in PAIR_ROLES:
         assert thin is not None
         assert thick is not None

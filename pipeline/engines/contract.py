@@ -28,13 +28,13 @@ EngineName = Literal["dask", "ray", "inline"]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to spread work.
+    """Options that say where work runs.
 
     Attributes:
         name: ``dask`` (embedded threads, or a cluster when ``scheduler`` is given), ``ray``, or ``inline`` (one thread,
             nothing imported: for tests and debugging).
         devices: One entry a state: torch device names. Two GPUs are ``("cuda:0", "cuda:1")``. On a cluster only their
-            number and kind count; each worker sees its own devices.
+            number and kind count; each worker sees the devices of its node.
         gpus_per_worker: Share of a GPU that one Ray actor reserves.
         prefetch: Items prepared ahead of each device; bounds memory.
         attempts: Tries an item gets before it is excluded. Errors meant for users are not tried again.
@@ -69,7 +69,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Outcome(Generic[T, R]):
-    """What became of one item: a value, or the reason why there is none."""
+    """Outcome of one item: a value, or the reason why there is none."""
 
     item: T
     value: R | None = None
@@ -154,7 +154,7 @@ def chain(
 
 
 def node_facts() -> dict[str, str]:
-    """What must be equal on every node."""
+    """Return the versions that must be equal on every node."""
     return {"ctpipe": version("ctpipe"), "python": ".".join(platform.python_version_tuple()[:2])}
 
 

@@ -1,4 +1,4 @@
-"""What a job will take: series per second as the least of what storage, CPUs, network, GPUs and the commit can do.
+"""Duration of a job: series per second as the least of what storage, CPUs, network, GPUs and the commit can do.
 
 Every stage runs at the same time as the others (the engine keeps them all fed), so the slowest sets the pace. The model
 is arithmetic on rates; ``measured`` takes them from a store's timings, so that a small job predicts a large one.
@@ -21,7 +21,7 @@ VOXELS = 300 * 512 * 512
 
 @dataclass(frozen=True)
 class Rates:
-    """What one series costs and what the machines give. A series here is a thin one of 300 slices, 512 x 512.
+    """Costs of one series and capacities of the machines. A series here is a thin one of 300 slices, 512 x 512.
 
     ``SOURCES`` says of each where it comes from: measured, and where, or assumed. ``measured`` replaces what a store's
     own encode tells; replace the rest by hand before money is spent.
@@ -74,7 +74,7 @@ SOURCES: Mapping[str, str] = {
     "cores_per_gpu": "assumed: as infra/k8s/base gives",
     "gpus_per_node": "assumed: one node of eight",
 }
-"""Where each shipped rate comes from. A test holds the measured ones against the benches' results."""
+"""Source of each shipped rate. A test holds the measured ones against the benches' results."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def cost(series: float, gpus: int, rates: Rates, cores: int | None = None, worke
     Args:
         series: How many series.
         gpus: GPUs in all; 0 encodes on the cores.
-        cores: CPU cores in all; by default ``cores_per_gpu`` beside each GPU, or one a worker.
+        cores: CPU cores in all; by default ``cores_per_gpu`` beside each GPU, or one per worker.
         workers: Series encoded at once without GPUs (``--workers`` of encode); by default one a core. With fewer than
             cores, the cores that are left read ahead while the workers encode.
 

@@ -1,4 +1,4 @@
-"""Which device computes: the one rule that every command follows."""
+"""Choice of the device that computes: the one rule that every command follows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resolve_device(device: str = AUTO) -> str:
 
 
 def resolve_gpus(gpus: int | None) -> int:
-    """How many GPUs to use: as many as asked for; all that there are where nothing was."""
+    """Return the number of GPUs to use: as many as asked for; all that there are where nothing was."""
     if gpus is not None:
         return gpus
     import torch

@@ -1,4 +1,4 @@
-"""Group commit: a thread of its own makes new latents visible, as many at once as came in since the last commit.
+"""Group commit: a separate thread makes new latents visible, as many at once as came in since the last commit.
 
 Nothing waits for a batch to fill: what is there is committed as soon as the last commit is done and ``INTERVAL_S`` have
 passed since it began. So a kill loses what is in hand and at most half a second of what was done, an archive of a
@@ -24,7 +24,7 @@ from pipeline.engines.job_log import note
 
 @dataclass(frozen=True)
 class StagedLatents:
-    """What a worker hands to the committing driver. ``pair`` is the pair's row with the pixel proof, if it was due.
+    """Latents for the committing driver. ``pair`` is the pair's row with the pixel proof, if it was due.
 
     ``seconds`` splits the device part: ``proof``, ``window`` (with interpolation), ``vae``, ``round_trip``, ``store``.
     """
@@ -43,7 +43,7 @@ MOST_AT_ONCE = 4096
 
 
 Done = Outcome[Any, StagedLatents]
-"""What became of a task; its ``name`` is the key of its row in the timings."""
+"""Outcome of a task; its ``name`` is the key of its row in the timings."""
 
 
 class GroupCommit:

@@ -1,8 +1,8 @@
-"""Structured logs: one JSON object a line on stderr, on the driver and on every worker, with keys and figures only.
+"""Structured logs: one JSON object per line on stderr, on the driver and on every worker, with keys and figures only.
 
 A line says when (UTC), how grave, on which node and in which process, and what (``event``); what more an event has to
 say are numbers and short words: ``series_key``, ``stage``, ``seconds``. A text that could be more than a key or a word
-is withheld, and of libraries that are not ours only the name and the level are told: their messages may quote a header.
+is withheld, and of libraries that are not ours only the name and the level are kept: their messages may quote a header.
 """
 
 from __future__ import annotations

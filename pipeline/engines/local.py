@@ -35,8 +35,8 @@ def _embedded_dask(items: Iterable[T], stage: Stage[T, P, S, R], options: Engine
     """Threads of dask's local scheduler: each carries one item from prepare to run, and waits there for a device.
 
     A thread beyond the number of devices prepares its item while the devices are busy, so that at most
-    ``devices * (1 + prefetch)`` prepared items exist. The graph is one task a thread, which takes items until there are
-    no more: nothing grows with their number, and no thread waits for the slowest of a window.
+    ``devices * (1 + prefetch)`` prepared items exist. The graph is one task per thread, which takes items until none is
+    left: nothing grows with their number, and no thread waits for the slowest of a window.
     """
     get = _dask_scheduler()
     states: queue.SimpleQueue[S] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""How far a running job is: a small file of counts in the store, which ``ctpipe status`` shows."""
+"""Progress of a running job: a small file of counts in the store, which ``ctpipe status`` shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGES = {
     "decode": "series done",
     "evaluate": "pairs done",
 }
-"""What a job of each kind counts. Each has a file of its own, so that two jobs on one store do not mix."""
+"""Things that a job of each kind counts. Each has a separate file, so that two jobs on one store do not mix."""
 
 
 class Progress:
@@ -79,7 +79,7 @@ def watched(items: Iterable[T], progress: Progress) -> Iterator[T]:
 
 
 def read_progress(location: Location) -> dict[str, Any] | None:
-    """What the running (or killed) job last said, with its rate and the seconds since; None when there is none.
+    """Return the last report of the running (or killed) job, its rate and the seconds since; None without one.
 
     Of several jobs it is the one that spoke last.
     """

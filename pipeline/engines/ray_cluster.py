@@ -1,6 +1,6 @@
 """The engine on Ray: CPU tasks prepare, actors that hold the state run, the driver keeps every queue short.
 
-Ray's core API is used rather than Ray Data: an item needs a fate of its own (a limit of attempts, a time-out, a dead
+Ray's core API is used rather than Ray Data: an item needs a separate fate (a limit of attempts, a time-out, a dead
 node) and Ray Data gives a fate to blocks and jobs. See infra/decisions/0002-engine.md.
 """
 
@@ -96,7 +96,7 @@ R = TypeVar("R")
 
 
 class Host:
-    """What an actor holds: one state on one device. ``run`` takes the outcome of preparing."""
+    """Body of an actor: one state on one device. ``run`` takes the outcome of preparing."""
 
     def __init__(self, stage: Stage[Any, Any, Any, Any], device: str, attempts: int, json_lines: bool) -> None:
         if json_lines:

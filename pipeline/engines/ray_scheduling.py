@@ -1,4 +1,4 @@
-"""Where items stand on Ray: an actor with the short queue in front of it is a lane, and ``fill`` gives lanes items.
+"""Scheduling on Ray: an actor with the short queue in front of it is a lane, and ``fill`` gives lanes items.
 
 Which item may go where is decided here and nowhere else, from queues alone; Ray itself is reached through ``Pool``.
 
@@ -42,7 +42,7 @@ class Flight(Generic[T]):
 
 
 class Pool(Protocol):
-    """What lanes need of Ray: a new actor, an item sent to one, an answer fetched, an actor ended."""
+    """Operations that lanes need of Ray: a new actor, an item sent to one, an answer fetched, an actor ended."""
 
     ray: Any
 

@@ -1,7 +1,7 @@
 """Wiring without logic: runs pure stage functions over items, in threads through dask, on a dask cluster, or on Ray.
 
 Every backend obeys one contract, ``stream``: ``prepare(item)`` runs on CPU workers ahead of time, ``run(state,
-prepared)`` runs where the state that ``setup(device)`` made lives (one a device), and outcomes arrive in order of
+prepared)`` runs where the state that ``setup(device)`` made lives (one per device), and outcomes arrive in order of
 completion. An item that fails is an outcome with an error, never an exception, so the rest of a batch goes on.
 """
 
@@ -25,12 +25,12 @@ WORDS: dict[StageName, tuple[str, str]] = {
     "sample": ("pair", "sampled"),
     "decode": ("series", "decoded"),
 }
-"""What an item of a stage is called in messages, and the event of one that is done."""
+"""Name of a stage's item in messages, and the event of one that is done."""
 
 
 @dataclass
 class StageTotals:
-    """What a stage came to.
+    """Totals of a stage.
 
     Attributes:
         failed: Reasons of the items that were excluded, by name.

@@ -53,7 +53,7 @@ def check_seen(mark: Path) -> None:
 
 
 _blas: int | None = None
-"""Threads that this process's BLAS was last told to use; it is told once, because finding it takes milliseconds."""
+"""Threads that this process's BLAS was last set to use; it is set once, because finding it takes milliseconds."""
 
 
 def pin(threads: int) -> None:

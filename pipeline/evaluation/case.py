@@ -41,7 +41,7 @@ FULL_RANGE_HU = (-1024.0, 2048.0)
 class CaseScores:
     """Scores of one pair. ``scores[method]`` has psnr_db and ssim in the window, mae_hu there, and bias by tissue.
 
-    Identical volumes have no PSNR: ``psnr_db`` is None and ``identical`` true. A method that could not be scored stands
+    Identical volumes have no PSNR: ``psnr_db`` is None and ``identical`` true. A method that could not be scored is
     in ``failures`` with its reason and never in a mean; ``notes`` says what is peculiar about the case itself.
     """
 
@@ -57,11 +57,11 @@ class CaseScores:
 
 @dataclass(frozen=True)
 class Case:
-    """What a case is scored against.
+    """A case's truth, which its methods are scored against.
 
     Attributes:
         truth: (z, y, x) HU.
-        geometry: Lattice of ``truth``.
+        geometry: Grid of ``truth``.
         thick_z_mm: Positions of the thick slices.
         operator: A from ``geometry`` to the thick slices; None leaves out the null space and the misfit.
         thick: The thick series' HU, (k, y, x); None leaves out the misfit to it.
@@ -161,7 +161,7 @@ def score(
 
 
 def score_method(volume: NDArray[Any], case: Case, window: Window, *, whole_range: bool = True) -> dict[str, Any]:
-    """Every figure of one method. What a case does not allow stands in ``not_measured`` with the reason.
+    """Every figure of one method. What a case does not allow is in ``not_measured`` with the reason.
 
     Args:
         whole_range: False for a decoded latent that nothing was restored in: outside the window it means nothing.
@@ -267,7 +267,7 @@ def _further(
 
 
 def notes_on(truth: NDArray[Any]) -> tuple[str, ...]:
-    """What a reader of the figures must know about the truth: constant slices are no anatomy and score too well."""
+    """Return what a reader must know of the truth: constant slices are no anatomy and score too well."""
     constant = sum(1 for piece in truth if piece.min() == piece.max())
     return (f"{constant} of {len(truth)} true slices are constant",) if constant else ()
 

@@ -1,4 +1,4 @@
-"""How well a fabrication alarm finds planted nodules, and whether intervals from samples hold what they promise."""
+"""Tests of a fabrication alarm on planted nodules, and of whether intervals from samples hold what they promise."""
 
 from __future__ import annotations
 

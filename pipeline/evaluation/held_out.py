@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import LATENT_CHANNELS, InputError, LatentRecord, LatentStore, PairRecord
+from latentcache import LATENT_CHANNELS, LatentRecord, LatentStore, PairRecord
 from pipeline.decode import ComposeSettings, base_volume, condition_of
 from pipeline.identity import PrivateStore
 from pipeline.metrics import intensity as metrics, ssim
 from pipeline.reading import read_series
-from pipeline.vae import Autoencoder, as_encoded
+from pipeline.vae import Autoencoder, as_encoded, check_same_vae
 from pipeline.volume import Window, common_slices, onto_field, resample_z
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ class HeldOutImages:
         start: RefinerFile | None = None,
     ) -> None:
         encoding = store.encoding(encode_key)
-        check_same_vae(vae, encoding.vae_sha256)
+        check_same_vae(vae, encoding)
         self.vae: Autoencoder = as_encoded(vae, encoding.extra)
         self.composing = ComposeSettings(start=start)
-        self.window = Window(encoding.window_center, encoding.window_width)
+        self.window = Window.of(encoding)
         encoded = {record.key for record in store.records(encode_key, "thin")}
         pairs = [p for p in store.pairs() if p.split == split and p.status == "ok" and p.thin_key in encoded]
         chosen = sorted(pairs, key=lambda p: p.pair_key)[:count]
@@ -126,13 +126,3 @@ class HeldOutImages:
 def _means(store: LatentStore, record: LatentRecord) -> NDArray[np.float32]:
     """A stored latent without the log-variances that may follow its means."""
     return np.asarray(store.read(record), dtype=np.float32)[:LATENT_CHANNELS]
-
-
-def check_same_vae(vae: Autoencoder, sha256: str) -> None:
-    """Refuse to decode with another VAE than the one that encoded."""
-    if vae.sha256 != sha256:
-        raise InputError(
-            f"a VAE whose SHA-256 begins {vae.sha256[:12]}",
-            expected=f"the one that encoded this store's latents, {sha256[:12]}",
-            remedy="Give its path with --vae.",
-        )

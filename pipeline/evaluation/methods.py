@@ -61,7 +61,7 @@ def check_record(record: LatentRecord, thin: Geometry) -> None:
         )
 
 
-def check_latent(latent: NDArray[Any], thin: Geometry) -> None:
+def check_latent_grid(latent: NDArray[Any], thin: Geometry) -> None:
     """Refuse a generated latent (4, d, h, w) that cannot be that of the thin series.
 
     Raises:
@@ -82,7 +82,7 @@ SamplesOf = Callable[[PairRecord], Iterator[NDArray[Any]]]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is compared.
+    """Settings of a comparison.
 
     Attributes:
         views: Cases that keep their volumes for the report's viewer.
@@ -102,7 +102,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class SeriesLocations:
-    """Where one pair's series lie: the part of PRIVATE that scoring needs."""
+    """Pointers of one pair's series: the part of PRIVATE that scoring needs."""
 
     pointers: Mapping[str, SeriesPointer]
 
@@ -112,7 +112,7 @@ class SeriesLocations:
 
 @dataclass(frozen=True)
 class CaseWork:
-    """What every case needs."""
+    """Store, VAE, samples and settings that every case needs."""
 
     store: LatentStore
     private: PrivateStore | SeriesLocations
@@ -149,7 +149,7 @@ def case_methods(
     target = thin.with_z(np.array(thin.z_mm)[inside])
 
     def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
-        check_latent(latent, thin)
+        check_latent_grid(latent, thin)
         unit = np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), thin.shape_zyx))
         return settings.window.from_unit(unit[inside])
 

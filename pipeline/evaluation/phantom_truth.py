@@ -1,4 +1,4 @@
-"""What ``ctpipe phantom`` put into a patient: nodules and stretches of vessel with known volume, for volumetry.
+"""Structures of ``ctpipe phantom``: nodules and stretches of vessel with known volume, for volumetry.
 
 A phantom's zip says in its comment how it was made, and the anatomy does not depend on the matrix size, so it is made
 again at 16 pixels. Archives of real patients carry no such comment and give no structures.
@@ -31,15 +31,15 @@ STRETCH = (0.25, 0.75)
 NEIGHBOUR_MM = 1.5
 """Vessels at least this thick disturb a measurement beside them."""
 AWAY_FROM_MIDLINE_MM = 42.0
-"""Beyond this lies lung, not mediastinum."""
+"""Beyond this is lung, not mediastinum."""
 
 
-def known_structures(pointer: SeriesPointer, lattice: Geometry) -> tuple[Structure, ...]:
+def known_structures(pointer: SeriesPointer, grid: Geometry) -> tuple[Structure, ...]:
     """The structures of the phantom that a series was read from, as far as they lie in ``grid``; none for others."""
     recipe = phantom_recipe(pointer)
     if recipe is None:
         return ()
-    return tuple(s for s in _made_again(json.dumps(recipe, sort_keys=True)) if holds(lattice, s))
+    return tuple(s for s in _made_again(json.dumps(recipe, sort_keys=True)) if holds(grid, s))
 
 
 @functools.lru_cache(maxsize=8)
@@ -51,7 +51,7 @@ def _made_again(recipe: str) -> tuple[Structure, ...]:
 
 
 def phantom_recipe(pointer: SeriesPointer) -> dict[str, Any] | None:
-    """How ``ctpipe phantom`` made the zip that holds a series; None for any other source."""
+    """Return the recipe of the phantom whose zip holds a series; None for any other source."""
     path = Path(pointer.members[0][0])
     if path.suffix != ".zip" or not path.is_file():
         return None

@@ -64,7 +64,7 @@ def finished_case(path: Path, identity: str) -> CaseScores | None:
 
 
 def log_test_use(run: Path, generation_key: str, pairs: int) -> int:
-    """The test split is locked by daylight: every look at it stands in the run. Returns how many there are now."""
+    """The test split is locked by daylight: every look at it is recorded in the run. Returns how many there are now."""
     path = run / "test_evaluations.jsonl"
     row = {"time": int(time.time()), "split": "test", "generation_key": generation_key, "pairs": pairs}
     with path.open("a", encoding="utf-8") as file:

@@ -1,10 +1,10 @@
 """The protocol of RPLHR-CT (Yu et al., MICCAI 2022): 5 mm to 1 mm on real pairs stored as NIfTI.
 
 As its published evaluation does it: ``SPLIT/5mm/NAME.nii.gz`` and ``SPLIT/1mm/NAME.nii.gz`` hold
-v = (HU + 1024) / 3072; thick slice k lies on thin slice 5k; predictions are clamped to [0, 1]; five thin slices are
+v = (HU + 1024) / 3072; thick slice k is on thin slice 5k; predictions are clamped to [0, 1]; five thin slices are
 dropped at each end; PSNR has the data range 1 (3072 HU) over the whole volume; SSIM is 2-D a slice, 11x11 with sigma
 1.5, zeros beyond the border, mean over slices; figures are means over cases. One thing differs on purpose: a prediction
-that equals the truth is said to be identical, not averaged as 40 dB.
+that equals the truth is reported as identical, not averaged as 40 dB.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def protocol_scores(prediction: NDArray[Any], truth: NDArray[np.float32]) -> dic
 
 
 def evaluate_case(case: RplhrCase, networks: Mapping[str, Generate] | None = None) -> CaseScores:
-    """Every baseline and every network given by name on a case; what cannot be scored is said."""
+    """Every baseline and every network given by name on a case; what cannot be scored is reported."""
     scores: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     try:

@@ -43,7 +43,7 @@ log = logging.getLogger("ctpipe.evaluate")
 
 @dataclass(frozen=True)
 class CaseTask:
-    """One pair to score. ``problem`` is why the driver could not say where it lies."""
+    """One pair to score. ``problem`` is why the driver could not say where it is."""
 
     pair: PairRecord
     places: SeriesLocations = field(default_factory=lambda: SeriesLocations({}))
@@ -67,7 +67,7 @@ def as_it_is(task: CaseTask) -> CaseTask:
 def get_ready(
     device: str, *, work: CaseWork, load: Callable[[str], Autoencoder] | None, seen: Path, threads: int | None
 ) -> CaseWork:
-    """A worker's state: the work with a VAE of its own, where the driver's cannot be shared."""
+    """A worker's state: the work with a separate VAE, where the driver's cannot be shared."""
     check_seen(seen)
     if threads is not None:
         pin(threads)
@@ -91,12 +91,12 @@ def run_case(work: CaseWork, task: CaseTask, *, score: Score, threads: int | Non
 
 @dataclass(frozen=True)
 class ScoreSpread:
-    """How cases are spread.
+    """Distribution of cases over workers.
 
     Attributes:
         options: The engine; one after the other in this process by default.
         load: Makes a worker's own VAE on its device; None where this process's serves.
-        threads: Arithmetic threads a worker, pinned for equal figures; None leaves them as they are.
+        threads: Arithmetic threads per worker, pinned for equal figures; None leaves them as they are.
     """
 
     options: EngineOptions = field(default_factory=lambda: EngineOptions("inline"))

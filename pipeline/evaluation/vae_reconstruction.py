@@ -1,4 +1,4 @@
-"""What the VAE alone loses: genuine series encoded and decoded, window by window. It bounds every model."""
+"""Loss of the VAE alone: genuine series encoded and decoded, window by window. It bounds every model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from latentcache import InputError, SeriesRecord, missing_extra
 from pipeline.metrics import TISSUE_CLASSES_HU, bias_by_tissue, mean_absolute_error, psnr, ssim
 from pipeline.vae import Autoencoder
-from pipeline.volume import NAMED_WINDOWS, Window
+from pipeline.volume import Window
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def check(
 
 
 def summarise(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """A row a window: means over the series, and the sentence that says what they mean."""
+    """Return one row per window: means over the series, and the sentence that says what they mean."""
     rows = []
     for name in dict.fromkeys(s.window for s in scores):
         chosen = [s for s in scores if s.window == name]
@@ -177,6 +177,3 @@ def plot(scores: Sequence[Score], path: Path) -> None:
 def as_dict(scores: Sequence[Score]) -> dict[str, Any]:
     """JSON-able: the summary and every score."""
     return {"windows": summarise(scores), "scores": [asdict(s) for s in scores]}
-
-
-DEFAULT_WINDOWS = tuple(NAMED_WINDOWS)

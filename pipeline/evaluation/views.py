@@ -61,7 +61,7 @@ class CaseView:
 
 
 def towards(geometry: Geometry) -> str:
-    """Where z, y and x grow to: the nearest of left, right, posterior, anterior, head, feet (PS3.3 C.7.6.1.1.1)."""
+    """Return where z, y and x grow to: left, right, posterior, anterior, head or feet (PS3.3 C.7.6.1.1.1)."""
     letters = ""
     for axis in range(3):
         step = geometry.affine[:3, axis]

@@ -33,7 +33,7 @@ COUPLED = 1e-4
 TINY_HU2 = 1e-6
 """Keeps pivots positive where sigma is 0."""
 BOUND_ROUNDS = 4
-"""How often the set of voxels held at a bound may grow."""
+"""Times that the set of voxels held at a bound may grow."""
 BEYOND_HU = np.float32(1.0)
 """A voxel less than this beyond its bound is put there as it is."""
 

@@ -9,10 +9,10 @@ the HU of air, one near x is taken, in the metric of S, the covariance of x's er
     x' within bounds, nearest to x, with   A x' = y' = y - clip(y - A x, +-tau)
 
 S says how much each voxel may be off (``error_prior``): interpolation beyond the window by much, a network's answer
-inside it by little, and by how little its own residual tells. Where x is interpolation throughout, the error is alike
+inside it by little, and its residual shows by how little. Where x is interpolation throughout, the error is alike
 everywhere and S is exp(-|dz| / length). Then x' = max(x + S A^T mu, floor), and where the floor binds mu is found by
 accelerated ascent (Beck and Teboulle 2009, section 4, on the dual problem). The floor is worth having: beside air it
-decides where between two thick slices an edge lies. On the upper half of a real pair (cubic interpolation, profile
+decides where between two thick slices an edge is. On the upper half of a real pair (cubic interpolation, profile
 fitted on the lower half) PSNR over 2000 HU rises from 26.1 to 29.7 dB; a quadratic penalty with the floor enforced
 afterwards reached 29.0. lambda keeps the inverse sane and leaves alone what is surer than the noise; an end slice whose
 profile reaches beyond the thin grid gets a larger one, and is not judged by.

@@ -1,4 +1,4 @@
-"""How far each voxel of an answer may be off, before the thick slices are looked at: what consistency is weighed by.
+"""Prior error of each voxel of an answer, before the thick slices are looked at: the weights of data consistency.
 
 Outside the window no network has spoken: x there is interpolation, wrong by hundreds of HU beside an edge along z and
 by nothing where the thick slices do not change. Inside it is a network's answer, mostly better by far. So
@@ -9,7 +9,7 @@ by nothing where the thick slices do not change. Inside it is a network's answer
 and a voxel that the answer puts beyond the window stays there, give or take SLACK * inside * h: without that bound,
 what interpolation misses beside a good answer is paid for by voxels that the correction drags into the window.
 
-How good an answer is shows in its own residual. Deep inside the window, where h is largest,
+The residual of an answer shows how good it is. Deep inside the window, where h is largest,
 
     RMS(A x - y)^2 = noise^2 + c^2 a H R H a^T
 
@@ -44,7 +44,7 @@ BASE_HU = 3.0
 SHARE = 0.3
 """Error of interpolation over the largest step between the thick slices about a voxel."""
 SLACK = 3.0
-"""How far a voxel beyond the window may come into it, in its sigma if it lay inside."""
+"""Depth to which a voxel beyond the window may come into it, in sigma of a voxel inside."""
 DEEP_HU = 30.0
 """An answer closer than this to the window's edge may be of a voxel beyond it, and tells nothing of how good it is."""
 STEEP, EVEN = 0.8, 0.5

@@ -47,7 +47,7 @@ class ProtocolFit:
 
     @property
     def stated_is_wrong(self) -> str:
-        """What to say where the stated slice thickness is not the profile; empty where it is."""
+        """Return a note where the stated slice thickness is not the profile; empty where it is."""
         if not self.stated_rms_hu:
             return ""
         return self.said_of(SliceProfile("box", self.thickness_mm), self.stated_rms_hu)
@@ -75,8 +75,8 @@ def combined(fits: Sequence[ProtocolFit]) -> ProtocolFit:
 class Protocols:
     """Fits each protocol once, when it is first asked for.
 
-    Same protocol: equal kernel and thickness of the thick series. A pair never serves its own patient; training pairs
-    alone are asked where there are any.
+    Same protocol: equal kernel and thickness of the thick series. A pair never serves the patient it came from;
+    training pairs alone are asked where there are any.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class OperatorCheck:
 
     Attributes:
         verdict: ``agrees``, or how the best rival differs: ``shifted``, ``wider``, or ``narrower-or-smoothed`` (thin
-            slices that are smoother than the anatomy favour a narrower profile too, so the two cannot be told apart).
+            slices that are smoother than the anatomy favour a narrower profile too, so that the two look alike).
         assumed: The profile in use, and ``rms_assumed`` its RMS(A x - y) in HU.
         best: The best rival, and ``rms_best`` its residual.
         message: For a reader; empty when nothing is suspect.
@@ -290,7 +290,7 @@ def _search(columns: Columns, thickness_mm: float, fit_shift: bool) -> tuple[Sli
 
 
 def _common_rows(columns: Columns, thickness_mm: float) -> NDArray[np.bool_]:
-    """Slices that the widest candidate still covers: judged on its own rows, a narrow one would win by rows lost."""
+    """Slices that the widest candidate still covers: on fewer rows a narrow one would win by the rows that it lost."""
     widest = SliceProfile("box", 2.0 * thickness_mm)
     use = slice_operator(widest, columns.thick_z_mm, columns.thin_z_mm).judged
     return use if use.any() else np.ones(len(use), dtype=bool)

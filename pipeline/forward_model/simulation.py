@@ -20,7 +20,7 @@ OVERLAP = (0.6, 1.0)
 BLUR = (0.2, 0.5)
 """Blur of a blurred box, in its widths."""
 NOISE_HU = (2.0, 8.0)
-"""Noise of a thick slice at its own dose."""
+"""Noise of a thick slice at its dose."""
 OTHER_KERNEL = 0.4
 """Share of thick series that were reconstructed by another kernel than the thin one."""
 SOFTER = 0.7
@@ -34,7 +34,7 @@ def draw_thick(thin: Geometry, thickness_mm: float, key: str, thin_noise_hu: flo
     """A thick series of about ``thickness_mm`` that the thin one allows, the same for the same key; None if too short.
 
     Args:
-        thin: Lattice of the thin series.
+        thin: Grid of the thin series.
         key: Of the thin series: seeds the draw.
         thin_noise_hu: Of the thin slices; what is left of it after averaging counts towards the noise wanted.
     """
@@ -68,7 +68,7 @@ def drawn_kernel(rng: np.random.Generator, pixel_mm: float) -> tuple[float, floa
 def thick_under(
     profile: SliceProfile, thick_z_mm: NDArray[np.float64], thin: Geometry, thickness_mm: float
 ) -> SimulatedThick:
-    """The thick series that a profile makes of a thin one at positions (K,) mm, without noise of its own."""
+    """The thick series that a profile makes of a thin one at positions (K,) mm, without added noise."""
     matrix = slice_operator(profile, thick_z_mm, np.asarray(thin.z_mm)).matrix.copy()
     matrix[matrix < MIN_WEIGHT] = 0
     matrix /= matrix.sum(axis=1, keepdims=True)

@@ -21,7 +21,7 @@ _FWHM_TO_SIGMA = 1.0 / (2.0 * np.sqrt(2.0 * np.log(2.0)))
 MIN_COVERAGE = 0.75
 """Share of a profile's weight that must fall on the thin grid for a thick slice to be a usable measurement."""
 WHOLE_COVERAGE = 0.95
-"""Share from which on a thick slice counts as wholly covered: what lies beyond the grid is then below the noise. A
+"""Share from which on a thick slice counts as wholly covered: what is beyond the grid is then below the noise. A
 profile wider than the spacing reaches beyond the ends: on a real pair a slice that misses 9% left 13 HU, others 3."""
 
 
@@ -121,7 +121,7 @@ class SliceOperator:
 
     Attributes:
         matrix: (n_thick, n_thin) float64, rows summing to 1.
-        coverage: (n_thick,) share of each profile that lies on the thin grid.
+        coverage: (n_thick,) share of each profile that is on the thin grid.
         thick_z_mm, thin_z_mm: (n_thick,) and (n_thin,) positions along the normal, ascending.
     """
 

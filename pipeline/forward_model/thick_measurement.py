@@ -1,4 +1,4 @@
-"""What was measured, in one piece: the thick series, the operator that thin slices reach it by, and its noise."""
+"""A measurement in one piece: the thick series, the operator that thin slices reach it by, and its noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THIN_NOISE_SHARE = 1.2
 
 @dataclass(frozen=True, eq=False)
 class ThickMeasurement:
-    """y = A x + noise, made once a series and handed to all that composes, refines, projects or judges an output.
+    """y = A x + noise, made once per series and handed to all that composes, refines, projects or judges an output.
 
     Attributes:
         volume: The thick series, (K, y, x) HU, on the output's in-plane grid.

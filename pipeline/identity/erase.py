@@ -15,7 +15,7 @@ from pipeline.identity.private_tables import archive_row, forgotten_archive
 
 @dataclass(frozen=True)
 class ForgetSummary:
-    """What was removed, or in a dry run would be. ``private_rows`` counts rows of PRIVATE, old versions included."""
+    """Counts of what was, or would be, removed. ``private_rows`` counts rows of PRIVATE, old versions included."""
 
     patient_key: str
     dry_run: bool

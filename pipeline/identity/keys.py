@@ -26,7 +26,7 @@ PLACEHOLDER_IDS = frozenset(_STOCK_IDS.split())
 class Keys:
     """Derives every key of a store from its secret.
 
-    Each kind of identifier has a domain of its own and every part is length-prefixed, so that no two different
+    Each kind of identifier has a separate domain and every part is length-prefixed, so that no two different
     identifiers, of the same kind or not, can be confused by concatenation.
     """
 
@@ -38,7 +38,7 @@ class Keys:
 
     @property
     def fingerprint(self) -> str:
-        """Tells two secrets apart without revealing either; stands in store.json."""
+        """Tells two secrets apart without revealing either; is in store.json."""
         return self._digest("fingerprint")
 
     def text(self, text: str) -> str:
@@ -50,7 +50,7 @@ class Keys:
         return self._digest("patient", patient_id.strip(), issuer.strip())
 
     def patient_of_study(self, study_uid: str) -> str:
-        """Patient key where the PatientID says nothing: every study counts as a patient of its own."""
+        """Patient key where the PatientID says nothing: every study counts as a separate patient."""
         return self._digest("patient-of-study", study_uid)
 
     def study(self, study_uid: str) -> str:
@@ -79,7 +79,7 @@ class Keys:
 
 
 TELLING = ("PatientBirthDate", "PatientSex")
-"""What can tell that two studies under one PatientID are of two people."""
+"""Attributes that can tell that two studies under one PatientID are of two people."""
 
 
 def is_placeholder_id(patient_id: str) -> bool:

@@ -160,10 +160,6 @@ class PrivateStore:
     def fingerprint(self) -> str:
         return self.keys.fingerprint
 
-    def hmac16(self, text: str) -> str:
-        """16 hex digits of the keyed hash of any text."""
-        return self.keys.text(text)
-
     # -- writing ------------------------------------------------------------------------------------------------
 
     def add_archives(self, rows: Sequence[ArchiveRow]) -> None:
@@ -213,7 +209,7 @@ class PrivateStore:
         return latest(table, key).select(wanted)
 
     def pointer(self, series_key: str) -> SeriesPointer:
-        """Where a series' slices lie.
+        """Return the pointer to a series' slices.
 
         Raises:
             InputError: No such series here.
@@ -221,7 +217,7 @@ class PrivateStore:
         return self.pointers([series_key])[series_key]
 
     def pointers(self, series_keys: Sequence[str]) -> dict[str, SeriesPointer]:
-        """Where the slices of many series lie. Asked for in the order of ingest, each fragment is read once.
+        """Return the pointers to many series' slices. Asked for in the order of ingest, each fragment is read once.
 
         Raises:
             InputError: Some of them have no source here.
@@ -307,7 +303,7 @@ class PrivateStore:
         return [entry.path for entry in self._at.list(folder) if not entry.path.rpartition("/")[2].startswith(".")]
 
     def _source(self, name: str) -> str | pa.BufferReader:
-        """What Parquet reads from: a local file is read column by column, an object whole."""
+        """Return the source that Parquet reads from: a local file is read column by column, an object whole."""
         return (
             str(self._at.root / name) if isinstance(self._at, LocalLocation) else pa.BufferReader(self._at.read(name))
         )
@@ -322,7 +318,7 @@ class PrivateStore:
 
 
 def _while_merged(read: Callable[[], _T], before_again: Callable[[], None] = lambda: None) -> _T:
-    """What ``read`` gives, from the beginning again when a fragment that it had listed was merged away meanwhile."""
+    """Return what ``read`` gives, begun again when a fragment that it had listed was merged away meanwhile."""
     for _ in range(READ_ATTEMPTS - 1):
         try:
             return read()

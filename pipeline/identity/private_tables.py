@@ -95,7 +95,7 @@ class ArchiveRow:
 
 @dataclass(frozen=True)
 class SeriesRow:
-    """Who a series is and where its slices lie; ``identity`` is DICOM keyword to value."""
+    """Identity of a series and the places of its slices; ``identity`` is DICOM keyword to value."""
 
     pointer: SeriesPointer
     study_key: str

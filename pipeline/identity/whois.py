@@ -1,4 +1,4 @@
-"""Who a key is: answered from PRIVATE, and every question is written down there before it is answered."""
+"""Identity behind a key: answered from PRIVATE, and every question is written down there before it is answered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.identity.private_store import PrivateStore, one_of
 
 @dataclass(frozen=True)
 class Identity:
-    """What PRIVATE knows of one series: original identifiers and the archives that hold it."""
+    """Identity of one series in PRIVATE: original identifiers and the archives that hold it."""
 
     series_key: str
     study_key: str

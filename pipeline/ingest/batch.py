@@ -27,9 +27,9 @@ from pipeline.pairing import PatientSplits, pair_studies
 from pipeline.reading import ScannedSeries, as_requested
 
 ARCHIVE_FLAG = "archive"
-"""Flag of a catalog row that stands for an archive excluded, whole or in part."""
+"""Flag of a catalog row of an archive excluded, whole or in part."""
 SUPERSEDED_FLAG = "superseded"
-"""Flag of a row that no longer stands for anything; nothing is counted or reported for it."""
+"""Flag of a row that no longer means anything; nothing is counted or reported for it."""
 SUPERSEDED = "no longer found in its archive"
 NEVER_NS = -1
 """Modification time of no archive."""
@@ -200,7 +200,7 @@ class BatchWriter:
 
 
 def no_complaint(archive_key: str, category: str) -> SeriesRecord:
-    """The catalog row that takes back what was said of an archive as a whole."""
+    """The catalog row that takes back the report on an archive as a whole."""
     row = _whole_archive(archive_key, category, SUPERSEDED)
     return replace(row, flags=(*row.flags, SUPERSEDED_FLAG))
 

@@ -1,4 +1,4 @@
-"""What the user decides about rows that stand already: labels, exclusions, pairs, splits."""
+"""A user's decisions about rows that are in the catalog already: labels, exclusions, pairs, splits."""
 
 from __future__ import annotations
 

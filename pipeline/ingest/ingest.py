@@ -41,7 +41,7 @@ COMPACT_EVERY = 32
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """How to ingest.
+    """Options of ingest.
 
     Attributes:
         categories: Allow-list of labels; a folder of another name gives ``unlabelled``.
@@ -53,7 +53,7 @@ class IngestOptions:
         cluster: Scan on this engine's workers instead.
         resample_variable_spacing: Take series of uneven spacing as if scanned evenly, see `even_spacing`.
         simulate_thick_mm: Give every study without a thick series a simulated one of this slice thickness.
-        pair_across_fov: Pair thick series that no thin one has the grid of with one whose field of view lies within.
+        pair_across_fov: Pair thick series that no thin one has the grid of with one whose field of view is within.
         exclude_folders: Folders not to enter, such as the store's own.
         batch: Archives a commit.
     """

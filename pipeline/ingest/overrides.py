@@ -21,7 +21,7 @@ EXCLUDED = "left out by the user's list"
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the user decided, by key. ``archives`` are names as written; the others are 16-hex keys."""
+    """A user's decisions, by key. ``archives`` are names as written; the others are 16-hex keys."""
 
     pairs: tuple[tuple[str, str], ...] = ()
     """(thick series key, thin series key)."""

@@ -1,4 +1,4 @@
-"""What is left to read: archives found against archives known, joined in Arrow without a Python object a row."""
+"""Archives left to read: those found against those known, joined in Arrow without a Python object per row."""
 
 from __future__ import annotations
 

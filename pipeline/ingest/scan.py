@@ -71,11 +71,11 @@ NO_DICOM = "it holds no DICOM file"
 
 @dataclass(frozen=True)
 class ArchiveScan:
-    """What one archive gave.
+    """Result of scanning one archive.
 
     ``unchanged`` means that the central directory was found as before, so that nothing was read. ``reason`` is set
     when the archive as a whole is excluded; ``detail`` is for PRIVATE alone. ``problems`` are (member name, reason).
-    ``unreachable`` means that its place did not answer: what is known of it stands, and the next run asks again.
+    ``unreachable`` means that its place did not answer: what is known of it is kept, and the next run asks again.
     ``ask_again`` means that some of its files would not open, which no listing shows to have changed.
     """
 
@@ -92,7 +92,7 @@ class ArchiveScan:
 
     @property
     def complaint(self) -> str:
-        """What to say of the archive as a whole: why it is excluded, or that some of its files cannot be read."""
+        """Return the complaint about the archive: why it is excluded, or that some of its files cannot be read."""
         if self.empty_folder or self.reason or not self.problems:
             return "" if self.empty_folder else self.reason
         why, times = Counter(reason for _, reason in self.problems).most_common(1)[0]

@@ -126,7 +126,7 @@ def _flagged(table: pa.Table, flag: str) -> pa.Array:
 
 
 def _undue(series: pa.Table) -> pa.Array:
-    """Series that should have been usable: quarantined, and not because the user said so."""
+    """Series that should have been usable: quarantined, and not because the user asked for it."""
     return pc.and_(pc.not_equal(series["status"], "ok"), pc.not_equal(series["reason"], EXCLUDED))
 
 

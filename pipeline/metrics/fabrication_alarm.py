@@ -1,8 +1,8 @@
 """A fabrication alarm: where an answer holds what the other samples do not, or what the thick slices contradict.
 
 A structure in ker A leaves A x as it was, so no residual shows it; the certificate cannot know of it. What can be known
-is that the samples do not agree on it: an answer that stands out from the other samples, in units of their own spread,
-holds something that the thick slices do not determine. What every sample invents alike stands out from nothing. No
+is that the samples do not agree on it: an answer that differs from the other samples, in units of their own spread,
+holds something that the thick slices do not determine. What every sample invents alike differs from nothing. No
 alarm that sees thick slices and samples alone can find that (two volumes that differ by it have one thick series).
 
     alarm^2 = mean over 5 mm along z of (mean over 3 x 3 pixels of (x - m) / s)^2 + max(0, e - 1)^2
@@ -30,7 +30,7 @@ Map = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class OtherSamples:
-    """What the samples beside the judged one say: mean and standard deviation (z, y, x) HU, of so many."""
+    """Statistics of the samples beside the judged one: mean and standard deviation (z, y, x) HU, of so many."""
 
     mean: Map
     spread: Map

@@ -163,7 +163,7 @@ def bias_by_tissue(
 def error_by_phase(
     prediction: NDArray[Any], truth: NDArray[Any], thin_z_mm: NDArray[Any], thick_z_mm: NDArray[Any], bins: int = 5
 ) -> list[dict[str, float]]:
-    """RMS error in HU by where a thin slice lies: phase 0 is on a thick position, 0.5 half way between two.
+    """RMS error in HU by where a thin slice is: phase 0 is on a thick position, 0.5 half way between two.
 
     Args:
         thin_z_mm: (z,) positions of the compared slices.

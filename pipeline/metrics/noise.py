@@ -80,7 +80,7 @@ def noise_texture(
 
 
 def slice_inconsistency(prediction: NDArray[Any], truth: NDArray[Any]) -> dict[str, float]:
-    """How restless a volume is along z, beside the truth.
+    """Return the slice-to-slice inconsistency of a volume along z, beside the truth's.
 
     Returns:
         ``jitter_hu``: the part of the slices' mean error that jumps from slice to slice: RMS of its second difference

@@ -1,4 +1,4 @@
-"""What the thick series cannot know. A maps thin slices x to thick ones y; ker A is where detail can be invented.
+"""Null space of the forward operator A, from thin slices x to thick ones y: where detail can be invented.
 
 Two thin volumes x and x + n with A n = 0 have one thick series. Any method that sees the thick series alone gives one
 answer for both, so its errors obey  (|e1|^2 + |e2|^2) / 2 >= |n|^2 / 4  (the parallelogram law). A method below the

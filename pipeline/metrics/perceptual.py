@@ -3,7 +3,7 @@
 The distance is that of LPIPS (Zhang et al. 2018, eq. 1) with every learnt channel weight set to 1: features are scaled
 to unit length across channels at every place, their squared differences summed over channels, averaged over places and
 summed over layers. With VGG19 it is no published LPIPS figure: compare it within one table only. Training may use
-another distance on the same features (mean absolute difference), so that a model is not graded by its own loss.
+another distance on the same features (mean absolute difference), so that a model is not graded by its training loss.
 """
 
 from __future__ import annotations

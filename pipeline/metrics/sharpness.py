@@ -41,7 +41,7 @@ class Sharpness:
 
 @dataclass(frozen=True)
 class Edges:
-    """Where the truth's columns go through an edge, for n columns; see `find_edges`.
+    """Places where the truth's columns go through an edge, for n columns; see `find_edges`.
 
     Attributes:
         place: (3, n) indices z, y, x of the last slice before the crossing.
@@ -153,7 +153,7 @@ def sharpness(volume: NDArray[Any], edges: Edges) -> Sharpness:
 
 
 def _last_below(z: NDArray[np.float64], edge: NDArray[np.float64], level: float) -> float:
-    """Where the edge rises through ``level`` for the first time, linearly interpolated."""
+    """Return the position where the edge first rises through ``level``, linearly interpolated."""
     i = int(np.argmax(edge >= level))
     if i == 0:
         return float(z[0])

@@ -67,7 +67,7 @@ def similarities(prediction: NDArray[Any], truth: NDArray[Any], *, data_range: f
 def ssim(prediction: NDArray[Any], truth: NDArray[Any], *, data_range: float, border: Border = "valid") -> float:
     """Mean over slices of local SSIM (Wang et al. 2004, eq. 13; K1 0.01, K2 0.03, Gaussian 11 taps, sigma 1.5).
 
-    ``valid`` takes only positions whose whole window lies inside the slice; ``zero`` takes all, the outside being 0
+    ``valid`` takes only positions whose whole window is inside the slice; ``zero`` takes all, the outside being 0
     (as RPLHR-CT's code does).
 
     Raises:
@@ -82,7 +82,7 @@ def ssim(prediction: NDArray[Any], truth: NDArray[Any], *, data_range: float, bo
 
 
 def ssim_3d(prediction: NDArray[Any], truth: NDArray[Any], *, data_range: float) -> float:
-    """Mean of SSIM under a window of 11 voxels a side, over positions whose whole window lies inside the volume.
+    """Mean of SSIM under a window of 11 voxels a side, over positions whose whole window is inside the volume.
 
     Raises:
         InputError: Fewer than 11 voxels along an axis.

@@ -16,7 +16,7 @@ from pipeline.volume import Geometry
 
 Point = tuple[float, float, float]
 MARGIN_MM = 2.5
-"""How far beyond a structure's own surface its region reaches: half a thick slice, less than the next vessel."""
+"""Distance from a structure's surface to the end of its region: half a thick slice, less than the next vessel."""
 
 
 TRUTH_TOLERANCE = 0.25
@@ -30,7 +30,7 @@ class Structure:
         start, end: Ends of its axis, (x, y, z) in LPS mm; the same point for a nodule.
         radius_mm: Largest distance of its surface from the axis.
         volume_mm3: Known volume; for a vessel that of the stretch between the planes through both ends.
-        inside_hu, outside_hu: Its own HU and its surroundings'.
+        inside_hu, outside_hu: HU of the structure and of its surroundings.
     """
 
     kind: Literal["nodule", "vessel"]
@@ -102,7 +102,7 @@ def half_level_volume(hu: NDArray[Any], geometry: Geometry, structure: Structure
 
 
 def holds(geometry: Geometry, structure: Structure) -> bool:
-    """Whether the structure's whole region lies within the grid."""
+    """Whether the structure's whole region is within the grid."""
     low, high = _bounds(geometry, structure)
     return bool((low >= 0).all() and (high < np.array(geometry.shape_zyx)).all())
 
@@ -128,7 +128,7 @@ def threshold_volume(
     """Volume in mm^3 of the region around ``seed_zyx`` beyond the half level, as a reader's tool measures it.
 
     Raises:
-        InputError: The seed itself lies on the outside's part of the half level: the structure is lost.
+        InputError: The seed itself is on the outside's part of the half level: the structure is lost.
     """
     check(hu, hu)
     sign = 1.0 if inside_hu > outside_hu else -1.0

@@ -1,4 +1,4 @@
-"""Which thick and thin series belong together: positions first, then proof by pixels, then the split.
+"""Matching of thick and thin series: positions first, then proof by pixels, then the split.
 
 In: series of a study. Out: pairs with their evidence, and splits by patient.
 """

@@ -1,7 +1,7 @@
 """Pairing thick with thin: physical criteria from headers, scored and kept as evidence; pixels prove it at encode.
 
 A pair is two reconstructions of one acquisition on one in-plane grid that differ in slice spacing. On request alone, a
-thin series whose field of view lies within the thick one's is taken where none has the same grid; such a pair is
+thin series whose field of view is within the thick one's is taken where none has the same grid; such a pair is
 marked, and the thick series is resampled in plane wherever the two meet. Folder names say nothing here. Every candidate
 is scored, refused ones with the reason, and the whole list stays in the pair's evidence.
 """
@@ -175,7 +175,7 @@ def choose_pairs(
 
 
 def override_pair(thick: SeriesRecord, thin: SeriesRecord, keys: Keys) -> PairRecord:
-    """A pair that the user asked for; what the criteria would have said stays in the evidence.
+    """A pair that the user asked for; the verdict of the criteria stays in the evidence.
 
     Naming two series of different fields of view is a request to pair across them.
     """

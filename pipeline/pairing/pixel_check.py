@@ -32,7 +32,7 @@ NOISE_SLICES = 16
 
 @dataclass(frozen=True)
 class PairProof:
-    """Outcome of the pixel proof. HU unless said otherwise; ``reason`` is empty when ``ok``.
+    """Outcome of the pixel proof. HU unless stated otherwise; ``reason`` is empty when ``ok``.
 
     Attributes:
         profile: The slice profile that explains the thick series best.

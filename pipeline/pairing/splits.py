@@ -1,4 +1,4 @@
-"""Which split a patient of the catalog is in: what stands is read once, what is new is assigned batch by batch."""
+"""Splits of the catalog's patients: known ones are read once, new ones are assigned batch by batch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SplitBook:
         self._strata: dict[tuple[bool, str], Counter[Split]] = {}
 
     def count(self, category: str, paired: bool, split: Split, patients: int = 1) -> None:
-        """Enter patients whose split stands."""
+        """Enter patients whose split is known."""
         if split:
             self._groups[paired][split] += patients
             self._strata.setdefault((paired, category), Counter())[split] += patients
@@ -128,7 +128,7 @@ class PatientSplits:
 
 
 def patient_table(store: LatentStore) -> pa.Table:
-    """A row a patient with a usable series: patient_key, category, paired, split."""
+    """Return one row per patient with a usable series: patient_key, category, paired, split."""
     catalog = store.catalog_table(("patient_key", "category", "role", "status", "split"))
     usable = pc.and_(pc.equal(catalog["status"], "ok"), pc.not_equal(catalog["role"], "other"))
     catalog = catalog.filter(usable)

@@ -1,7 +1,7 @@
 """A synthetic chest: the body's shell, bones, lungs, organs and vessel trees of one made-up patient.
 
 Patient millimetres in DICOM's LPS sense: x to the left, y to the back, z to the head; the origin is on the midline in
-mid-body and z = 0 lies in the upper abdomen (domes of the diaphragm near 80, carina near 165, lung apex near 285).
+mid-body and z = 0 is in the upper abdomen (domes of the diaphragm near 80, carina near 165, lung apex near 285).
 All numbers are typical of an adult; every one of them is varied by the seed.
 """
 
@@ -97,7 +97,7 @@ class Body:
         return np.asarray((u + v) ** (1 / power), dtype=np.float32)
 
     def in_lung(self, x: float, y: float, z: float, margin: float = 0.0) -> bool:
-        """Whether a point lies in a lung, ``margin`` mm away from its boundary."""
+        """Whether a point is in a lung, ``margin`` mm away from its boundary."""
         a, b = self.cavity
         scale = float(self.taper(z))
         a, b = a * scale - margin, b * scale - margin

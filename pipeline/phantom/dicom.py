@@ -31,7 +31,7 @@ def phantom_uid(*parts: object) -> UID:
 
 
 def patient_zip(thick: Volume, thin: Volume, label: str, comment: str = "") -> bytes:
-    """The zip of one patient: folders ``1`` (thick) and ``2`` (thin), a deflated file a slice.
+    """The zip of one patient: folders ``1`` (thick) and ``2`` (thin), a deflated file per slice.
 
     ``label`` becomes PatientID and the seed of every UID, ``comment`` the zip's own comment. InstanceNumber runs from
     head to foot, against the slice normal, as most scanners count, and file names follow it.

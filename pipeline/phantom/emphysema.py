@@ -45,7 +45,7 @@ def with_emphysema(
     Args:
         truth: (z, y, x) HU without noise.
         lung: The voxels that are lung; vessels within it stay as they are.
-        laa950: 0 to 0.4; the holes differ by no more than 0.002 from it. What lies below -950 HU anyway counts.
+        laa950: 0 to 0.4; the holes differ by no more than 0.002 from it. What is below -950 HU anyway counts.
 
     Raises:
         InputError: A share outside of 0 to 0.4, or one that the lung exceeds without any hole.

@@ -7,7 +7,6 @@ slice-sensitivity profile (the dose-weighted response along z, IEC 61223-3-5), a
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.special import erf
 
 from latentcache import InputError
-from latentcache.storage import fresh_draft
+from latentcache.storage import written_aside
 from pipeline.phantom.anatomy import Anatomy, Clot, Nodule, make_body
 from pipeline.phantom.dicom import patient_zip
 from pipeline.phantom.rasterise import Array, Canvas, Grid, Texture, slice_noise
@@ -49,7 +48,7 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class PhantomSettings:
-    """How a patient is scanned. Lengths in mm, noise in HU (standard deviation in the soft-tissue kernel).
+    """Settings of a patient's scan. Lengths in mm, noise in HU (standard deviation in the soft-tissue kernel).
 
     Attributes:
         field_of_view_mm: In-plane width; the pixel is this over the matrix size.
@@ -245,7 +244,7 @@ def write_dataset(
 ) -> list[Path]:
     """Write ``OUT/APE/patient_001.zip``, ``OUT/non-APE/patient_002.zip``, ...: categories in turn, a zip a patient.
 
-    Patient ``n`` is ``make_patient(1000 * seed + n, ...)``, so its truth can be made again at any time; how stands in
+    Patient ``n`` is ``make_patient(1000 * seed + n, ...)``, so its truth can be made again at any time; how is in
     the zip's comment. A zip that is there already and was made the same way is left as it is.
 
     Returns:
@@ -265,10 +264,8 @@ def write_dataset(
         if not _made_already(path, comment):
             patient = make_patient(own_seed, size, n_thin, category, settings)
             label = f"S{seed}_{category}_{number:03d}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = fresh_draft(path.with_suffix(".partial"))
-            aside.write_bytes(patient_zip(patient.thick, patient.thin, label, comment))
-            os.replace(aside, path)
+            with written_aside(path) as draft:
+                draft.write_bytes(patient_zip(patient.thick, patient.thin, label, comment))
         paths.append(path)
         if progress:
             progress(1)

@@ -28,7 +28,7 @@ Block = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Site:
-    """Where a nodule may be put: its centre in voxels (z, y, x), its diameter and its contrast over lung in HU."""
+    """A place for a nodule: its centre in voxels (z, y, x), its diameter and its contrast over lung in HU."""
 
     center_zyx: tuple[float, float, float]
     diameter_mm: float

@@ -157,7 +157,7 @@ class Tube:
 
 @lru_cache(maxsize=4096)
 def thin_factor(radius: float, along_z: float, dz: float) -> float:
-    """What a tube's coverage is scaled by, so that its sum over voxels is the true cross-section, pi r^2.
+    """Return the factor that makes a tube's coverage, summed over voxels, the true cross-section, pi r^2.
 
     The clipped ramp makes a tube thinner than a pixel too heavy. Lengths in pixels; ``along_z`` is the z component of
     its unit direction. Integrates the ramp over the plane across the tube.
@@ -221,7 +221,7 @@ class Texture:
     Values on a coarse grid of ``spacing`` mm, interpolated by quadratic B-splines along each axis.
     """
 
-    lattice: Array
+    nodes: Array
     origin: Point
     spacing: float
     gain: float = 1.0
@@ -229,13 +229,13 @@ class Texture:
     @classmethod
     def random(cls, rng: np.random.Generator, low: Point, high: Point, spacing: float) -> Texture:
         counts = [int(np.ceil((h - lo) / spacing)) + 4 for lo, h in zip(low, high, strict=True)]
-        lattice = rng.standard_normal((counts[2], counts[1], counts[0]), dtype=np.float32)
+        nodes = rng.standard_normal((counts[2], counts[1], counts[0]), dtype=np.float32)
         # Mean square of the quadratic B-spline's weights, per axis, is 0.55 on average over the phase.
-        return cls(lattice, (low[0] - spacing, low[1] - spacing, low[2] - spacing), spacing, 0.55**-1.5)
+        return cls(nodes, (low[0] - spacing, low[1] - spacing, low[2] - spacing), spacing, 0.55**-1.5)
 
     def sample(self, grid: Grid) -> Array:
         """The field on a grid, (z, y, x), about unit variance."""
-        value = self.lattice
+        value = self.nodes
         for axis, (coords, origin) in enumerate(zip((grid.z, grid.y, grid.x), self.origin[::-1], strict=True)):
             weights = self._weights(coords, origin, value.shape[axis])
             value = np.moveaxis(np.tensordot(weights, value, axes=(1, axis)), 0, axis)

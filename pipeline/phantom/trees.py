@@ -31,7 +31,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Growth:
-    """How a tree grows. Lengths in mm; a child's length is ``length_base + length_factor * radius``."""
+    """Growth rule of a tree. Lengths in mm; a child's length is ``length_base + length_factor * radius``."""
 
     kind: str
     min_radius: float = 0.5

@@ -185,7 +185,7 @@ def _judge(stack: Stack, positions: NDArray[np.float64], z: NDArray[np.float64],
 
 
 def _missing_slices(steps: NDArray[np.float64], typical: float) -> int:
-    """How many slices are missing if every gap is a whole multiple of the spacing, else 0."""
+    """Return the number of missing slices if every gap is a whole multiple of the spacing, else 0."""
     multiples = steps / typical
     whole = np.abs(multiples - np.round(multiples)) * typical <= max(POSITION_TOLERANCE_MM, SPACING_TOLERANCE * typical)
     return int(np.round(multiples).sum() - len(steps)) if bool(whole.all()) and bool((multiples > 0.5).all()) else 0

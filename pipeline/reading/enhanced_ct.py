@@ -24,7 +24,7 @@ MAX_FRAMES = 20_000
 
 
 def frames_of(one: Instance, data: bytes) -> list[Instance]:
-    """Every frame of a multi-frame file as an instance of its own. The slow, checked path: pydicom parses the file.
+    """Every frame of a multi-frame file as a separate instance. The slow, checked path: pydicom parses the file.
 
     Args:
         one: What the fast walk found; its pixel form and identity hold for all frames.

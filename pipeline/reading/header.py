@@ -237,7 +237,7 @@ def _to_float(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PixelElement:
-    """Where PixelData (7FE0,0010) lies in the data set; ``length`` is None when encapsulated (PS3.5 A.4).
+    """Place of PixelData (7FE0,0010) in the data set; ``length`` is None when encapsulated (PS3.5 A.4).
 
     ``words`` tells OW from OB, which matters for 8-bit pixels in big-endian files.
     """

@@ -39,7 +39,7 @@ Vector3 = tuple[float, float, float]
 
 @dataclass(slots=True)
 class Instance:
-    """A frame and where it lies. ``member`` and ``frame`` address it within its source.
+    """A frame and where it is. ``member`` and ``frame`` address it within its source.
 
     ``orientation`` holds the row and column direction cosines; ``padding`` the inclusive range of stored values that
     mark pixels outside the field of view (PS3.3 C.7.5.1.1.2). ``slope`` and ``intercept`` are None where absent.
@@ -73,11 +73,11 @@ class Instance:
     acquisition: str
     tilt_deg: float
     labels: dict[str, str]
-    """What may tell apart several volumes under one series UID: KVP, cardiac phase, acquisition time, ..."""
+    """Values that may tell apart several volumes under one series UID: KVP, cardiac phase, acquisition time, ..."""
 
 
 def other_class(sop_class: str) -> str:
-    """What an instance is, in words, if it is no CT image; an empty string for a CT image."""
+    """Return the kind of an instance, in words, if it is no CT image; an empty string for a CT image."""
     if sop_class in CT_CLASSES:
         return ""
     for prefix, name in _OTHER_CLASSES:

@@ -51,21 +51,21 @@ def read_nifti(path: str | Path) -> NiftiSeries:
     values = layout.to_zyx(array)
     if not np.isfinite(values).all():
         raise _refused("values that are NaN or infinite", "finite HU", "Fill them with air, -1024, or write it anew.")
-    geometry, flags = lattice(layout.affine_lps(affine, values.shape), values.shape)
+    geometry, flags = grid_of(layout.affine_lps(affine, values.shape), values.shape)
     volume, digest = Volume(_as_hu(values), geometry, flags=flags), _digest(path)
     if _stamp(path) != before:
         raise _refused("bytes that changed while it was read", "a file at rest", "Run the command again.")
     return NiftiSeries(volume, layout, digest)
 
 
-def lattice(affine: NDArray[np.float64], shape: tuple[int, ...]) -> tuple[Geometry, tuple[str, ...]]:
+def grid_of(affine: NDArray[np.float64], shape: tuple[int, ...]) -> tuple[Geometry, tuple[str, ...]]:
     """Geometry of a (z, y, x) array with this affine to LPS, and its flags."""
     slice_step, column_step, row_step = affine[:3, 0], affine[:3, 1], affine[:3, 2]
     normal = np.cross(row_step, column_step)
     area = np.linalg.norm(row_step) * np.linalg.norm(column_step)
     if abs(row_step @ column_step) > RIGHT_ANGLE * area or abs(normal @ slice_step) < 1e-9:
         raise _refused(
-            "rows and columns that are not at right angles", "a lattice as scanners make it", "Resample it first."
+            "rows and columns that are not at right angles", "a grid as scanners make it", "Resample it first."
         )
     normal /= np.linalg.norm(normal)
     along = float(normal @ slice_step)

@@ -92,7 +92,7 @@ def read_slice(source: Source, one: Instance) -> NDArray[np.generic]:
 
 _ITEM, _SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _DATA_SET_SPARE = 64 << 20
-"""What a deflated data set may hold beside its pixels."""
+"""Bytes that a deflated data set may hold beside its pixels."""
 
 
 class FrameReader:

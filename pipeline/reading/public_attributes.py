@@ -1,4 +1,4 @@
-"""Which header facts may leave private/: numbers in a plausible range and words of a closed vocabulary, nothing else.
+"""Header facts that may leave private/: numbers in a plausible range and words of a closed vocabulary, nothing else.
 
 Free text is never copied, not even from attributes that "should" hold a vendor's name: operators type into them.
 """
@@ -201,7 +201,7 @@ def known_kernel(text: str) -> str:
 
 
 def identity_facts(header: Header) -> dict[str, Any]:
-    """Who and when, by DICOM keyword, as text in the file's own character set; never leaves private/."""
+    """Return who was scanned and when, by DICOM keyword, in the file's character set; never leaves private/."""
     facts: dict[str, Any] = {}
     for tag, keyword in _IDENTITY.items():
         raw = header.elements.get(tag, b"").strip(b" \0")

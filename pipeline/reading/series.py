@@ -42,7 +42,7 @@ _MODALITIES = frozenset({"CT", "MR", "PT", "NM", "US", "CR", "DX", "XA", "MG", "
 
 @dataclass(frozen=True)
 class ScannedSeries:
-    """What headers tell about one series, or about one of several volumes under one SeriesInstanceUID.
+    """One series, or one of several volumes under one SeriesInstanceUID, as its headers describe it.
 
     ``status`` is ``quarantined`` for faults only; what is no axial CT volume by nature (localizers, captures, reports)
     is ``ok`` with the role ``other`` and a ``reason``. ``geometry`` is None where positions are unusable. UIDs, ids,
@@ -77,7 +77,7 @@ class ScannedSeries:
 
     @property
     def pointer(self) -> SeriesPointer:
-        """Where the slices are, as `read_series` takes it."""
+        """Return the pointer to the slices, as `read_series` takes it."""
         return pointer_of(self)
 
 
@@ -160,7 +160,7 @@ def _scan_nifti(source: Source) -> ScanResult:
 
 
 def pointer_of(scanned: ScannedSeries, series_key: str = "") -> SeriesPointer:
-    """Where the slices of a scanned series are."""
+    """Return the pointer to a scanned series' slices."""
     return SeriesPointer(
         series_key,
         scanned.pointer_members,
@@ -207,7 +207,7 @@ def _same_pixels(source: Source, one: Instance, other: Instance) -> bool:
 
 
 def digest_and_seal(slices: Sequence[tuple[Source, Instance]]) -> tuple[str, str]:
-    """What slices are, whatever their numbers: the catalog's digest, and `SeriesPointer.seal`.
+    """Return the identity of slices, whatever their numbers: the catalog's digest, and `SeriesPointer.seal`.
 
     Both hash the CRC-32 of the zip's directory, which reading holds the bytes against, or a file's modification time
     where there is none, with size and frame; the seal hashes the SOPInstanceUID too.

@@ -1,4 +1,4 @@
-"""Which instances belong to one volume: exclude what is no axial CT, then split what one series UID mixes up."""
+"""Division of instances into volumes: exclude what is no axial CT, then split what one series UID mixes up."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _angle_to_axis(orientation: Sequence[float]) -> float:
 
 
 def split(images: Sequence[Instance]) -> list[Stack]:
-    """Volumes mixed up under one series UID, each with a discriminator of its own (empty if there is only one).
+    """Volumes mixed up under one series UID, each with a separate discriminator (empty if there is only one).
 
     Two that nothing but their place in the archive would tell apart are numbered by their SOPInstanceUIDs, so that an
     archive that is packed anew, or a folder whose files are renamed, does not exchange their keys.
@@ -211,7 +211,7 @@ def _same_grid(one: Instance, other: Instance) -> bool:
 def _by_label(stack: Stack) -> list[Stack]:
     """Split by acquisition, energy, phase and the like, but only where their slices share positions or interleave.
 
-    A sequential scan counts every slice as an acquisition, and a spiral gives every slice its own time; neither is
+    A sequential scan counts every slice as an acquisition, and a spiral gives every slice a separate time; neither is
     several volumes. What tells volumes apart visits the same range more than once.
     """
     if len(stack.instances) < 4 or any(o.position is None or o.orientation is None for o in stack.instances):

@@ -32,7 +32,7 @@ def read_series(pointer: SeriesPointer, *, threads: int = 1) -> Volume:
     Headers are parsed and judged anew. Members are found by their number and taken by what they are: every slice must
     bear the SeriesInstanceUID, and all of them together the seal, that ingest recorded; a member of a zip must match
     the CRC-32 of its directory, and a file of a folder its size and time before and after it was read. What was read
-    stands in `Volume.source_digest`.
+    is in `Volume.source_digest`.
 
     Args:
         pointer: Slices in ascending order, possibly of several archives.
@@ -51,7 +51,7 @@ def read_series(pointer: SeriesPointer, *, threads: int = 1) -> Volume:
 
 
 def check_series(pointer: SeriesPointer) -> str:
-    """That a series is what ingest found, from its headers alone; returns its digest.
+    """Check from headers alone that a series is what ingest found; returns its digest.
 
     Raises:
         InputError: As `read_series`, but for damage that only pixels show.
@@ -75,7 +75,7 @@ def _read_nifti(pointer: SeriesPointer) -> Volume:
 
 
 def _slices(pointer: SeriesPointer, opened: ExitStack) -> list[Slice]:
-    """What lies where the pointer says, headers parsed; sources are closed with ``opened``."""
+    """Return the slices that the pointer names, headers parsed; sources are closed with ``opened``."""
     sources: dict[str, Source] = {}
     for url in dict.fromkeys(url for url, _, _ in pointer.members):
         sources[url] = open_archive(url)

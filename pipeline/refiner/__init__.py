@@ -1,6 +1,6 @@
 """Networks in pixel space: the refiner after decoding, and the regression baseline.
 
-In: thick HU on its own grid. Out: thin HU that agrees with it.
+In: thick HU on the thick grid. Out: thin HU that agrees with it.
 """
 
 import lazy_loader

@@ -1,5 +1,5 @@
 from .inputs import COMPOSED as COMPOSED, neighbours as neighbours
-from .network import Refiner as Refiner, RefinerConfig as RefinerConfig
+from .network import DEGREE as DEGREE, Refiner as Refiner, RefinerConfig as RefinerConfig
 from .patches import (
     PatchSettings as PatchSettings,
     RefinerCase as RefinerCase,
@@ -27,7 +27,6 @@ from .pretrained_input import (
     to_unit as to_unit,
 )
 from .pretrained_network import (
-    DEGREE as DEGREE,
     RESIDUAL_UNIT as RESIDUAL_UNIT,
     NetworkConfig as NetworkConfig,
     PretrainedNetwork as PretrainedNetwork,

@@ -1,9 +1,9 @@
-"""What the refiner sees, made in one place for training and for use.
+"""Inputs of the refiner, made in one place for training and for use.
 
 On the thin slices' grid: 0, the linear estimate, thick HU interpolated along z and back-projected under the slice
 profile; 1, the composed slices that it corrects, back-projected likewise, so that a network need not deconvolve;
-2, the phase, how far a thin slice lies from the nearest thick position, in thick spacings. On the thick slices' own
-grid: 0, what was measured; 1, the width of the slice profile, in thick spacings. And where each thin slice lies
+2, the phase, how far a thin slice is from the nearest thick position, in thick spacings. On the thick slices' own
+grid: 0, what was measured; 1, the width of the slice profile, in thick spacings. And where each thin slice is
 between its two thick neighbours.
 """
 

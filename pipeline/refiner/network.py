@@ -1,8 +1,8 @@
 """The refiner's network: a 3-D residual network on the thick slices' grid, and a small head on the thin slices'.
 
-What is to be known lies in the thick slices, and there are a fifth as many of them: so nearly all of the arithmetic
+What is to be known is in the thick slices, and there are a fifth as many of them: so nearly all of the arithmetic
 happens on their grid, where three slices reach as far as fifteen thin ones. Each thin slice then mixes the features of
-its two neighbours by matrices that are polynomials of where between them it lies (any spacing, any phase), and two
+its two neighbours by matrices that are polynomials of where between them it is (any spacing, any phase), and two
 convolutions on the thin grid add what was composed. It sees pixels, so it can pass the autoencoder's ceiling; it has no
 normalisation and only local convolutions, so that a volume in tiles gives the numbers of one pass. Its last layer
 starts at zero: untrained, it gives the composed slices, back-projected.
@@ -47,11 +47,13 @@ class RefinerConfig:
 
     @property
     def reach(self) -> int:
-        """How many pixels away in-plane an output still depends on its input; a whole number of folds."""
+        """Return how many pixels away in-plane an output depends on its input; a whole number of folds."""
         return (2 * self.blocks + 1 + HEAD_REACH) * self.fold
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
+    """Two convolutions added to what enters."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(width, width, 3, padding=1)
@@ -60,6 +62,45 @@ class _Block(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         out: Tensor = h + self.conv2(nn.functional.silu(self.conv1(h)))
         return out
+
+
+def initialise(network: nn.Module, blocks: nn.Sequential, mix: nn.Conv3d, leave: nn.Conv3d) -> None:
+    """Kaiming (2015), blocks damped so that their sum stays of the size of what enters (Zhang et al. 2019).
+
+    Untrained, a network gives what it corrects: its last layer, ``leave``, starts at zero. Blocks that begin as the
+    identity leave the zero last layer nothing to learn from: the optimiser then follows noise, and at the same rate was
+    0.4 dB behind after 140 steps, and sometimes diverged.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv3d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+    with torch.no_grad():
+        for block in blocks:
+            assert isinstance(block, ResidualBlock)
+            block.conv2.weight *= (8 * len(blocks)) ** -0.5
+        mix.weight *= 0.5
+        leave.weight.zero_()
+
+
+def selection(below: Tensor, between: Tensor, like: Tensor, count: int) -> Tensor:
+    """Return the weights (B, D, 2 (DEGREE + 1) K) of every thick slice's parts at the thin slices.
+
+    A thin slice takes, of its two neighbours, parts times the powers of where between them it is.
+
+    Args:
+        below, between: (B, D) the thick slice below each thin one, and where between it and the next it is.
+        like: Gives dtype and device.
+        count: Thick slices K.
+    """
+    select = like.new_zeros(*below.shape, 2 * (DEGREE + 1), count)
+    for side in range(2):
+        slices = (below + side).clamp(max=count - 1)
+        for power in range(DEGREE + 1):
+            plane = select[:, :, side * (DEGREE + 1) + power]
+            plane.scatter_(2, slices[..., None], between.to(like.dtype)[..., None] ** power)
+    return select.flatten(2)
 
 
 class Refiner(nn.Module):
@@ -71,29 +112,11 @@ class Refiner(nn.Module):
         cell, width = config.fold**2, config.width
         self.head_width = max(1, width // 2)
         self.enter = nn.Conv3d(THICK_CHANNELS * cell, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(_Block(width) for _ in range(config.blocks)))
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(config.blocks)))
         self.mix = nn.Conv3d(width, 2 * (DEGREE + 1) * self.head_width, 1)
         self.head = nn.Conv3d(self.head_width + FINE_CHANNELS * cell, self.head_width, 3, padding=1)
         self.leave = nn.Conv3d(self.head_width, cell, 3, padding=1)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Kaiming (2015), blocks damped so that their sum stays of the size of what enters (Zhang et al. 2019).
-
-        Blocks that begin as the identity leave the zero last layer nothing to learn from: the optimiser then follows
-        noise, and at the same rate was 0.4 dB behind after 140 steps, and sometimes diverged.
-        """
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv3d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                assert layer.bias is not None
-                nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            for block in self.blocks:
-                assert isinstance(block, _Block)
-                block.conv2.weight *= (8 * len(self.blocks)) ** -0.5
-            self.mix.weight *= 0.5
-            self.leave.weight.zero_()
+        initialise(self, self.blocks, self.mix, self.leave)
 
     def forward(self, fine: Tensor, thick: Tensor, below: Tensor, between: Tensor) -> Tensor:
         return self.decode(fine, self.encode(thick), below, between)
@@ -114,17 +137,10 @@ class Refiner(nn.Module):
 
     def _mixed(self, features: Tensor, below: Tensor, between: Tensor) -> Tensor:
         """Features at the thin slices: sum over both neighbours s and powers p of between^p W_sp features_s."""
-        batch, _, count = features.shape[:3]
         parts = torch.unflatten(self.mix(features), 1, (2 * (DEGREE + 1), self.head_width))
-        select = features.new_zeros(batch, below.shape[1], 2 * (DEGREE + 1), count)
-        for side in range(2):
-            slices = (below + side).clamp(max=count - 1)
-            for power in range(DEGREE + 1):
-                plane = select[:, :, side * (DEGREE + 1) + power]
-                plane.scatter_(2, slices[..., None], between.to(features.dtype)[..., None] ** power)
         # (B, D, parts x K) times (B, parts x K, channels x rows x columns).
         flat = parts.transpose(2, 3).flatten(3).flatten(1, 2).flatten(2)
-        mixed = torch.bmm(select.flatten(2), flat)
+        mixed = torch.bmm(selection(below, between, features, features.shape[2]), flat)
         return torch.unflatten(mixed, 2, (self.head_width, *features.shape[3:])).transpose(1, 2)
 
     def _whole(self, x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Draw:
 def draw_operator(rng: np.random.Generator, thin_z: NDArray[np.float64], thickness_mm: float) -> Operator:
     """A slice operator for training: box or Gaussian, any phase, slices that abut or overlap.
 
-    Spacing is the nominal thickness or down to CLOSEST of it; thickness lies between the spacing and the nominal one.
+    Spacing is the nominal thickness or down to CLOSEST of it; thickness is between the spacing and the nominal one.
     """
     spacing = thickness_mm * (1.0 if rng.random() < 0.5 else float(rng.uniform(CLOSEST, 1.0)))
     thickness = float(rng.uniform(spacing, thickness_mm))
@@ -109,7 +109,7 @@ def held_out_operator(thin_z: NDArray[np.float64], thickness_mm: float) -> Opera
 def positions(thin_z: NDArray[np.float64], spacing_mm: float, phase: float) -> NDArray[np.float64]:
     """Thick slice positions within the thin series' extent, the first ``phase`` of a spacing after its lowest place.
 
-    The lowest place is where half a spacing of thin slices lies below; at least two slices, for interpolation.
+    The lowest place is where half a spacing of thin slices is below; at least two slices, for interpolation.
     """
     step = float(np.mean(np.diff(thin_z)))
     low, high = float(thin_z[0]) - step / 2 + spacing_mm / 2, float(thin_z[-1]) + step / 2 - spacing_mm / 2
@@ -128,7 +128,7 @@ def _interpolated(
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """How patches are cut. ``patches_per_pair`` are taken at each visit; ``held`` pairs are in memory at a time."""
+    """Settings of patches. ``patches_per_pair`` are taken at each visit; ``held`` pairs are in memory at a time."""
 
     patch_zyx: tuple[int, int, int] = (20, 64, 64)
     batch: int = 4
@@ -218,7 +218,7 @@ class RefinerPatches:
 
 
 def shown_slices(case: RefinerCase, depth: slice, operator: Operator | None) -> int:
-    """How many thick slices the thin ones ``depth`` span, and CONTEXT."""
+    """Return the number of thick slices that the thin ones ``depth`` span, and CONTEXT."""
     step = float(np.mean(np.diff(case.thin.geometry.z_mm)))
     spacing = float(np.mean(np.diff(case.thick.geometry.z_mm if operator is None else operator[1])))
     spanned: float = (depth.stop - depth.start) * step / spacing
@@ -247,7 +247,7 @@ def cut_patch(
     Args:
         operator: Simulates the thick slices from the thin ones; None takes the measured ones.
         flips: 1 for every axis to be mirrored.
-        told: The slice profile that composition believes in; by default the operator's own, else the stated box.
+        told: The slice profile that composition believes in; by default the operator's, else the stated box.
         reach: Thick slices to show; by default those that ``box`` spans, and CONTEXT.
     """
     depth, plane = box[0], box[1:]
@@ -282,7 +282,7 @@ def turned(image: NDArray[Any], flips: Sequence[int]) -> NDArray[Any]:
 
 
 def transposed(given: RefinerInput) -> RefinerInput:
-    """Rows and columns exchanged: no organ lies so, but edges do."""
+    """Rows and columns exchanged: no organ is oriented so, but edges do."""
     fine, thick = (np.ascontiguousarray(part.swapaxes(-1, -2)) for part in (given.fine, given.thick))
     return RefinerInput(fine, thick, given.below, given.between)
 

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from latentcache import InputError
 from pipeline.forward_model import SliceProfile
 from pipeline.refiner.inputs import neighbours
+from pipeline.refiner.network import HEAD_REACH
 from pipeline.refiner.pretrained_input import facts_of, from_unit, linear_weights, to_unit
-from pipeline.refiner.pretrained_network import HEAD_REACH, NetworkConfig, PretrainedNetwork, fold_of
+from pipeline.refiner.pretrained_network import NetworkConfig, PretrainedNetwork, fold_of
 from pipeline.volume import Geometry, Volume
 
 FOLDER = Path(__file__).parent / "weights"
@@ -39,7 +40,7 @@ MAX_CELLS = 1_100_000
 SLICES = 32
 """Thin slices at a time."""
 TOLERANCE = 1.1
-"""How far, as a factor, a series may lie outside what the card states before it is said."""
+"""Factor by which a series may be outside what the card states before that is reported."""
 
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class Range:
 
 @dataclass(frozen=True)
 class PretrainedCard:
-    """A model's card, as it stands in JSON beside the weights.
+    """A model's card, as it is in JSON beside the weights.
 
     Attributes:
         name: By which it is chosen.
@@ -124,14 +125,14 @@ class PretrainedModel:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How `thin_slices` computes.
+    """Settings of `thin_slices`.
 
     Attributes:
         device: A torch device.
         arithmetic: ``auto`` takes bfloat16 where the processor has it in hardware: twice as fast, within 1 HU.
         threads: Of a CPU; None leaves torch's own.
         max_cells: Cells of the thick grid at once; less needs less memory and more time.
-        on_progress: Told the share that is done, 0 to 1.
+        on_progress: Called with the share that is done, 0 to 1.
     """
 
     device: str = "cpu"
@@ -198,7 +199,7 @@ def _network(path: str, sha256: str, config: NetworkConfig, device: str) -> Pret
 
 
 def outside(card: PretrainedCard, thick: Geometry, target: Geometry) -> list[str]:
-    """In words, whatever about a series and the wanted slices lies outside what the model was trained for."""
+    """In words, whatever about a series and the wanted slices is outside what the model was trained for."""
     spacing, *pixel = thick.spacing_mm_zyx
     measured = {
         "thickness_mm": (thick.thickness_mm or spacing, "slice thickness"),

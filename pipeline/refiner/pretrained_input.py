@@ -1,7 +1,7 @@
-"""What the shipped refiner sees, made in one place for training and for use: its unit scale, its inputs, its facts.
+"""Inputs of the shipped refiner, made in one place for training and for use: its unit scale, its inputs, its facts.
 
 Beside pixels the network is given four figures: the width of the slice profile and the side of a cell, both in thick
-spacings; and of each thin slice the spacing, likewise, and how far it lies from the nearest thick one.
+spacings; and of each thin slice the spacing, likewise, and how far it is from the nearest thick one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def facts_of(
     Args:
         profile: What the linear estimate believes in.
         spacing_mm, cell_mm, thin_mm: Thick spacing, side of a cell, thin spacing.
-        between: (D,) where between its thick neighbours each thin slice lies, 0 to 1.
+        between: (D,) where between its thick neighbours each thin slice is, 0 to 1.
     """
     facts = np.asarray([profile.standard_deviation_mm / spacing_mm, cell_mm / spacing_mm], np.float32)
     away = np.minimum(between, 1 - between).astype(np.float32)

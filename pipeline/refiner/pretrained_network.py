@@ -7,7 +7,7 @@ two thick neighbours. Two things make it learn from genuine CT, where that netwo
   to 7.5 mm apart: on a grid of pixels, an edge that runs obliquely through two slices moves by ten pixels from one to
   the next, and kernels of three pixels cannot bring it together. Cells of 4 x 4 fine pixels, or 2 x 2 coarse ones,
   measure 1.8 to 4.8 mm. A coarse pixel enters as 2 x 2 equal fine ones, so that there is one set of weights.
-- It sees contrasts beside levels. Tissues differ by 0.05 on a scale on which air lies at -1, so that every activation
+- It sees contrasts beside levels. Tissues differ by 0.05 on a scale on which air is at -1, so that every activation
   works in its linear part; but what is linear the linear estimate has already, and the gradient is all noise.
 
 Shapes: B batch, D thin and K thick slices, H rows, W columns of cells; units are those of ``UnitScale``.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from latentcache import InputError
+from pipeline.refiner.network import DEGREE, HEAD_REACH, ResidualBlock, folded, initialise, selection, unfolded
 
 FOLD = 4
 """Pixels along a cell's side."""
@@ -28,14 +29,10 @@ COARSE_PIXEL_MM = 1.15
 """From this pixel size on a cell holds 2 x 2 pixels."""
 THICK_FACTS, THIN_FACTS = 2, 2
 """Constant channels: profile width and cell size, in thick spacings; thin spacing and phase, likewise."""
-DEGREE = 2
-"""Of the polynomials of the place between two thick slices."""
-HEAD_REACH = 2
-"""Thin slices, and cells, that the head reaches."""
 GAIN = 5.0
 """Of contrasts as the network sees them."""
 RESIDUAL_UNIT = 0.1
-"""What the network's output of 1 adds, in units of the scale: about the RMS of what is to be learnt."""
+"""Change that the network's output of 1 adds, in units of the scale: about the RMS of what is to be learnt."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class NetworkConfig:
 
     @property
     def reach(self) -> int:
-        """How many cells, or thick slices, away an output still depends on its input."""
+        """Return how many cells, or thick slices, away an output depends on its input."""
         return 2 * self.blocks + 1 + HEAD_REACH
 
 
@@ -68,17 +65,6 @@ def fold_of(pixel_mm: float) -> int:
     return FOLD if pixel_mm < COARSE_PIXEL_MM else FOLD // 2
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv3d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv3d(width, width, 3, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = h + self.conv2(activation(self.conv1(h)))
-        return out
-
-
 class PretrainedNetwork(nn.Module):
     """Cells of thick slices, cells of linearly estimated thin slices, to refined thin slices."""
 
@@ -86,25 +72,11 @@ class PretrainedNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.enter = nn.Conv3d(1 + 3 * FOLD**2 + THICK_FACTS, config.width, 3, padding=1)
-        self.blocks = nn.Sequential(*(_Block(config.width) for _ in range(config.blocks)))
+        self.blocks = nn.Sequential(*(ResidualBlock(config.width) for _ in range(config.blocks)))
         self.mix = nn.Conv3d(config.width, 2 * (DEGREE + 1) * config.head, 1)
         self.head = nn.Conv3d(config.head + 1 + FOLD**2 + THIN_FACTS, config.head, 3, padding=1)
         self.leave = nn.Conv3d(config.head, FOLD**2, 3, padding=1)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Kaiming (2015), blocks damped (Zhang et al. 2019); untrained, it gives the linear estimate."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv3d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                assert layer.bias is not None
-                nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            for block in self.blocks:
-                assert isinstance(block, _Block)
-                block.conv2.weight *= (8 * len(self.blocks)) ** -0.5
-            self.mix.weight *= 0.5
-            self.leave.weight.zero_()
+        initialise(self, self.blocks, self.mix, self.leave)
 
     def channels_last(self) -> PretrainedNetwork:
         """This network with its weights laid out as CPUs and bfloat16 want them: up to twice as fast."""
@@ -123,7 +95,7 @@ class PretrainedNetwork(nn.Module):
             facts: (B, THICK_FACTS).
             linear: (B, 1, D, rows, columns) the linear estimate.
             thin_facts: (B, THIN_FACTS, D).
-            below, between: (B, D) the thick slice below each thin one, and where between it and the next it lies.
+            below, between: (B, D) the thick slice below each thin one, and where between it and the next it is.
         """
         return self.decode(self.encode(thick, facts), linear, thin_facts, below, between)
 
@@ -144,7 +116,7 @@ class PretrainedNetwork(nn.Module):
     def at_thin(
         self, features: Tensor, linear: Tensor, thin_facts: Tensor, below: Tensor, between: Tensor, fold: int = FOLD
     ) -> Tensor:
-        """What the last layer reads: (B, head, D, H, W)."""
+        """Return the input of the last layer: (B, head, D, H, W)."""
         cells = as_cells(linear, fold)
         told = thin_facts[..., None, None].to(cells.dtype).expand(-1, -1, -1, *cells.shape[3:])
         mixed = activation(self._mixed(features, below, between))
@@ -159,22 +131,17 @@ class PretrainedNetwork(nn.Module):
         batch, _, count = features.shape[:3]
         head = self.config.head
         parts = torch.unflatten(self.mix(features), 1, (2 * (DEGREE + 1), head))
-        select = parts.new_zeros(batch, below.shape[1], 2 * (DEGREE + 1), count)
-        for side in range(2):
-            slices = (below + side).clamp(max=count - 1)
-            for power in range(DEGREE + 1):
-                plane = select[:, :, side * (DEGREE + 1) + power]
-                plane.scatter_(2, slices[..., None], between.to(parts.dtype)[..., None] ** power)
+        select = selection(below, between, parts, count)
         # (B, D, parts x K) times (B, parts x K, H x W x channels): channels last, as the convolutions want them.
-        flat = parts.permute(0, 1, 3, 4, 5, 2).reshape(batch, select.shape[2] * count, -1)
-        mixed = torch.bmm(select.flatten(2), flat)
+        flat = parts.permute(0, 1, 3, 4, 5, 2).reshape(batch, select.shape[2], -1)
+        mixed = torch.bmm(select, flat)
         return mixed.view(batch, -1, *features.shape[3:], head).permute(0, 4, 1, 2, 3)
 
 
 def contrasts(cells: Tensor) -> Tensor:
-    """What stands out: (B, C, K, H, W) to its mean over C, and GAIN times C less that and the steps to both neighbours.
+    """Map (B, C, K, H, W) to its mean over C, and GAIN times C less that and the steps to both neighbours.
 
-    Tissues differ by 0.05 on a scale on which air lies at -1: without this a network sees the level alone at first, all
+    Tissues differ by 0.05 on a scale on which air is at -1: without this a network sees the level alone at first, all
     its activations work in their linear part, and it learns nothing for a long time.
     """
     mean = cells.mean(1, keepdim=True)
@@ -184,8 +151,8 @@ def contrasts(cells: Tensor) -> Tensor:
 
 
 def as_cells(pixels: Tensor, fold: int) -> Tensor:
-    """(B, 1, D, rows, columns) to (B, FOLD^2, D, H, W); a coarse pixel stands for 2 x 2 fine ones."""
-    cells = nn.functional.pixel_unshuffle(pixels.transpose(1, 2), fold).transpose(1, 2)
+    """(B, 1, D, rows, columns) to (B, FOLD^2, D, H, W); a coarse pixel is repeated as 2 x 2 fine ones."""
+    cells = folded(pixels, fold)
     return cells if fold == FOLD else cells[:, _coarse(fold, cells.device)]
 
 
@@ -195,11 +162,11 @@ def as_pixels(cells: Tensor, fold: int) -> Tensor:
         share = (fold / FOLD) ** 2
         mean = cells.new_zeros(cells.shape[0], fold**2, *cells.shape[2:])
         cells = mean.index_add_(1, _coarse(fold, cells.device), cells) * share
-    return nn.functional.pixel_shuffle(cells.transpose(1, 2), fold).transpose(1, 2)
+    return unfolded(cells, fold)
 
 
 def _coarse(fold: int, device: torch.device) -> Tensor:
-    """Channel of the coarse cell that each of a cell's fine pixels lies in."""
+    """Channel of the coarse cell that each of a cell's fine pixels is in."""
     at = torch.arange(FOLD, device=device) * fold // FOLD
     return (at[:, None] * fold + at[None, :]).flatten()
 

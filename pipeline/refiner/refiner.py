@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from latentcache import InputError
-from latentcache.storage import fresh_draft
+from latentcache.storage import written_aside
 from pipeline.forward_model import ThickMeasurement
 from pipeline.refiner.inputs import RefinerInput, ThickView
 from pipeline.refiner.network import HEAD_REACH, Refiner, RefinerConfig
-from pipeline.volume import HANDOVER_SLOPE, Volume, Window, interpolated_onto
+from pipeline.volume import BLEND_SLOPE, Volume, Window, interpolated_onto
 
 FILE_NAME = "refiner.safetensors"
 START_NAME = "start_refiner.safetensors"
@@ -33,12 +33,12 @@ TILE = 192
 """Pixels along the side of a tile; it holds all of its thick slices, and thin ones by SLICES at a time."""
 SLICES = 32
 SPACING_TOLERANCE = 1.25
-"""How far, as a factor, an output's slice spacing may lie outside those that the network was trained on."""
+"""Factor by which an output's slice spacing may be outside those that the network was trained on."""
 
 
 @dataclass(frozen=True)
 class RefinerCard:
-    """What stands in the file beside the weights.
+    """Facts that the file holds beside the weights.
 
     Attributes:
         window: (centre, width) in HU of its unit scale.
@@ -88,14 +88,12 @@ class RefinerFile:
 
 
 def save_refiner(network: nn.Module, card: RefinerCard, out: Path) -> RefinerFile:
-    """Write weights and card as safetensors, aside and renamed."""
+    """Write weights and card as safetensors, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = fresh_draft(out.with_suffix(".partial"))
-    save_file(tensors, aside, metadata={"refiner": json.dumps(asdict(card), sort_keys=True)})
-    aside.replace(out)
+    with written_aside(out) as draft:
+        save_file(tensors, draft, metadata={"refiner": json.dumps(asdict(card), sort_keys=True)})
     return RefinerFile.of(out)
 
 
@@ -263,13 +261,14 @@ def settle(refined: NDArray[np.float32], composed: NDArray[np.float32], window: 
     """Refined HU, inside the window, where composed HU is inside too; else blended with it, without a step.
 
     For composed HU beyond an edge, the weight of the refined value rises from 0 at that edge to 1 at a distance that
-    grows with how far beyond it lies, as in ``compose.hand_over``: salt in the lung needs more than a few HU of belief.
+    grows with how far beyond it is, as in ``volume.blend_at_edges``: salt in the lung needs more than a few HU of
+    belief.
     """
     out = np.array(refined, dtype=np.float32)
     for edge, sign in ((window.lower, 1.0), (window.upper, -1.0)):
         beyond = sign * (composed - np.float32(edge)) < 0
         value = composed[beyond]
-        margin = np.float32(HANDOVER_SLOPE) * np.abs(value - np.float32(edge))
+        margin = np.float32(BLEND_SLOPE) * np.abs(value - np.float32(edge))
         t = np.clip(sign * (refined[beyond] - np.float32(edge)) / np.maximum(margin, np.float32(1e-3)), 0.0, 1.0)
         out[beyond] = value + t * t * (3.0 - 2.0 * t) * (refined[beyond] - value)
     return out
@@ -285,7 +284,7 @@ def tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> list[Box]:
 
 
 def with_halo(tile: Box, shape: tuple[int, ...], halo: tuple[int, ...]) -> tuple[Box, Box]:
-    """The tile widened by ``halo`` along each axis inside ``shape``, and where the tile lies in that."""
+    """The tile widened by ``halo`` along each axis inside ``shape``, and where the tile is in that."""
     wide = tuple(slice(max(0, s.start - h), min(n, s.stop + h)) for s, n, h in zip(tile, shape, halo, strict=True))
     inner = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(tile, wide, strict=True))
     return wide, inner

@@ -26,7 +26,7 @@ def digest(keys: Sequence[str]) -> str:
 
 
 def training_recipe(store: LatentStore, keys: Sequence[str], seconds: float, steps: int, seed: int) -> dict[str, Any]:
-    """What stands in the network's file about its training."""
+    """Return the facts of training that the network's file holds."""
     return {
         "training_pairs": digest(keys),
         "pairs": len(keys),
@@ -39,7 +39,7 @@ def training_recipe(store: LatentStore, keys: Sequence[str], seconds: float, ste
 
 
 def regression_facts(file: RefinerFile) -> dict[str, Any]:
-    """What an evaluation says of the network.
+    """Return the facts that an evaluation states of the network.
 
     Raises:
         InputError: A refiner of a model's output, or one that does not say what it was trained on.

@@ -1,7 +1,7 @@
 """Certificates of a report: mean(A x - y) by tissue, gathered by scanner, with every series that fails or lacks one.
 
-A mean over series can hide one that is displaced. So beside the mean stands the largest shift, and what fails or could
-not be judged is listed by key.
+A mean over series can hide one that is displaced. So the largest shift is given beside the mean, and what fails or
+could not be judged is listed by key.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def line_chart(title: str, points: Sequence[tuple[float, float]], y_label: str) 
 def curves_chart(
     title: str, curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str
 ) -> str:
-    """Named curves on common axes; told apart by mark and line style, not by colour alone."""
+    """Named curves on common axes; distinguished by mark and line style, not by colour alone."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
     marks, styles = "osd^vxP", ("-", "--", ":", "-.")
@@ -91,7 +91,7 @@ def dot_chart(title: str, rows: Sequence[tuple[str, Sequence[float]]], x_label: 
 
 
 def histogram(title: str, values: Sequence[float], x_label: str, bins: int = 20) -> str:
-    """How values are distributed; whole numbers get bins that are whole numbers wide, centred on them."""
+    """Draw the distribution of values; whole numbers get bins that are whole numbers wide, centred on them."""
     figure = Figure(figsize=(4.8, 2.2), layout="constrained")  # a phone shows it whole: half of it would mislead
     axes = figure.add_subplot()
     low, high = min(values), max(values)

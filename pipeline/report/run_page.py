@@ -81,7 +81,7 @@ def write_report(
 
 
 def _measures(document: Mapping[str, Any]) -> str:
-    """What a radiologist or physicist measures, each with its heading; what was not measured has none."""
+    """Return a radiologist's and a physicist's measures, each with its heading; what was not measured has none."""
     parts = (
         ("Agreement with the measured slices", agreement_table(document)),
         ("Certificate by scanner", certificate_section(judged_cases(document))),
@@ -151,5 +151,5 @@ def _charts(document: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) 
 
 
 def _script_json(value: Any) -> str:
-    """JSON that cannot close the script element it stands in."""
+    """JSON that cannot close the script element around it."""
     return json.dumps(value, separators=(",", ":")).replace("</", "<\\/")

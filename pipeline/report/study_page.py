@@ -36,7 +36,7 @@ DISTRUST = (
 
 @dataclass(frozen=True)
 class StudyPage:
-    """What the page shows.
+    """Content of the page.
 
     Attributes:
         thick: The measured series.

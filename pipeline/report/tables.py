@@ -43,7 +43,7 @@ SHORT_LABELS = {
     "condition_round_trip": "VAE of linear",
     "vae_ceiling": "VAE of truth",
 }
-"""Where every method is a column."""
+"""Labels for tables in which every method is a column."""
 VOLUME_COLUMNS: tuple[tuple[str, str], ...] = (
     ("total_error", "error of the summed volume"),
     ("mean_absolute_error", "mean absolute error"),
@@ -83,7 +83,7 @@ SPLIT_NAMES = {
 
 
 def split_name(document: Mapping[str, Any]) -> str:
-    """What the evaluated split is, in words; the reader must know whether the model could have seen it."""
+    """Return the evaluated split in words; the reader must know whether the model could have seen it."""
     split = str(document.get("split", "unknown"))
     return SPLIT_NAMES.get(split, f"the split {split!r}")
 
@@ -126,7 +126,7 @@ def detail_table(document: Mapping[str, Any]) -> str:
 
 
 def agreement_table(document: Mapping[str, Any]) -> str:
-    """How well the output, averaged to thick slices, reproduces the measured ones."""
+    """Return a table of how well the output, averaged to thick slices, reproduces the measured ones."""
     caption = (
         "Agreement with the measured thick slices y: the output x averaged over the slice profile A. The true thin "
         "series does not agree perfectly either, because both carry noise"
@@ -204,7 +204,7 @@ def case_table(document: Mapping[str, Any]) -> str:
 
 
 def notes(document: Mapping[str, Any]) -> str:
-    """What went wrong or is peculiar, by case."""
+    """Return what went wrong or is peculiar, by case."""
     lines = [f"{key}: {label(m)}: {why}" for key, found in document["failures"].items() for m, why in found.items()]
     lines += [f"{key}: {note}" for key, found in document.get("notes", {}).items() for note in found]
     if not lines:

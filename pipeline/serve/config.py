@@ -1,4 +1,4 @@
-"""What the service is configured with: one YAML file, every key declared here."""
+"""Configuration of the service: one YAML file, every key declared here."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class ListenConfig:
 
 @dataclass(frozen=True)
 class PeerConfig:
-    """Who may send to us: an AE title, or ``*`` for anyone.
+    """A peer that may send to us: an AE title, or ``*`` for anyone.
 
     Attributes:
         host: The address it must come from; empty for any.
-        port: Its own port for storage commitment reports; 0 where it has none.
+        port: Port of the peer for storage commitment reports; 0 where it has none.
     """
 
     ae_title: str
@@ -57,7 +57,7 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class RuleConfig:
-    """Which series are interpolated, how, and where the result goes. All conditions given must hold.
+    """A rule: which series are interpolated, how, and where the result goes. All conditions given must hold.
 
     Attributes:
         calling_ae: AE titles (``FOLDER`` for the watched folder).
@@ -86,7 +86,7 @@ class RuleConfig:
 
 @dataclass(frozen=True)
 class DestinationConfig:
-    """Where results go: exactly one of C-STORE (``AET@HOST:PORT``) and STOW-RS (a URL)."""
+    """A destination of results: exactly one of C-STORE (``AET@HOST:PORT``) and STOW-RS (a URL)."""
 
     c_store: str = ""
     stow_rs: str = ""
@@ -97,7 +97,7 @@ class DestinationConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What a peer may ask of us, and what we ask of the disk.
+    """Limits on what a peer may ask of us, and on what we ask of the disk.
 
     Attributes:
         pdu_bytes: Largest protocol data unit; a longer one ends the connection before it is read.
@@ -151,7 +151,7 @@ class TimingConfig:
 
 @dataclass(frozen=True)
 class MonitoringConfig:
-    """Where /health, /ready and /metrics are served; on this machine alone unless ``host`` says otherwise."""
+    """Address of /health, /ready and /metrics; on this machine alone unless ``host`` says otherwise."""
 
     port: int
     host: str = "127.0.0.1"

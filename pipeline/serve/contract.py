@@ -33,7 +33,7 @@ class InterpolateRequest:
 
 @dataclass(frozen=True)
 class InterpolateResult:
-    """What was written: names of folders below ``request.out`` and figures; nothing that names a patient."""
+    """Names of the folders written below ``request.out``, and figures; nothing that names a patient."""
 
     folders: tuple[str, ...]
     series_uid: str

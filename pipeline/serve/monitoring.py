@@ -16,7 +16,7 @@ log = logging.getLogger("ctpipe.serve")
 
 
 State = Callable[[], Mapping[str, Any]]
-"""What the service knows of itself; see ``Service.state``."""
+"""Function that returns the service's knowledge of itself; see ``Service.state``."""
 
 
 _HELP = {

@@ -1,4 +1,4 @@
-"""Which series of a study are interpolated: the rules of the configuration against what headers say."""
+"""Choice of a study's series to interpolate: the rules of the configuration against what headers say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.serve.config import ANYONE, RuleConfig
 
 @dataclass(frozen=True)
 class SeriesFacts:
-    """What rules look at. ``description`` is private and never logged.
+    """Facts that rules look at. ``description`` is private and never logged.
 
     Attributes:
         thickness_mm: SliceThickness; None where the series does not say.

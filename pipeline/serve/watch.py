@@ -20,7 +20,7 @@ log = logging.getLogger("ctpipe.serve")
 
 
 SENDER = "FOLDER"
-"""What rules call the watched folder where they ask for the calling AE."""
+"""Calling AE by which rules name the watched folder."""
 
 
 class Watch:

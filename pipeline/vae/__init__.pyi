@@ -24,6 +24,7 @@ from .vae import (
     SlidingVae as SlidingVae,
     Vae as Vae,
     as_encoded as as_encoded,
+    check_same_vae as check_same_vae,
     decoder_on_shapes as decoder_on_shapes,
     load_decoder as load_decoder,
     load_vae as load_vae,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from latentcache import InputError, compute_dtype
-from latentcache.storage import fresh_draft
+from latentcache.storage import written_aside
 from pipeline.vae.architecture import KlAutoencoder, VaeArchitecture
 from pipeline.vae.weights import VaeWeights, load_weights
 
@@ -31,7 +31,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class VaeTrainConfig:
-    """How the VAE is trained.
+    """Settings of the VAE's training.
 
     Attributes:
         part: ``decoder`` keeps the encoder, and so every cached latent and its encode key; ``all`` trains both.
@@ -218,14 +218,12 @@ def reconstruction_losses(
 def save_weights(
     state: Mapping[str, Tensor], architecture: VaeArchitecture, out: Path, metadata: Mapping[str, str]
 ) -> VaeWeights:
-    """Write float32 safetensors with the architecture in the metadata, aside and renamed; read them back."""
+    """Write float32 safetensors with the architecture in the metadata, whole or not at all; read them back."""
     from safetensors.torch import save_file
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = fresh_draft(out.with_suffix(".partial"))
-    save_file(tensors, aside, metadata={"architecture": json.dumps(architecture.to_dict()), **metadata})
-    aside.replace(out)
+    with written_aside(out) as draft:
+        save_file(tensors, draft, metadata={"architecture": json.dumps(architecture.to_dict()), **metadata})
     return load_weights(out)
 
 

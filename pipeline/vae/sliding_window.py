@@ -1,4 +1,4 @@
-"""Which of two functions of the VAE's weights a store holds: the exact one, or blended windows as others do it.
+"""Choice between two functions of the VAE's weights: the exact one, or blended windows as others do it.
 
 Exact is the default and leaves no trace in the encode key. Windows change every latent, so they are part of it
 (`Encoding.extra`), and what was encoded in windows is decoded in the same ones.
@@ -97,7 +97,7 @@ class Tiling:
     overlap: float = 0.4
 
     def to_extra(self) -> dict[str, Any]:
-        """As it stands in `Encoding.extra`."""
+        """As it is in `Encoding.extra`."""
         return {"tiling": {"kind": "sliding", "window_zyx": list(self.window_zyx), "overlap": self.overlap}}
 
 
@@ -109,7 +109,7 @@ def parse_tiling(text: str) -> Tiling | None:
 
 
 def tiling_of(extra: Mapping[str, Any]) -> Tiling | None:
-    """What `Tiling.to_extra` wrote; None for an exact encoding.
+    """Return the tiling that `Tiling.to_extra` wrote; None for an exact encoding.
 
     Raises:
         InputError: A tiling of a kind that this version does not know.

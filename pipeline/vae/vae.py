@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from latentcache import (
+    Encoding,
     InputError,
     NonFiniteError,
     check_bf16_convolutions,
-    compute_dtype,
+    dtype_for_latents,
     free_host_bytes,
     full_float32,
 )
@@ -49,37 +50,42 @@ def load_decoder(
     device: str,
     *,
     spec: str,
+    encoding: Encoding,
+    precision: str = "auto",
     memory_gib: float | None = None,
-    expected_sha256: str = "",
-    extra: Mapping[str, Any] | None = None,
-    dtype: str | None = None,
     gpu_share: float = 1.0,
 ) -> Autoencoder:
-    """A VAE on a device; ``extra`` (`Encoding.extra`) says whether the latents were encoded in windows.
+    """Load the VAE that made an encoding's latents on a device, to decode them as they were encoded.
 
     Args:
-        dtype: ``float32`` or ``bfloat16``; None: the device's own.
+        precision: ``auto`` (the latents' own where the device is of their kind), ``fp32`` or ``bf16``.
         gpu_share: This worker's share of its GPU's memory, where ``memory_gib`` is None.
 
     Raises:
         InputError: Not the autoencoder that the latents were encoded with.
     """
-    import torch
-
     from pipeline.vae.streaming import share_gib
 
-    arithmetic: torch.dtype = getattr(torch, dtype or compute_dtype("auto", device))
-    if arithmetic == torch.bfloat16:
+    dtype: torch.dtype = getattr(torch, dtype_for_latents(precision, device, encoding))
+    if dtype == torch.bfloat16:
         check_bf16_convolutions(torch.device(device))
     memory_gib = memory_gib or share_gib(torch.device(device), gpu_share)
-    vae = as_encoded(load_vae(spec, device=device, memory_gib=memory_gib, dtype=arithmetic), extra or {})
-    if expected_sha256 and vae.sha256 != expected_sha256:
+    vae = load_vae(spec, device=device, memory_gib=memory_gib, dtype=dtype, expected=encoding)
+    return as_encoded(vae, encoding.extra)
+
+
+def check_same_vae(vae: Autoencoder, encoding: Encoding) -> None:
+    """Refuse to decode with another VAE than the one that encoded.
+
+    Raises:
+        InputError: Another one.
+    """
+    if vae.sha256 != encoding.vae_sha256:
         raise InputError(
             f"a VAE whose SHA-256 begins {vae.sha256[:12]}",
-            expected=f"the one that encoded these latents, {expected_sha256[:12]}",
+            expected=f"the one that encoded these latents, {encoding.vae_sha256[:12]}",
             remedy="Give its path with --vae.",
         )
-    return vae
 
 
 def own_decoder(vae: Any) -> str:
@@ -100,6 +106,7 @@ def load_vae(
     device: str | torch.device = "cpu",
     memory_gib: float | None = None,
     dtype: torch.dtype | None = None,
+    expected: Encoding | None = None,
 ) -> Vae:
     """Load a VAE for inference.
 
@@ -107,12 +114,16 @@ def load_vae(
         spec: ``tiny`` (the one that ships with ctpipe) or a checkpoint (see `vae_weights.load_weights`).
         memory_gib: Most memory that encode and decode may take on ``device``; None: what is free.
         dtype: Of the activations; None: bfloat16 on a GPU, float32 on a CPU.
+        expected: The encoding whose latents it is for; None for any.
 
     Raises:
-        InputError: The checkpoint is not that of a MAISI autoencoder.
+        InputError: The checkpoint is not that of a MAISI autoencoder, or another one than ``expected``.
     """
     weights = load_weights(TINY if spec == "tiny" else Path(spec))
-    return Vae(weights, torch.device(device), memory_gib=memory_gib, dtype=dtype)
+    vae = Vae(weights, torch.device(device), memory_gib=memory_gib, dtype=dtype)
+    if expected is not None:
+        check_same_vae(vae, expected)
+    return vae
 
 
 def decoder_on_shapes(architecture: dict[str, Any] | None, *, bf16: bool) -> Callable[[Tensor], Tensor]:

@@ -54,7 +54,7 @@ ENCODER_OF, ENCODER_TENSORS = "encoder_of", "encoder_tensors_sha256"
 
 
 def encoder_metadata(start: VaeWeights) -> dict[str, str]:
-    """What a file with the encoder of ``start`` and another decoder says of it, so that latents stay usable."""
+    """Return the metadata of a file with the encoder of ``start`` and another decoder: latents stay usable."""
     return {ENCODER_OF: start.sha256, ENCODER_TENSORS: encoder_tensors_sha256(start.state)}
 
 
@@ -95,7 +95,7 @@ def load_weights(path: Path) -> VaeWeights:
     They are a ``.safetensors`` file or a PyTorch checkpoint: a state dict, bare or under ``unet_state_dict`` or
     ``state_dict``. Pickled code is never run (``weights_only``).
 
-    The architecture stands in a safetensors file's metadata (``architecture``, JSON); without it MAISI's published
+    The architecture is in a safetensors file's metadata (``architecture``, JSON); without it MAISI's published
     one is expected. Upsampling, where it is not named, is what the class that wrote the names does.
 
     Raises:

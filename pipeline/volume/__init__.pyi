@@ -22,8 +22,8 @@ from .resample import (
 from .simulated_thick import SIMULATED_FLAG as SIMULATED_FLAG, SimulatedThick as SimulatedThick
 from .volume import SeriesPointer as SeriesPointer, SourceHeader as SourceHeader, Volume as Volume
 from .window import (
-    HANDOVER_SLOPE as HANDOVER_SLOPE,
+    BLEND_SLOPE as BLEND_SLOPE,
     NAMED_WINDOWS as NAMED_WINDOWS,
     Window as Window,
-    hand_over as hand_over,
+    blend_at_edges as blend_at_edges,
 )

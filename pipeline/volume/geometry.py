@@ -1,4 +1,4 @@
-"""Where voxels are. Axis order is zyx everywhere, lengths are millimetres, patient space is DICOM's LPS."""
+"""Places of voxels. Axis order is zyx everywhere, lengths are millimetres, patient space is DICOM's LPS."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""In-plane grids of two series: whether they are one, whether one lies within the other, and the way between them.
+"""In-plane grids of two series: whether they are one, whether one is within the other, and the way between them.
 
 Reconstructions of one acquisition may differ in their field of view. Their pixels then meet only by physical position:
-the thick series is sampled at the thin one's pixel centres, slice by slice, at its own heights. What lies outside of
+the thick series is sampled at the thin one's pixel centres, slice by slice, at the thick heights. What is outside of
 the measured field is nothing to compare with or to learn from, so that the thin field must lie within the thick one.
 """
 
@@ -43,7 +43,7 @@ RESAMPLED_FLAG = "resampled-in-plane"
 
 
 def grid_difference(one: Geometry, other: Geometry) -> str:
-    """What makes the in-plane grids differ, or an empty string where pixel (y, x) is the same place in both."""
+    """Return the difference of the in-plane grids, or an empty string where pixel (y, x) is the same place in both."""
     if one.shape_zyx[1:] != other.shape_zyx[1:]:
         return "another in-plane matrix"
     ratio = np.array(one.spacing_mm_zyx[1:]) / np.array(other.spacing_mm_zyx[1:])
@@ -64,7 +64,7 @@ def grid_offset_pixels(one: Geometry, other: Geometry) -> float:
 
 
 def beyond_mm(field: Geometry, measured: Geometry) -> float:
-    """How far the pixel centres of ``field`` reach outside of the pixels of ``measured`` (0 where they lie within)."""
+    """Return how far ``field``'s pixel centres reach outside of ``measured``'s pixels (0 where they do not)."""
     rows, columns = field.shape_zyx[1] - 1, field.shape_zyx[2] - 1
     matrix, worst = _index_matrix(field, measured), 0.0
     size = np.array(measured.shape_zyx[1:])
@@ -122,7 +122,7 @@ def _common_extent(one: Geometry, other: Geometry) -> tuple[float, float]:
 
 
 def _corner(geometry: Geometry, z_mm: float) -> NDArray[np.float64]:
-    """Where the first pixel lies at a height, in LPS mm."""
+    """Return the first pixel's place at a height, in LPS mm."""
     step = geometry.affine[:3, 0]
     along = float(step @ geometry.normal)
     return np.asarray(geometry.affine[:3, 3] + (z_mm - geometry.z_mm[0]) / along * step)

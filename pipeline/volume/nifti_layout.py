@@ -1,4 +1,4 @@
-"""How a NIfTI file lays its voxels out, and how that maps onto this project's: axes zyx, patient space LPS.
+"""Layout of voxels in a NIfTI file, and its map onto this project's: axes zyx, patient space LPS.
 
 NIfTI's affine maps indices (i, j, k) to RAS millimetres; which patient axis each index runs along, and which way, is
 the file's own choice. A layout remembers it, so that a derived volume goes back as its source came.
@@ -65,7 +65,7 @@ class NiftiLayout:
         return tuple(slice(None, None, -1 if flipped else 1) for flipped in self.flipped_zyx)
 
     def _turned(self, affine: NDArray[np.float64], shape_zyx: tuple[int, ...]) -> NDArray[np.float64]:
-        """The affine after flipping, which is its own inverse."""
+        """The affine after flipping, which inverts itself."""
         out = affine.copy()
         for axis, flipped in enumerate(self.flipped_zyx):
             if flipped:

@@ -82,7 +82,7 @@ class SimulatedThick:
 
     @classmethod
     def from_json(cls, text: str) -> SimulatedThick:
-        """What `to_json` wrote."""
+        """Return what `to_json` wrote."""
         raw: dict[str, Any] = json.loads(text)
         weights = tuple(tuple(row) for row in raw.pop("weights"))
         return cls(z_mm=tuple(raw.pop("z_mm")), first=tuple(raw.pop("first")), weights=weights, **raw)

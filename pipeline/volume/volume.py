@@ -13,13 +13,13 @@ from pipeline.volume.geometry import Geometry
 
 @dataclass(frozen=True)
 class SeriesPointer:
-    """Where a series' slices are, in ascending order along the slice normal. Private: names files.
+    """Pointer to a series' slices, in ascending order along the slice normal. Private: names files.
 
     ``members`` holds one (source, member, frame) a slice: the archive's URL or path, the member's index in the central
     directory (names can be duplicated) and the frame number (0 but for enhanced multi-frame). ``even``: a series of
     uneven spacing is to be read at even positions (`even_spacing`).
 
-    Numbers alone would name whatever lies there now: ``series_uid`` is the SeriesInstanceUID and ``seal`` a hash over
+    Numbers alone would name whatever is there now: ``series_uid`` is the SeriesInstanceUID and ``seal`` a hash over
     the SOPInstanceUID, size and CRC-32 (in a folder: modification time) of every slice, both as ingest found them.
     Either is empty where it is not known, and then says nothing.
 
@@ -37,7 +37,7 @@ class SeriesPointer:
 
 @dataclass(frozen=True)
 class SourceHeader:
-    """What a derived series must carry on: acquisition facts from an allow-list, and, apart, the private identity.
+    """Facts that a derived series carries on: acquisition facts from an allow-list, and, apart, the identity.
 
     Attributes:
         public: DICOM keyword to value; identifies nobody (KVP, ConvolutionKernel, Manufacturer, PatientPosition, ...).
@@ -56,7 +56,7 @@ class Volume:
 
     Attributes:
         hu: (z, y, x) int16 where every rescale is a whole number, else float32.
-        geometry: The grid; slice i of ``hu`` lies at ``geometry.z_mm[i]``.
+        geometry: The grid; slice i of ``hu`` is at ``geometry.z_mm[i]``.
         flags: Facts recorded by the reader, e.g. ``gantry-tilt``, ``padding``.
         source_digest: Over the CRC-32 (in a folder: modification time) and size of every slice, made while they were
             read; of the form that the catalog holds. Empty for a volume that was not read from an archive.

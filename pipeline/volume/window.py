@@ -8,28 +8,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import InputError
+from latentcache import Encoding, InputError
 
-HANDOVER_FRACTION = 0.025
-"""Width of the hand-over at a window's edge, as a share of the window, where base lies at the edge."""
-HANDOVER_SLOPE = 0.15
-"""How much wider the hand-over gets for each HU that base lies beyond the edge."""
+BLEND_FRACTION = 0.025
+"""Width of the blend at a window's edge, as a share of the window, where base is at the edge."""
+BLEND_SLOPE = 0.15
+"""Growth of the blend's width for each HU that base is beyond the edge."""
 
 
-def hand_over(decoded: NDArray[np.float32], base: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
+def blend_at_edges(decoded: NDArray[np.float32], base: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
     """Blend decoded and interpolated HU where the window clipped; both (z, y, x), returns float32.
 
     At the window's lower edge L (and mirrored at the upper): a decoded value at L says only "L or below", so base
     answers, but never from inside the window: min(B, L). The weight of D rises smoothly from 0 at L to 1 at L + m.
-    m widens with how far base lies beyond the edge, because the further the measurement says "lung", the more a
+    m widens with how far base is beyond the edge, because the further the measurement says "lung", the more a
     decoded value just inside the window is noise of the VAE or a partial volume, and the blend then is the partial
     volume. Both inputs enter continuously, so no step can appear; deep inside the window D passes unchanged.
     """
     out = np.array(decoded, dtype=np.float32)
-    narrowest = np.float32(HANDOVER_FRACTION * window.width)
+    narrowest = np.float32(BLEND_FRACTION * window.width)
     for edge, sign in ((window.lower, 1.0), (window.upper, -1.0)):
         beyond = np.minimum(sign * (base - np.float32(edge)), 0.0)
-        margin = narrowest - np.float32(HANDOVER_SLOPE) * beyond
+        margin = narrowest - np.float32(BLEND_SLOPE) * beyond
         np.minimum(margin, np.float32(window.width / 2), out=margin)
         t = np.clip(sign * (decoded - np.float32(edge)) / margin, 0.0, 1.0)
         t = t * t * (3.0 - 2.0 * t)
@@ -77,6 +77,11 @@ class Window:
                 remedy="For example --window soft-tissue or --window 40:400.",
             ) from None
         return cls(center, width)
+
+    @classmethod
+    def of(cls, encoding: Encoding) -> Window:
+        """Return the window that an encoding's latents hold."""
+        return cls(encoding.window_center, encoding.window_width)
 
     def to_unit(self, hu: NDArray[Any]) -> NDArray[np.float32]:
         """HU to [-1, 1], clipped; float32."""

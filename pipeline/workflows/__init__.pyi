@@ -36,7 +36,6 @@ from .rplhr import RplhrJob as RplhrJob, evaluate_rplhr as evaluate_rplhr
 from .sample import (
     SampleJob as SampleJob,
     Spread as Spread,
-    load_codec as load_codec,
     own_refiner as own_refiner,
     refiner_of as refiner_of,
     sample_pairs as sample_pairs,

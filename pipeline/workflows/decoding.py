@@ -28,12 +28,12 @@ class DecodeJob:
         encode_key: Which encoding, where the store holds several.
         answer: ``mean``, ``sample`` or ``both``; how several samples become a series.
         uncertainty: The samples' standard deviation as a second series; as floats with ``uncertainty_map``.
-        alarm_map: Where the written sample stands out from the others, as a Parametric Map.
+        alarm_map: Where the written sample differs from the others, as a Parametric Map.
         detail: ``residual`` or ``absolute``.
         consistency: Project onto the measured thick slices; None: where thin slices are sampled.
         refiner: A refiner's run; None: the checkpoint's own; ``none``: without.
         engine: How tasks are spread; one after the other in this process by default.
-        threads: Arithmetic threads a device, pinned for equal bytes on every engine.
+        threads: Arithmetic threads per device, pinned for equal bytes on every engine.
     """
 
     store: str
@@ -116,10 +116,10 @@ def _sampled(job: DecodeJob, run: Path, latents: Any, engine: Any, answer: str, 
     from pipeline.workflows.sample import SampleJob, Spread, sample_pairs
 
     apart = job.uncertainty or job.uncertainty_map or job.alarm_map or answer != "mean"
-    drawing = SampleJob(
+    sampling = SampleJob(
         run, job.split, job.keys, job.sampler, job.steps, seed=job.seed, samples=job.samples, apart=apart
     )
-    return sample_pairs(latents, drawing, Spread(engine, job.threads), on_progress)
+    return sample_pairs(latents, sampling, Spread(engine, job.threads), on_progress)
 
 
 def _decode_into_folder(
@@ -138,17 +138,16 @@ def _decode_into_folder(
         VaeSettings,
         WriteSettings,
         decode_store,
-        only_encoding,
-        window_of,
     )
     from pipeline.identity import PrivateStore
+    from pipeline.volume import Window
 
-    people = PrivateStore.open(job.store, job.private)
-    encode_key = sampled.encode_key if sampled else only_encoding(latents, job.encode_key)
+    private = PrivateStore.open(job.store, job.private)
+    encoding = latents.encoding(sampled.encode_key) if sampled else latents.encoding_in_use(job.encode_key)
     facts: dict[str, Any] = sampled.facts if sampled else {"checkpoint_sha256": "", "sampling": {}}
     writing = WriteSettings(
         job.out.absolute(),
-        window_of(latents, encode_key),
+        Window.of(encoding),
         transfer_syntax=job.transfer_syntax,
         uncertainty=job.uncertainty or job.uncertainty_map,
         uncertainty_map=job.uncertainty_map,
@@ -167,8 +166,8 @@ def _decode_into_folder(
 
     return decode_store(
         latents,
-        people,
-        encode_key,
+        private,
+        encoding.encode_key,
         DecodeSettings(
             writing, composing, restore_identity=job.restore_identity, compose_stored=job.consistency is True
         ),

@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 
 if TYPE_CHECKING:
+    from pipeline.decode import ComposeSettings
     from pipeline.engines import EngineOptions
     from pipeline.evaluation import CaseWork, EvaluationSettings, ScoreSpread
 
 
-@dataclass(frozen=True)
-class EvaluationJob:
-    """A user's order to score a run on a split of a store.
+@dataclass(frozen=True, kw_only=True)
+class ScoringJob:
+    """Settings of every order to score, whatever the protocol.
 
     Attributes:
-        store: URL or path of the store; ``private`` is its private part where that is elsewhere.
-        run: The training run; results go into its folder ``evaluation/<split>``.
-        vae: ``tiny`` or the path of the VAE that encoded the store.
-        samples: Samples a pair; their mean is scored, and their spread shown.
+        vae: ``tiny`` or the path of the VAE that encoded the latents which the run was trained on.
+        samples: Samples per pair; their mean is scored, and their spread shown.
         detail: ``residual`` or ``absolute``.
         consistency: Project onto the measured thick slices.
         limit: Pairs at most.
         refiner: A refiner's run; None: the run's own; ``none``: without.
         regression: A regression run to be compared in the same table.
-        vgg19: State dict of torchvision's vgg19, for the perceptual distance.
-        engine: How pairs are spread; one after the other in this process by default.
-        threads: Arithmetic threads a worker, pinned for equal figures.
     """
 
-    store: str
-    run: Path
     split: str = "test"
     vae: str = "tiny"
     sampler: str | None = None
@@ -46,14 +40,44 @@ class EvaluationJob:
     consistency: bool = True
     device: str = "cpu"
     memory_gib: float | None = None
-    private: str | None = None
+    precision: str = "auto"
     limit: int | None = None
     refiner: Path | None = None
     regression: Path | None = None
+
+    def composing(self, run: Path, checkpoint_sha256: str) -> ComposeSettings:
+        """Return how a model's output becomes HU, with the run's own refiner where no other is asked for."""
+        from pipeline.decode import ComposeSettings, parse_detail
+        from pipeline.workflows.sample import own_refiner, refiner_of, start_of
+
+        own = self.refiner is None
+        return ComposeSettings(
+            detail=parse_detail(self.detail),
+            consistency=self.consistency,
+            refiner=own_refiner(run, checkpoint_sha256, self.device) if own else refiner_of(self.refiner, self.device),
+            start=start_of(run, self.device),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationJob(ScoringJob):
+    """A user's order to score a run on a split of a store.
+
+    Attributes:
+        store: URL or path of the store; ``private`` is its private part where that is elsewhere.
+        run: The training run; results go into its folder ``evaluation/<split>``.
+        vgg19: State dict of torchvision's vgg19, for the perceptual distance.
+        engine: How pairs are distributed; one after the other in this process by default.
+        threads: Arithmetic threads per worker, pinned for equal figures.
+    """
+
+    store: str
+    run: Path
+    _: KW_ONLY
+    private: str | None = None
     vgg19: Path | None = None
     engine: EngineOptions | None = None
     threads: int = 2
-    precision: str = "auto"
 
 
 def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[dict[str, Any], Path]:
@@ -73,7 +97,7 @@ def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[
     model = Interpolator.load(job.run, "meta")
     engine = job.engine or EngineOptions("inline", devices=(job.device,))
     vaes = _vaes(job, latents, model.encode_key, engine)
-    people = PrivateStore.open(job.store, job.private)
+    private = PrivateStore.open(job.store, job.private)
     pairs, not_encoded = pairs_of(latents, model.encode_key, job.split, job.limit, model.condition_role)
     evaluation, facts = _compared(job, latents, model, pairs)
     settings = SampleSettings(sampler=job.sampler, num_inference_steps=job.steps, seed=job.seed, samples=job.samples)
@@ -85,7 +109,7 @@ def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[
     )
     folder = job.run / "evaluation" / job.split
     looks = _log_looks(job, sampled.generation_key, len(pairs))
-    work = CaseWork(latents, people, vaes.here, sampled.latent_of, evaluation, sampled.samples_of)
+    work = CaseWork(latents, private, vaes.here, sampled.latent_of, evaluation, sampled.samples_of)
     cases = _scored(work, pairs, folder, ScoreSpread(engine, vaes.load, job.threads), sampled.failed, on_progress)
     refiner = evaluation.compose.refiner
     document = {
@@ -116,23 +140,17 @@ def _compared(
     job: EvaluationJob, latents: Any, model: Any, pairs: list[Any]
 ) -> tuple[EvaluationSettings, dict[str, Any]]:
     """The methods to compare, each loaded and checked before any work, and the document's facts of them."""
-    from pipeline.decode import ComposeSettings, parse_detail
     from pipeline.evaluation import EvaluationSettings
     from pipeline.volume import Window
-    from pipeline.workflows.sample import own_refiner, refiner_of, start_of
 
-    compose = ComposeSettings(detail=parse_detail(job.detail), consistency=job.consistency)
-    if job.refiner:
-        corrects = refiner_of(job.refiner, job.device)
-    else:
-        corrects = own_refiner(job.run, model.checkpoint_sha256, job.device)
+    compose = job.composing(job.run, model.checkpoint_sha256)
     encoding = latents.encoding(model.encode_key)
     features, features_facts = features_of(job.vgg19, job.device)
     network, network_facts = regression_of(latents, job.regression, job.device, pairs)
     evaluation = EvaluationSettings(
-        Window(encoding.window_center, encoding.window_width),
+        Window.of(encoding),
         model.encode_key,
-        replace(compose, refiner=corrects, start=start_of(job.run, job.device)),
+        compose,
         regression=network,
         features=features,
     )
@@ -150,7 +168,7 @@ def _vaes(job: EvaluationJob, latents: Any, encode_key: str, engine: EngineOptio
     """Load the VAE here, before any work, unless workers of their own score."""
     from pipeline.decode import VaeSettings
 
-    load = VaeSettings(job.vae, job.memory_gib, precision=job.precision).loader(latents, encode_key, 1.0)
+    load = VaeSettings(job.vae, job.memory_gib, precision=job.precision).loader(latents.encoding(encode_key))
     return _Vaes(load(job.device), None) if engine.name == "inline" else _Vaes(None, load)
 
 
@@ -219,7 +237,7 @@ def pairs_of(
 
 
 def regression_of(latents: Any, run: Path | None, device: str, evaluated: Any) -> tuple[Any, dict[str, Any] | None]:
-    """The regression network of a run, checked against the store's training split, and what is to be said of it."""
+    """The regression network of a run, checked against the store's training split, and the facts to report of it."""
     if run is None:
         return None, None
     from pipeline.refiner import RefinerFile, check_same_split, regression_facts

@@ -1,4 +1,4 @@
-"""How far a job is, as a workflow reports it to whoever called."""
+"""Progress of a job, as a workflow reports it to its caller."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far one part of a job is.
+    """Progress of one part of a job.
 
     Attributes:
         part: The part of the job, ``sampling`` or ``scoring`` say; one progress bar each.
         done: Items that are done.
         total: Items in all; None where that is not known.
-        step: What is done at the moment, where it has a name of its own.
+        step: What is done at the moment, where it has a name.
     """
 
     part: str
@@ -24,7 +24,7 @@ class JobProgress:
 
 
 OnProgress = Callable[[JobProgress], None]
-"""What a workflow calls with its progress, in the process that called it."""
+"""Function that a workflow calls with its progress, in the caller's process."""
 
 
 def silent(progress: JobProgress) -> None:

@@ -116,7 +116,7 @@ def write_dataset_report(
 
 
 def lead_paragraph(document: dict[str, Any]) -> str:
-    """What a radiologist wants to know first, in plain words and honest about losses."""
+    """Return what a radiologist wants to know first, in plain words and honest about losses."""
     from pipeline.evaluation import count_of, simulated_note
     from pipeline.report import split_name
 
@@ -179,7 +179,7 @@ def lead_paragraph(document: dict[str, Any]) -> str:
 
 
 def _detail(methods: dict[str, Any]) -> str:
-    """How much of what lies between thick slices is true; a reader must know that the rest is not."""
+    """Return how much of what is between thick slices is true; a reader must know that the rest is not."""
     own, cubic = (methods[name].get("detail_explained") for name in ("model", "cubic"))
     if own is None or cubic is None:
         return ""
@@ -192,7 +192,7 @@ def _detail(methods: dict[str, Any]) -> str:
 
 
 def split_warning(document: dict[str, Any]) -> str:
-    """What the split means for belief in the figures."""
+    """Return what the split means for belief in the figures."""
     split = document.get("split")
     if split == "train":
         return " The model has seen these patients: the figures say nothing about new ones."

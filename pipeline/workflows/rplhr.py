@@ -1,4 +1,4 @@
-"""``ctpipe evaluate --protocol rplhr``: RPLHR-CT by its own protocol. No command of its own."""
+"""``ctpipe evaluate --protocol rplhr``: RPLHR-CT by the protocol of its authors. No separate command."""
 
 from __future__ import annotations
 
@@ -8,38 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.workflows.evaluate import ScoringJob
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 
 
 @dataclass(frozen=True)
-class RplhrJob:
+class RplhrJob(ScoringJob):
     """A user's order to score the baselines, and a run's model where one is given, on RPLHR-CT.
 
     Attributes:
         dataset: The folder of the download.
-        out: Folder for results without a run; ``./rplhr`` by default. With a run they go into its own.
-        limit: Cases at most.
-
-    The others are those of :class:`pipeline.workflows.EvaluationJob`.
+        out: Folder for results without a run; ``./rplhr`` by default. With a run they go into the run's.
     """
 
     dataset: Path
     run: Path | None = None
-    split: str = "test"
     out: Path | None = None
-    vae: str = "tiny"
-    sampler: str | None = None
-    steps: int | None = None
-    samples: int = 1
-    seed: int = 0
-    detail: str = "residual"
-    consistency: bool = True
-    device: str = "cpu"
-    memory_gib: float | None = None
-    precision: str = "auto"
-    limit: int | None = None
-    regression: Path | None = None
-    refiner: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -60,7 +44,7 @@ class RplhrJob:
 
 
 def evaluate_rplhr(job: RplhrJob, on_progress: OnProgress = silent) -> tuple[dict[str, Any], Path]:
-    """RPLHR-CT by its own protocol: the baselines, and the run's model where one is given.
+    """RPLHR-CT by the protocol of its authors: the baselines, and the run's model where one is given.
 
     The model's output is refined as ``ctpipe interpolate`` refines it: by the run's own refiner, another, or none.
 
@@ -110,26 +94,19 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
 
     from diffusion.sampling import Interpolator
     from latentcache import LatentGrid
-    from pipeline.decode import ComposeSettings, compose, parse_detail
+    from pipeline.decode import compose
     from pipeline.metrics import require_finite
+    from pipeline.vae import load_decoder
     from pipeline.volume import Window
     from pipeline.workflows.interpolation import condition_latent, encoding_of, told_of
-    from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, start_of
 
     model = Interpolator.load(run, device=job.device)
     encoding = encoding_of(model)
-    codec = load_codec(job.vae, job.device, job.memory_gib, encoding, job.precision)
-    window = Window(encoding.window_center, encoding.window_width)
-    if job.refiner:
-        corrects = refiner_of(job.refiner, job.device)
-    else:
-        corrects = own_refiner(run, model.checkpoint_sha256, job.device)
-    composing = ComposeSettings(
-        detail=parse_detail(job.detail),
-        consistency=job.consistency,
-        refiner=corrects,
-        start=start_of(run, job.device),
+    codec = load_decoder(
+        job.device, spec=job.vae, encoding=encoding, precision=job.precision, memory_gib=job.memory_gib
     )
+    window = Window.of(encoding)
+    composing = job.composing(run, model.checkpoint_sha256)
 
     def generate(thick: Any, thin: Any) -> Any:
         padding = encoding.pad_multiple_zyx
@@ -146,7 +123,7 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
         hu, _ = compose(generated, window, composing.measured(thick, thin), composing, condition_hu=decoded(seen))
         return hu
 
-    return generate, model.checkpoint_sha256, corrects.sha256 if corrects else ""
+    return generate, model.checkpoint_sha256, composing.refiner.sha256 if composing.refiner else ""
 
 
 def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, dict[str, Any]]:
@@ -159,14 +136,6 @@ def _volume_regression(run: Path, consistency: bool, device: str) -> tuple[Any, 
     facts = regression_facts(file)
     window = Window(*file.load()[1].window)
     how = ComposeSettings("absolute", consistency, refiner=file)
-
-    def told_by(thick: Any, thin: Any) -> dict[str, Any]:
-        from diffusion.networks import ThickSlices
-        from latentcache import LatentGrid
-
-        had = thick.geometry
-        slices = ThickSlices(had.z_mm[0], had.spacing_mm_zyx[0], len(had.z_mm), had.thickness_mm or 0.0)
-        return {"thick": slices, "z_mm": LatentGrid.of(thin).positions()}
 
     def generate(thick: Any, thin: Any) -> Any:
         return compose(interpolated(thick, thin, how.base_method), window, how.measured(thick, thin), how)[0]

@@ -49,7 +49,7 @@ def refiner_of(run: Path | None, device: str) -> Any:
 
 
 def own_refiner(checkpoint: Path, checkpoint_sha256: str, device: str) -> Any:
-    """The refiner that a diffusion run keeps as its own because it won on held-out pairs.
+    """The refiner that a diffusion run keeps because it won on held-out pairs.
 
     None where it keeps none, or one for weights that were trained on since.
     """
@@ -73,7 +73,7 @@ def start_of(checkpoint: Path, device: str) -> Any:
 
 
 def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[str, Any]:
-    """What the provenance says of sampling, the model's defaults spelled out."""
+    """Return the provenance's facts of sampling, the model's defaults spelled out."""
     return {
         "sampler": options["sampler"] or model.objective.samplers[0],
         "steps": options["num_inference_steps"] or model.objective.default_steps,
@@ -81,24 +81,6 @@ def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[st
         "samples": samples,
         "alignment": model.alignment,
     }
-
-
-def load_codec(spec: str, device: str, memory_gib: float | None, encoding: Any, precision: str = "auto") -> Any:
-    """The VAE that the run was trained with.
-
-    ``auto``: in the arithmetic of its latents where the device is of their kind.
-    """
-    from latentcache import dtype_for_latents
-    from pipeline.vae import load_decoder
-
-    return load_decoder(
-        device,
-        spec=spec,
-        memory_gib=memory_gib,
-        expected_sha256=encoding.vae_sha256,
-        extra=encoding.extra,
-        dtype=dtype_for_latents(precision, device, encoding),
-    )
 
 
 log = logging.getLogger("ctpipe.sample")
@@ -113,7 +95,7 @@ SampleStage = Stage[SampleTask, PreparedSample, SampleWorker, StagedLatents]
 
 @dataclass(frozen=True)
 class Spread:
-    """How sampling is spread: the engine's options, and arithmetic threads a device (None leaves them as they are)."""
+    """Distribution of sampling: the engine's options, and arithmetic threads per device (None: as they are)."""
 
     engine: EngineOptions
     threads: int | None = None
@@ -121,7 +103,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What was sampled.
+    """Samples and their facts.
 
     Attributes:
         stores: One store of thin latents by pair key; one a sample where samples are kept apart.
@@ -158,12 +140,12 @@ def sample_stage(
     )
 
 
-def _run(drawing: SampleWorker, prepared: PreparedSample, *, threads: int | None) -> StagedLatents:
+def _run(worker: SampleWorker, prepared: PreparedSample, *, threads: int | None) -> StagedLatents:
     """The stage's device part, with its threads pinned for equal bytes on every engine."""
     if threads is not None:
         pin(threads)
     seconds: dict[str, float] = {}
-    record = timed(seconds, "sample", lambda: draw(drawing, prepared))
+    record = timed(seconds, "sample", lambda: draw(worker, prepared))
     return StagedLatents(prepared.task.name, (record,), None, seconds)
 
 
@@ -222,7 +204,7 @@ class SampleJob:
         split: Only this split.
         keys: Pair or thick series keys wanted; None for all.
         samples: Samples a pair, of consecutive seeds from ``seed`` on where they are kept apart.
-        apart: Every sample in a store of its own, so that each can be decoded; else one store holds their mean.
+        apart: Every sample in a separate store, so that each can be decoded; else one store holds their mean.
     """
 
     run: Path
@@ -253,14 +235,14 @@ def sample_pairs(latents: LatentStore, job: SampleJob, spread: Spread, on_progre
     stores: list[LatentStore] = []
     failed: dict[str, str] = {}
     for number in range(stores_wanted):
-        drawing = SampleSettings(
+        how = SampleSettings(
             sampler=job.sampler,
             num_inference_steps=job.steps,
             seed=job.seed + number,
             samples=1 if job.apart else job.samples,
         )
         left = [key for key in pairs if key not in failed]
-        out, lost = sample_store(latents, job.run, model, left, drawing, spread, advance)
+        out, lost = sample_store(latents, job.run, model, left, how, spread, advance)
         stores.append(out)
         failed |= lost
     options = {"sampler": job.sampler, "num_inference_steps": job.steps, "seed": job.seed}

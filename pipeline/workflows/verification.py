@@ -14,7 +14,7 @@ FIGURES = ("latents", "fragments", "snapshots", "encodings", "bytes", "orphans")
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """What of a store is checked.
+    """Settings of a check of a store.
 
     Attributes:
         store: Path or URL of the store.

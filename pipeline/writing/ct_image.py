@@ -55,7 +55,7 @@ def series_digest(hu: NDArray[np.int16], geometry: Geometry, identity: SeriesIde
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How slices are stored.
+    """Options of storing slices.
 
     Attributes:
         transfer_syntax: ``explicit`` (native little endian), ``jpegls`` or ``htj2k``, all lossless.
@@ -79,11 +79,11 @@ def write_ct_series(
     files: FileOptions = FileOptions(),
     progress: Callable[[int], None] | None = None,
 ) -> WrittenSeries:
-    """Write one CT Image Storage instance a slice into a new folder, which appears whole or not at all.
+    """Write one CT Image Storage instance per slice into a new folder, which appears whole or not at all.
 
     Args:
         hu: (z, y, x) int16, in the order of ``geometry.z_mm``; values are HU / ``files.slope``.
-        geometry: Lattice of ``hu``; SliceThickness is ``geometry.thickness_mm``, spacing comes from the positions.
+        geometry: Grid of ``hu``; SliceThickness is ``geometry.thickness_mm``, spacing comes from the positions.
         header: Acquisition facts of the source series that stay true.
         out_dir: Folder to make; it must not exist.
         uids: Whose series this is and which slices it came from.

@@ -114,9 +114,9 @@ def series_dataset(
 
 
 def multi_frame_dataset(identity: SeriesIdentity, provenance: Provenance) -> Dataset:
-    """What an enhanced image and a parametric map begin with: patient, study, provenance.
+    """Return the data set that an enhanced image and a parametric map begin with: patient, study, provenance.
 
-    How a frame was derived stands in a functional group there.
+    How a frame was derived is stated in a functional group there.
     """
     ds = Dataset()
     ds.SpecificCharacterSet = "ISO_IR 192"
@@ -207,7 +207,7 @@ def file_prefix(transfer_syntax: UID, sop_instance_uid: str, sop_class: str = CT
 
 
 class SharedHeader:
-    """A dataset encoded once, into which each slice weaves its own elements in tag order."""
+    """A dataset encoded once, into which each slice weaves the slice's elements in tag order."""
 
     def __init__(self, shared: Dataset, varying_tags: Sequence[int]) -> None:
         """``varying_tags``: ascending tags, none of them in ``shared``, that every slice brings itself."""

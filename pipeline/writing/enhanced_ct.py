@@ -58,7 +58,7 @@ def check_enhanced(header: SourceHeader) -> None:
     """Refuse a source that lacks what Enhanced CT requires of it, naming the attributes.
 
     Manufacturer and model are type 1 in Enhanced General Equipment (C.7.5.2), the anatomic region in Frame Anatomy
-    (C.7.6.16.2.8). The device's serial number is type 1 too; a dummy stands for it, as de-identification has it
+    (C.7.6.16.2.8). The device's serial number is type 1 too; a dummy takes its place, as de-identification has it
     (PS3.15 E.1, action D).
 
     Raises:

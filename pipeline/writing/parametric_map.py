@@ -35,7 +35,7 @@ ALARM_SERIES_NUMBER = 9003
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a map's values are, in DICOM's terms.
+    """Meaning of a map's values, in DICOM's terms.
 
     Attributes:
         contrast: Value 4 of Image Type (PS3.3 C.8.16.1.4).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,6 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, HTJ2KLossless, JPEGLSLossle
 
 from latentcache import InputError
 
-SyntaxName = Literal["explicit", "jpegls", "htj2k"]
 TRANSFER_SYNTAXES: dict[str, UID] = {
     "explicit": ExplicitVRLittleEndian,
     "jpegls": JPEGLSLossless,
@@ -33,7 +32,7 @@ def transfer_syntax_uid(name: str) -> UID:
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How stored values mean HU: ``HU = slope * stored + intercept`` (DICOM PS3.3 C.11.1).
+    """Relation of stored values to HU: ``HU = slope * stored + intercept`` (DICOM PS3.3 C.11.1).
 
     Native series store HU itself, signed. Compressed ones are stored unsigned above an intercept, since the coders
     predict on unsigned samples and readers differ in how they sign-extend. ``offset`` is the lowest stored value's.

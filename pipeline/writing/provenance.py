@@ -1,4 +1,4 @@
-"""What a derived series says of how it was made: in words, in codes, and in full as JSON."""
+"""Statement of a derived series of how it was made: in words, in codes, and in full as JSON."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def package_version() -> str:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a series came to be; holds keys and hashes, never identity.
+    """Provenance of a series; holds keys and hashes, never identity.
 
     Attributes:
         kind: ``decoded``: the reconstruction of a stored latent; ``generated``: sampled from a thick series;
-            ``uncertainty``: standard deviation over samples; ``alarm``: where a sample stands out from others.
+            ``uncertainty``: standard deviation over samples; ``alarm``: where a sample differs from others.
         source_key: Series key of the source.
         window: (centre, width) in HU of what the latents hold.
         encode_key: The latents' encode key; with ``vae_sha256`` it fixes the autoencoder.
@@ -148,8 +148,9 @@ def add_provenance(
 def mark_compression(ds: Dataset, source: Mapping[str, Any], provenance: Provenance) -> None:
     """Write LossyImageCompression, its ratio and its method (C.7.6.1.1.5): once lossy, an image stays it.
 
-    A series decoded from its own latent has been through a lossy compression by the autoencoder: 16-bit voxels, 64 of
-    them kept as four numbers of 16 bits. A generated one has not been compressed itself; its provenance names the VAE.
+    A series decoded from the latent of that series has been through a lossy compression by the autoencoder: 16-bit
+    voxels, 64 of them kept as four numbers of 16 bits. A generated one has not been compressed itself; its provenance
+    names the VAE.
 
     Args:
         ds: Changed in place.
@@ -172,7 +173,7 @@ def mark_compression(ds: Dataset, source: Mapping[str, Any], provenance: Provena
 
 
 def read_provenance(ds: Dataset) -> dict[str, Any]:
-    """The full provenance of a series that ctpipe wrote, as it stands in its private block.
+    """The full provenance of a series that ctpipe wrote, as it is in its private block.
 
     Raises:
         KeyError: The dataset was not written by ctpipe.

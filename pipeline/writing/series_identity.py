@@ -1,4 +1,4 @@
-"""Who a derived series belongs to: pseudonymous UIDs made from keys, or the originals for use inside the hospital."""
+"""Identity of a derived series: pseudonymous UIDs made from keys, or the originals for use inside the hospital."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.refiner import START_NAME, Refiner, RefinerCard, RefinerConfig, RefinerFile, refined_volume, save_refiner
 from pipeline.volume import Window, geometry_of
-from pipeline.volume.window import HANDOVER_FRACTION
+from pipeline.volume.window import BLEND_FRACTION
 from pipeline.workflows import start_of
 
 WINDOW = Window()
@@ -120,7 +120,7 @@ def test_what_is_written_is_the_refined_volume_and_the_models_change(
     refined = refined_volume(file, thick, np.asarray(target.z_mm), WINDOW)
     plain = ComposeSettings(consistency=False)
     alone, _ = compose(refined, WINDOW, plain.measured(thick, target), plain, condition_hu=refined, base_hu=refined)
-    margin = HANDOVER_FRACTION * WINDOW.width
+    margin = BLEND_FRACTION * WINDOW.width
     apart = np.minimum(np.abs(refined - WINDOW.lower), np.abs(refined - WINDOW.upper)) > margin
     assert np.abs(alone - refined)[apart].max() <= 1, "no change is no change, beyond the window too"
     assert np.abs(alone - refined).max() < margin

@@ -46,6 +46,20 @@ def test_the_rule_holds(house: Any, rule: str) -> None:
     assert getattr(house, rule) == []
 
 
+RENAMES = {
+    "diffusion.runs.checkpoint": "checkpoints are folders of synced files; `last` and `best` are links",
+    "pipeline.serve.worker": "moves a folder that `interpolate` wrote and synced",
+}
+"""Modules outside `latentcache.storage` that rename by themselves, with the reason."""
+
+
+def test_files_appear_whole_through_one_module(script: Any) -> None:
+    """Whoever writes a file aside and renames it does so through `latentcache.storage`, which syncs."""
+    renaming = re.compile(r"\bos\.(replace|rename)\(|aside\.replace\(|mkstemp|NamedTemporaryFile")
+    modules = [module for module in script.modules() if not module.name.startswith("latentcache.storage.")]
+    assert {module.name for module in modules if renaming.search(module.path.read_text())} == set(RENAMES)
+
+
 def test_every_exception_names_a_test_that_is_there(script: Any) -> None:
     lines = [line for line in script.UNTESTED.read_text(encoding="utf-8").splitlines() if line[:1] not in ("", "#")]
     for line in lines:

@@ -1,13 +1,9 @@
-"""Prose that a newcomer understands: docstrings in the project's own vocabulary, decision pages that stay short.
-
-Words that are gone are refused. Those on their way out may only become fewer: `AT_MOST` is lowered when they do.
-"""
+"""Prose that a newcomer understands: docstrings in the field's vocabulary, decision pages that stay short."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +22,17 @@ REFUSED = {
     "made up": "synthetic",
     "set aside": "excluded, quarantined",
     "a row a": "one row per",
+    "lies": "is",
+    "its own": "a separate one, or the owner's name",
+    "stands": "is, is kept, is recorded, means",
+    "told": "given, reported",
+    "said": "stated, reported",
 }
 """Words of earlier days, and what says it better."""
+CODE = re.compile(r"``[^`]*``|^\s*\w+(, \w+)*:", re.MULTILINE)
+"""Names in prose, and the arguments and attributes that a docstring lists: ``told`` is a batch's key."""
 
-AT_MOST = {"lies": 70, "its own": 60, "stands": 52, "told": 32, "said": 20}
 OPENINGS = ("That", "What", "Which", "Who", "Where", "How")
-OPENINGS_AT_MOST = 275
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
@@ -46,7 +47,7 @@ def docstrings() -> Iterator[tuple[str, str]]:
 
 
 def found(word: str, text: str) -> bool:
-    return re.search(rf"\b{word}\b", " ".join(text.split())) is not None
+    return re.search(rf"\b{word}\b", " ".join(CODE.sub(" ", text).split()), re.IGNORECASE) is not None
 
 
 @pytest.mark.parametrize("word", sorted(REFUSED))
@@ -55,20 +56,18 @@ def test_a_word_that_is_gone_stays_away(word: str) -> None:
     assert where == [], f"say {REFUSED[word]!r} instead of {word!r}"
 
 
-def test_words_on_their_way_out_become_no_more() -> None:
-    counted = Counter(word for _, text in docstrings() for word in AT_MOST if found(word, text))
-    assert {word: n for word, n in counted.items() if n > AT_MOST[word]} == {}
-
-
-def test_openings_that_hide_the_verb_become_no_more() -> None:
+def test_no_first_line_opens_with_a_word_that_hides_the_verb() -> None:
     """A first line says what a thing is or does: a noun for a class, an imperative for a function."""
-    opened = [place for place, text in docstrings() if text.split(" ", 1)[0] in OPENINGS]
-    assert len(opened) <= OPENINGS_AT_MOST
+    assert [place for place, text in docstrings() if text.split(" ", 1)[0] in OPENINGS] == []
 
 
 def test_the_rules_can_fail() -> None:
     assert found("set aside", "Series that are set\n    aside.")
+    assert found("told", "    told: What a model is told.")
     assert not found("said", "an aforesaid rule")
+    assert not found(
+        "told", "A batch has ``told``.\n\nArgs:\n    told: Positions.\n    operator, told, flips: As above."
+    )
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "infra" / "decisions").glob("*.md")), ids=lambda page: page.stem)

@@ -375,6 +375,18 @@ def test_creating_twice_is_refused(store: LatentStore) -> None:
         LatentStore.create(store.url, secret_fingerprint="g")
 
 
+def test_the_encoding_in_use_is_the_only_one_or_the_one_named(store: LatentStore) -> None:
+    with pytest.raises(InputError, match="encodings none"):
+        LatentStore.create(store.url + "-empty", secret_fingerprint="0" * 16).encoding_in_use()
+    only = store.register_encoding(ENCODING)
+    assert store.encoding_in_use() == ENCODING == store.encoding_in_use(only)
+    other = store.register_encoding(replace(ENCODING, window_width=1500))
+    assert store.encoding_in_use(other).window_width == 1500
+    for wanted in (None, key(7)):
+        with pytest.raises(InputError, match=r"encodings .*, .*one encoding, or its key.*--encode-key"):
+            store.encoding_in_use(wanted)
+
+
 def test_generated_latents_have_a_store_of_their_own(store: LatentStore) -> None:
     with pytest.raises(StoreError, match="no store"):
         store.generated(key(5))

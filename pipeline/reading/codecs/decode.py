@@ -81,7 +81,7 @@ class PixelError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class SampleFormat:
-    """How stored values lie in a frame (PS3.3 C.7.6.3.1)."""
+    """Layout of stored values in a frame (PS3.3 C.7.6.3.1)."""
 
     rows: int
     columns: int
@@ -136,7 +136,7 @@ def native_frame(data: bytes | memoryview, form: SampleFormat, *, little: bool, 
 
 
 def clean_bits(cells: NDArray[Any], form: SampleFormat) -> NDArray[Any]:
-    """Unsigned cells to stored values: drop what lies above the high bit (overlays), extend the sign."""
+    """Unsigned cells to stored values: drop what is above the high bit (overlays), extend the sign."""
     above = form.bits_allocated - 1 - form.high_bit
     below = form.high_bit + 1 - form.bits_stored
     native = cells.astype(np.uint8 if form.bits_allocated == 8 else np.uint16, copy=False)

@@ -29,7 +29,7 @@ HuffmanCodes = dict[int, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader:
-    """What the markers before the entropy-coded data say."""
+    """Content of the markers before the entropy-coded data."""
 
     rows: int
     columns: int

@@ -19,7 +19,7 @@ NO_PACKET = b"\xfe" * 8
 
 
 class _TilePart(NamedTuple):
-    """Where a tile-part starts, its tile, and of how many parts that tile is said to be (0: not said)."""
+    """A tile-part: its offset, its tile, and the stated number of that tile's parts (0: not stated)."""
 
     start: int
     tile: int
@@ -52,7 +52,7 @@ def mend_codestream(stream: bytes, after: bytes = b"") -> bytes:
 
 
 def has_every_tile(stream: bytes) -> bool:
-    """Whether every tile, and every part that a tile is said to have, begins; JP2 files are taken to be whole.
+    """Whether every tile, and every part that a tile states, begins; JP2 files are taken to be whole.
 
     A decoder leaves the place of a missing tile empty without a word. Raises ValueError where there is no SIZ marker.
     """

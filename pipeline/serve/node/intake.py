@@ -26,7 +26,7 @@ DISK_LOOK_S = 2.0
 
 
 class Verdict(Enum):
-    """What became of an instance, with its C-STORE status (DICOM PS3.4 B.2.3, PS3.7 C)."""
+    """Verdict on an instance, with its C-STORE status (DICOM PS3.4 B.2.3, PS3.7 C)."""
 
     STORED = 0x0000
     REPEATED = 0x0001  # reported as success: it is here already, byte for byte
@@ -52,7 +52,7 @@ class Taken:
 
 
 class Intake:
-    """Where instances come in, from associations and from the watched folder alike. Safe for threads."""
+    """Intake of instances, from associations and from the watched folder alike. Safe for threads."""
 
     def __init__(self, folders: Folders, queue: Queue, keys: Keys, limits: LimitsConfig) -> None:
         self._folders, self._queue, self._keys, self._limits = folders, queue, keys, limits

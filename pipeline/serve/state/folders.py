@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from latentcache import StoreError
-from latentcache.storage import BINARY, lock_alone, sync_folder
+from latentcache.storage import lock_alone, sync_folder, written_aside
 
 GIB = 1 << 30
 
@@ -113,19 +112,11 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_durably(path: Path, data: bytes, sync: Callable[[int], None] = os.fsync) -> None:
+def write_durably(path: Path, data: bytes) -> None:
     """Write a file of mode 0600 that is whole or absent after any kill, and synced when this returns."""
     if not path.parent.is_dir():
         path.parent.mkdir(mode=0o700, exist_ok=True)
         sync_folder(path.parent.parent)
-    draft = path.with_suffix(".part")
-    try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | BINARY, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            sync(file.fileno())
-        os.replace(draft, path)
-        sync_folder(path.parent)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    with written_aside(path, mode=0o600) as draft:
+        draft.write_bytes(data)
+    sync_folder(path.parent)

@@ -84,7 +84,7 @@ class Queue(Database):
         return Stored(rows[0]["study_key"], rows[0]["digest"], bool(rows[0]["kept"])) if rows else None
 
     def add_instance(self, sop_key: str, study_key: str, digest: str, size: int, calling_ae: str) -> None:
-        """Record an instance whose file is durable. From here on it will not be lost, and the sender may be told so.
+        """Record an instance whose file is durable. From here on it will not be lost, and the sender may know.
 
         A study that had been finished, skipped, held or quarantined is received again: it grew. One in work is
         marked, and looked at again when the work is done.

@@ -1,4 +1,4 @@
-"""What a state folder holds, read beside the running service or without it."""
+"""Content of a state folder, read beside the running service or without it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class SlabExecutor:
     Args:
         slab_bytes: Aim for one slab of one activation; a slab has at least one slice.
         offload: Keep whole activations in host memory (pinned, for a GPU) and only slabs on the device.
-        rehearsal: For `vae_plan`, on the meta device: stop every pass after two slabs, and take tensors
+        dry_run: For `vae_plan`, on the meta device: stop every pass after two slabs, and take tensors
             that stand for host memory from this.
     """
 
@@ -41,11 +41,11 @@ class SlabExecutor:
         slab_bytes: int,
         *,
         offload: bool = False,
-        rehearsal: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
+        dry_run: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     ) -> None:
         self.slab_bytes = slab_bytes
         self.offload = offload
-        self.rehearsal = rehearsal
+        self.dry_run = dry_run
         self.free: list[Tensor] = []
         self.lanes: Lanes | None = None
 
@@ -77,7 +77,7 @@ class SlabExecutor:
         depth = stream.depth if stop is None else stop
         step = max(1, self.slab_bytes // widest_slice_bytes(stream))
         slabs = [(start, min(start + step, depth)) for start in range(0, depth, step)]
-        return slabs[:2] if self.rehearsal is not None else slabs
+        return slabs[:2] if self.dry_run is not None else slabs
 
     def _stream(self, current: Pending | Field) -> Stream:
         return Stored(current) if isinstance(current, Field) else current.stream
@@ -98,8 +98,8 @@ class SlabExecutor:
                 return self.free.pop(i)
         if not self.offload:
             return allocate(stream.shape, stream.dtype, stream.device)
-        if self.rehearsal is not None:
-            return self.rehearsal(stream.shape, stream.dtype)
+        if self.dry_run is not None:
+            return self.dry_run(stream.shape, stream.dtype)
         pinned = stream.device.type == "cuda"
         return torch.empty(stream.shape, dtype=stream.dtype, device="cpu", pin_memory=pinned)
 
@@ -142,7 +142,7 @@ class SlabExecutor:
 
 
 def widest_slice_bytes(stream: Stream) -> int:
-    """Bytes of what one output slice of a stream needs of its own or its source's slices, whichever is more."""
+    """Bytes of what one output slice of a stream needs of the stream's or its source's slices, whichever is more."""
     _, height, width, channels = stream.shape
     values = height * width * channels
     window = getattr(stream, "window", None)

@@ -1,4 +1,4 @@
-"""Where the VAE's slabs run through Triton kernels, and statistics that stay on the device.
+"""The VAE's slabs through Triton kernels, with statistics that stay on the device.
 
 The PyTorch operations of `vae_stream` and `vae_norm` remain: on a CPU, without Triton, and on a device where the
 kernels do not agree with them.
@@ -6,9 +6,6 @@ kernels do not agree with them.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,13 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentcache import triton_agrees
 from pipeline.vae.streaming.group_norm import column_moments, row_width
 
-log = logging.getLogger("ctpipe.kernels")
-
-
-SWITCH = "CTPIPE_TRITON"
-"""Environment variable: 0 keeps to PyTorch's operations."""
 _ASSUMED: ContextVar[bool | None] = ContextVar("fused VAE assumed", default=None)
 
 
@@ -48,22 +41,8 @@ def is_fused(device: torch.device) -> bool:
 
 @lru_cache
 def usable(index: int) -> bool:
-    """Whether Triton is there and agrees with PyTorch on this GPU; looked at once, on a small slab."""
-    if os.environ.get(SWITCH) == "0":
-        log.info("Triton kernels are off (%s=0)", SWITCH)
-        return False
-    if importlib.util.find_spec("triton") is None:
-        log.info("Triton is not installed: the VAE runs by PyTorch's operations, which is slower")
-        return False
-    try:
-        wrong = largest_difference(torch.device("cuda", index))
-    except Exception as error:  # noqa: BLE001 - compilers and drivers fail in many ways; PyTorch's path remains
-        log.warning("Triton kernels do not run (%s: %s); PyTorch's operations instead", type(error).__name__, error)
-        return False
-    if not wrong < 1e-3:
-        log.warning("Triton kernels are off by %.1e here; PyTorch's operations instead", wrong)
-        return False
-    return True
+    """Return whether Triton is there and agrees with PyTorch on this GPU; looked at once, on a small slab."""
+    return triton_agrees(index, largest_difference, "the VAE runs")
 
 
 def largest_difference(device: torch.device) -> float:
@@ -102,7 +81,7 @@ def _on(device: torch.device) -> torch.cuda.device:
 
 
 class DeviceMoments:
-    """What `ChannelMoments` is, without a word from the device.
+    """`ChannelMoments` without a transfer from the device.
 
     Partial results are kept there as they come, and joined in float64 when the statistics are wanted. `append` takes a
     kernel's; `add` makes them by PyTorch's operations.
@@ -151,7 +130,7 @@ class DeviceMoments:
 
 
 class FusedAffine:
-    """What `Affine` is, in one pass of one kernel."""
+    """`Affine` in one pass of one kernel."""
 
     def __init__(self, scale: Tensor, shift: Tensor, *, silu: bool) -> None:
         self.scale, self.shift, self.silu = scale, shift, silu

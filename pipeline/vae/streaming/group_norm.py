@@ -27,7 +27,7 @@ class ChannelMoments:
 
     def add(self, slab_DHWC: Tensor) -> None:
         """Merge a slab (n, H, W, C) of dense slices."""
-        if slab_DHWC.is_meta:  # a rehearsal of shapes, see `vae_plan`
+        if slab_DHWC.is_meta:  # a dry run of shapes, see `vae_plan`
             return
         channels = slab_DHWC.shape[-1]
         columns = row_width(slab_DHWC)

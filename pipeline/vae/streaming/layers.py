@@ -27,9 +27,7 @@ from pipeline.vae.streaming.transfers import Download, Lanes, Upload
 
 def conv3d(x_DHWC: Tensor, layer: nn.Conv3d, padding: tuple[int, int, int], *, bias: bool = True) -> Tensor:
     """Convolve a slab; returns (n, H, W, C) dense. ``layer.weight`` is kept in channels-last order."""
-    if (
-        x_DHWC.is_meta
-    ):  # a rehearsal: there conv3d answers in another layout, and a copy that no device makes would count
+    if x_DHWC.is_meta:  # a dry run: there conv3d answers in another layout, and a copy that no device makes would count
         sizes = zip(x_DHWC.shape[:3], padding, layer.kernel_size, layer.stride, strict=True)
         return x_DHWC.new_empty([*((n + 2 * p - k) // s + 1 for n, p, k, s in sizes), layer.out_channels])
     x = as_image(x_DHWC)
@@ -115,7 +113,7 @@ class Field:
     """
 
     def __init__(self, values_DHWC: Tensor, device: torch.device, lanes: Lanes | None = None) -> None:
-        """``lanes`` carry the slabs of an activation that lies in host memory."""
+        """``lanes`` carry the slabs of an activation that is in host memory."""
         self.values = values_DHWC
         self.device = device
         self.lanes = lanes
@@ -306,8 +304,8 @@ class Down(Stream):
 class Doubled(Stream):
     """Every axis doubled by interpolation.
 
-    Coarse slices in plane, one at a time, then along depth, where a fine slice is three quarters its own coarse slice
-    and one quarter the neighbour on its side (trilinear, half-pixel centres).
+    Coarse slices in plane, one at a time, then along depth, where a fine slice is three quarters the coarse slice
+    around it and one quarter the neighbour on its side (trilinear, half-pixel centres).
     """
 
     def __init__(self, source: Stream, mode: str) -> None:

@@ -1,4 +1,4 @@
-"""How much memory a run takes, known before it starts: the executor itself is rehearsed on shapes alone.
+"""Memory that a run takes, known before it starts: the executor itself makes a dry run on shapes alone.
 
 A dry run runs the same code on PyTorch's meta device, which computes nothing, and tracks every storage
 that comes and goes. A pass repeats itself from its second slab on, so two slabs of each are enough.
@@ -24,13 +24,13 @@ from pipeline.vae.streaming.layers import Stream
 
 GIB = 2**30
 _LIBRARY_BYTES = {"cpu": 8 << 20, "cuda": 768 << 20}
-"""What convolution libraries keep beside our tensors: packed weights and workspaces. On a CPU measured (decision 0004);
-it counts only for volumes below about 100,000 voxels."""
+"""Bytes that convolution libraries keep beside our tensors: packed weights and workspaces. On a CPU measured (decision
+0004); it counts only for volumes below about 100,000 voxels."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a volume will be run.
+    """Plan of a volume's run.
 
     Attributes:
         slab_bytes: See `SlabExecutor`.
@@ -45,7 +45,7 @@ class Plan:
     host_bytes: int
 
 
-class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Live bytes of the storages made on the meta device while it is active, and their peaks.
 
     Index 0 is the device, index 1 the host.
@@ -82,7 +82,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak[place] = max(self.peak[place], self.live[place])
 
     def on_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor that stands for host memory."""
+        """A tensor in place of host memory."""
         self.place = 1
         try:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -110,12 +110,12 @@ def rehearse(
     meta = torch.device("meta")
     with meta:
         layers = getattr(KlAutoencoder(architecture).to(dtype), part)
-    with torch.inference_mode(), _Ledger() as ledger:
-        executor = SlabExecutor(slab_bytes, offload=offload, rehearsal=ledger.on_host)
+    with torch.inference_mode(), _AllocationTracker() as tracker:
+        executor = SlabExecutor(slab_bytes, offload=offload, dry_run=tracker.on_host)
         stream = executor.run(layers, _Blank(shape_DHWC, dtype, meta))
         for start, stop in executor.slabs(stream):
             stream.take(stop - start)
-    return ledger.peak[0], ledger.peak[1]
+    return tracker.peak[0], tracker.peak[1]
 
 
 def make_plan(

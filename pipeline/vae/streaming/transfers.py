@@ -1,6 +1,6 @@
 """Activations in host memory: slabs travel to and from the device while it computes.
 
-Uploads run one slab ahead of their use and downloads one behind, each on a lane (a CUDA stream) of its own and through
+Uploads run one slab ahead of their use and downloads one behind, each on a lane (a separate CUDA stream) and through
 two staging slabs, so that both directions of the bus and the arithmetic overlap. What orders them is written here and
 nowhere else:
 
@@ -36,7 +36,7 @@ class Lane(Protocol):
         """Copy once all that was computed so far is done and ``after`` is passed; returns the point behind it."""
 
     def wait(self, mark: Mark) -> None:
-        """What is computed from here on comes after ``mark``."""
+        """Let what is computed from here on wait for ``mark``."""
 
     def keep(self, staging: Tensor) -> None:
         """This lane touches ``staging``: its memory must not be used for something else before the lane is done."""

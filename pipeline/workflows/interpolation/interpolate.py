@@ -33,13 +33,13 @@ from pipeline.engines import resolve_device
 from pipeline.forward_model import SliceProfile, slice_operator
 from pipeline.identity import Keys, PrivateStore
 from pipeline.refiner import DEFAULT, PretrainedModel, load_pretrained
-from pipeline.vae import Autoencoder, own_decoder
+from pipeline.vae import Autoencoder, load_decoder, own_decoder
 from pipeline.volume import Geometry, Volume, Window, resample_z, z_weights
 from pipeline.workflows.interpolation.job import Interpolated, InterpolateJob, Sampling
 from pipeline.workflows.interpolation.shipped import interpolate_shipped
 from pipeline.workflows.interpolation.thick_study import Scanned, ThickStudy, identity_of, read_thick
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
-from pipeline.workflows.sample import load_codec, own_refiner, refiner_of, sampling_facts, start_of
+from pipeline.workflows.sample import own_refiner, refiner_of, sampling_facts, start_of
 from pipeline.writing import Provenance
 
 log = logging.getLogger("ctpipe.interpolate")
@@ -121,7 +121,8 @@ def load_model(
     device = resolve_device(device)
     run = Interpolator.load(Path(model), device=device)
     encoding = encoding_of(run)
-    return LoadedModel(run, load_codec(vae, device, memory_gib, encoding, precision), encoding, Path(model))
+    codec = load_decoder(device, spec=vae, encoding=encoding, precision=precision, memory_gib=memory_gib)
+    return LoadedModel(run, codec, encoding, Path(model))
 
 
 def interpolate_with(
@@ -162,12 +163,12 @@ def interpolate_with(
 
 
 def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
-    """What the job and the model's card say of composing and writing."""
+    """Return the settings of composing and writing, from the job and the model's card."""
     model, encoding = loaded.model, loaded.encoding
     return InterpolateSettings(
         WriteSettings(
             job.out,
-            Window(encoding.window_center, encoding.window_width),
+            Window.of(encoding),
             transfer_syntax=job.transfer_syntax,
             uncertainty=job.uncertainty or job.uncertainty_map,
             uncertainty_map=job.uncertainty_map,
@@ -226,7 +227,7 @@ def estimate_seconds(
 
 
 def encoding_of(model: Any) -> Any:
-    """How the run's latents were encoded. Raises InputError where the run does not say."""
+    """Return the encoding of the run's latents. Raises InputError where the run does not state it."""
     from latentcache import InputError
 
     if model.encoding is None:
@@ -271,10 +272,10 @@ def generate_series(
 
 
 def told_of(thick: Volume, latent_z_mm: Any, profile: SliceProfile | None = None) -> dict[str, Any]:
-    """What a model may be told of a thick volume: its slices, and where the latent slices of its thin grid lie.
+    """Return what a model may know of a thick volume: its slices, and the places of its thin grid's latent slices.
 
     Args:
-        profile: The measured slice profile; None where the thickness stands for it.
+        profile: The measured slice profile; None where the thickness is used for it.
     """
     from diffusion.networks import ThickSlices
 
@@ -298,7 +299,7 @@ Generate = Callable[[Latent], Iterable[Latent]]
 
 @dataclass(frozen=True)
 class InterpolateSettings:
-    """How a thick series becomes a thin one.
+    """Settings of the way from a thick series to a thin one.
 
     Attributes:
         spacing_mm: Spacing wanted.
@@ -333,7 +334,7 @@ def interpolate(
         thick: The chosen series in HU.
         keys: Derives the pseudonyms; the output folder is named by the series key.
         generate: The model, on latents.
-        progress: Told the step that begins: ``encode``, ``generate``, ``decode and write``.
+        progress: Called with the step that begins: ``encode``, ``generate``, ``decode and write``.
 
     Raises:
         InputError: The output folder exists, or the original identity is wanted and incomplete.

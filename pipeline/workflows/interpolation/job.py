@@ -1,4 +1,4 @@
-"""What is asked of interpolation, and what comes back."""
+"""The order to interpolate, and its answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the model is sampled; None leaves a choice to its objective.
+    """Settings of sampling; None leaves a choice to its objective.
 
     Attributes:
         samples: Samples whose mean is the output.
@@ -48,7 +48,7 @@ class InterpolateJob:
         private: Where the secret of the pseudonyms is kept; by default ``out``.
         answer: ``mean`` of the samples for viewing, one ``sample`` for measuring, or ``both``.
         page: Write a page for people beside the series.
-        alarm_map: Where the written sample stands out from the others, as a Parametric Map.
+        alarm_map: Where the written sample differs from the others, as a Parametric Map.
     """
 
     source: str

@@ -23,7 +23,7 @@ from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
 from pipeline.writing import Provenance
 
 WINDOW = Window((HU_RANGE[0] + HU_RANGE[1]) / 2, HU_RANGE[1] - HU_RANGE[0])
-"""Where the network answers."""
+"""Range of HU in which the network answers."""
 PERCENT = 100
 REFINED, AGREED = 70, 85
 """Percent done after each stage, by the times of 300 x 512 x 512 on two cores."""
@@ -119,7 +119,7 @@ def answer_of(
 
 
 def provenance_of(series_key: str, target: Geometry, warnings: tuple[str, ...]) -> Provenance:
-    """What the thin series says of itself; figures and hashes are added as it is written."""
+    """Return the provenance of the thin series; figures and hashes are added as it is written."""
     return Provenance(
         kind="generated",
         source_key=series_key,

@@ -13,7 +13,7 @@ from pipeline.volume import Geometry, Volume
 
 BODY_HU = -300
 EDGE_SHARE = 0.3
-"""Share of the outermost pixels inside the body from which on the field of view is said to be cropped."""
+"""Share of the outermost pixels inside the body from which on the field of view is reported as cropped."""
 KERNELS = ("soft",)
 """Kernels that a card which names none is taken to know."""
 _SHARP = re.compile(r"LUNG|BONE|EDGE|SHARP|ULTRA|HRC|^F[CL][58]\d|^[BDHIJSTU][a-z]?[6-9]\d|^Y[A-E]", re.I)

@@ -51,7 +51,7 @@ class ThickStudy:
 
     @property
     def layout(self) -> NiftiLayout | None:
-        """How its NIfTI file is laid out; None where it came as DICOM."""
+        """Return the layout of its NIfTI file; None where it came as DICOM."""
         return self.scanned.layout if isinstance(self.scanned, NiftiScanned) else None
 
     @property
@@ -114,7 +114,7 @@ def choose_thick(found: Sequence[Scanned], *, spacing_mm: float) -> Scanned:
 
 
 def pointer_of(scanned: Scanned, series_key: str) -> SeriesPointer:
-    """Where the series' slices are, for ``read_series``."""
+    """Return the pointer to the series' slices, for ``read_series``."""
     return SeriesPointer(series_key, tuple(scanned.pointer_members))
 
 

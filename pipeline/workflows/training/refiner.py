@@ -89,14 +89,14 @@ def train_refiner(
     from pipeline.workflows.training.refiner_cases import RefinerSource
 
     prepare_run(job.run, job.resume)
-    latents, people = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
+    latents, private = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
     cutting = PatchSettings(job.patch, batch=job.batch, seed=job.seed)
     with tempfile.TemporaryDirectory(prefix="ctpipe-refiner-") as scratch:
         model: Sampled | None = None
         facts: dict[str, Any] = {}
         if job.checkpoint is not None:
             model, facts = sampled(latents, job, job.checkpoint, on_progress)
-        source = RefinerSource(latents, people, Path(scratch), model)
+        source = RefinerSource(latents, private, Path(scratch), model)
         training = RefinerPatches(source.keys("train"), source.case, source.window, cutting)
         trainer = _trainer(job, source, training, on_step)
         summary = trainer.run(job.resume)
@@ -265,22 +265,22 @@ def squared_error(module: Any, batch: dict[str, Any], step: int) -> Terms:
 def sampled(
     latents: LatentStore, job: RefinerJob, checkpoint: Path, on_progress: OnProgress = silent
 ) -> tuple[Sampled, dict[str, Any]]:
-    """Sample every training and validation pair once; what was sampled, and what is to be said of it."""
+    """Sample every training and validation pair once; what was sampled, and the facts to report of it."""
     from latentcache import InputError
     from pipeline.engines import EngineOptions
-    from pipeline.workflows.sample import SampleJob, Spread, load_codec, sample_pairs
+    from pipeline.vae import load_decoder
+    from pipeline.workflows.sample import SampleJob, Spread, sample_pairs
     from pipeline.workflows.training.refiner_cases import Sampled
 
     keys = [p.pair_key for p in latents.pairs() if p.status == "ok" and p.split in ("train", "val")]
     here = Spread(EngineOptions("inline", devices=(job.device,)))
-    drawing = SampleJob(checkpoint, keys=keys, steps=job.sampling_steps, seed=job.seed)
-    done = sample_pairs(latents, drawing, here, on_progress)
+    sampling = SampleJob(checkpoint, keys=keys, steps=job.sampling_steps, seed=job.seed)
+    done = sample_pairs(latents, sampling, here, on_progress)
     if done.failed:
         raise InputError(
             f"{len(done.failed)} pairs that cannot be sampled, the first {next(iter(done.failed.items()))}",
             expected="a sample of every training and validation pair",
             remedy="Mend those pairs or exclude them, then run this again: what was sampled is kept.",
         )
-    encoding = latents.encoding(done.encode_key)
-    decoder = load_codec(job.vae, job.device, None, encoding)
+    decoder = load_decoder(job.device, spec=job.vae, encoding=latents.encoding(done.encode_key))
     return Sampled(done.encode_key, done.stores[0], decoder), done.facts

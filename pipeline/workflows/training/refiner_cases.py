@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from latentcache import InputError, LatentStore
-from pipeline.decode import ComposeSettings, decoded_hu, only_encoding, restore, window_of
+from pipeline.decode import ComposeSettings, decoded_hu, restore
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.refiner import COMPOSED, RefinerCase, cut_patch, held_out_operator
 from pipeline.vae import Autoencoder
-from pipeline.volume import Geometry, Volume, common_slices, interpolated, onto_field
+from pipeline.volume import Geometry, Volume, Window, common_slices, interpolated, onto_field
 
 HELD_OUT_ZYX = (32, 96, 96)
 """Voxels in the middle of a held-out pair that validation looks at."""
@@ -36,13 +36,15 @@ class RefinerSource:
     """Cases by pair key.
 
     Args:
-        scratch: A folder of the run's own for decoded detail, so that a model's output is decoded once a pair.
+        scratch: A folder of the run's own for decoded detail, so that a model's output is decoded once per pair.
         model: None where the refiner is to correct plain interpolation.
     """
 
-    def __init__(self, latents: LatentStore, people: PrivateStore, scratch: Path, model: Sampled | None = None) -> None:
-        self.latents, self.people, self.scratch, self.model = latents, people, scratch, model
-        self.window = window_of(latents, model.encode_key if model else only_encoding(latents, None))
+    def __init__(
+        self, latents: LatentStore, private: PrivateStore, scratch: Path, model: Sampled | None = None
+    ) -> None:
+        self.latents, self.private, self.scratch, self.model = latents, private, scratch, model
+        self.window = Window.of(latents.encoding(model.encode_key) if model else latents.encoding_in_use())
         self._series = {s.series_key: s for s in latents.series()}
         self._pairs = {p.pair_key: p for p in latents.pairs() if p.status == "ok"}
 
@@ -58,15 +60,15 @@ class RefinerSource:
     def case(self, key: str) -> RefinerCase:
         """Read one pair: thin slices inside the thick extent, thick slices, detail."""
         pair = self._pairs[key]
-        thin = read_series(self.people.pointer(pair.thin_key))
-        thick = onto_field(read_series(self.people.pointer(pair.thick_key)), thin.geometry)
+        thin = read_series(self.private.pointer(pair.thin_key))
+        thick = onto_field(read_series(self.private.pointer(pair.thick_key)), thin.geometry)
         inside = common_slices(thick.geometry, thin.geometry)
         target = thin.geometry.with_z(np.asarray(thin.geometry.z_mm)[inside])
         detail = None if self.model is None else self._detail(self.model, key, thick, target, inside)
         return RefinerCase(pair.study_key, Volume(thin.hu[inside], target), thick, detail)
 
     def _detail(self, model: Sampled, key: str, thick: Volume, target: Geometry, inside: slice) -> NDArray[np.float16]:
-        """What the model adds to the interpolation, as ``compose`` adds it: (z, y, x) float16 HU."""
+        """Return what the model adds to the interpolation, as ``compose`` adds it: (z, y, x) float16 HU."""
         path = self.scratch / f"{key}.npy"
         if path.exists():
             kept: NDArray[np.float16] = np.load(path)

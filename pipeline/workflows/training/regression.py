@@ -77,7 +77,6 @@ def train_regression(job: RegressionJob, on_step: Callable[[Progress], None] | N
     """
     from diffusion.runs import RunCard, reopen
     from latentcache import LatentStore
-    from pipeline.decode import only_encoding, window_of
     from pipeline.identity import PrivateStore
     from pipeline.refiner import (
         FILE_NAME,
@@ -89,17 +88,18 @@ def train_regression(job: RegressionJob, on_step: Callable[[Progress], None] | N
         training_pairs,
         training_recipe,
     )
+    from pipeline.volume import Window
     from pipeline.workflows.training.refiner_cases import RefinerSource
 
     seconds = _budget(job)
-    latents, people = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
+    latents, private = LatentStore.open(job.store), PrivateStore.open(job.store, job.private)
     card = None if job.like is None else RunCard.read(job.like)
     if card is not None:
         latents = reopen(latents, card)
-    window = window_of(latents, card.encode_key if card else only_encoding(latents, None))
+    window = Window.of(latents.encoding(card.encode_key) if card else latents.encoding_in_use())
     config = RefinerConfig(job.width, job.blocks)
     with tempfile.TemporaryDirectory(prefix="ctpipe-regression-") as scratch:
-        source = RefinerSource(latents, people, Path(scratch))
+        source = RefinerSource(latents, private, Path(scratch))
         keys = training_pairs(latents.pairs())
         patches = RefinerPatches(keys, source.case, window, PatchSettings(job.patch, seed=job.seed))
         trainer = _trainer(job, patches, window, seconds, on_step)

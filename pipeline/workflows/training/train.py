@@ -78,15 +78,14 @@ def image_side(
     first: bool,
     on_note: Callable[[str], None] | None = None,
 ) -> tuple[Callable[[Any], Any] | None, Callable[[Interpolator, int], dict[str, float]] | None]:
-    """What needs the VAE: its decoder, for the losses, and validation that samples and decodes held-out pairs.
+    """Return what needs the VAE: its decoder, for the losses, and validation that samples and decodes held-out pairs.
 
     Both are None where the VAE is not at hand and nothing demands it.
     """
     from diffusion.data import choose_encode_key
     from diffusion.training import OF_LATENTS
     from latentcache import InputError
-    from pipeline.evaluation import check_same_vae
-    from pipeline.vae import load_vae
+    from pipeline.vae import check_same_vae, load_vae
 
     losses, looks = config.losses, config.validation
     on_images = losses.ms_ssim_weight > 0 or losses.perceptual_weight > 0 or losses.image_l2_weight > 0
@@ -96,19 +95,19 @@ def image_side(
     if not demanded and not welcome:
         return None, None
     encode_key = choose_encode_key(latents, config.data.encode_key)
-    wanted = latents.encoding(encode_key).vae_sha256
+    encoding = latents.encoding(encode_key)
     tiny = load_vae("tiny", device)
-    if settings["vae"] is None and tiny.sha256 != wanted:
+    if settings["vae"] is None and tiny.sha256 != encoding.vae_sha256:
         if not demanded:
             return None, None
         raise InputError(
             "no VAE for the image losses and the image validation",
-            expected=f"the one that encoded this store's latents (SHA-256 begins {wanted[:12]})",
+            expected=f"the one that encoded this store's latents (SHA-256 begins {encoding.vae_sha256[:12]})",
             remedy="Name it with --vae PATH; or train without: --set losses.ms_ssim_weight=0 "
             "--set losses.perceptual_weight=0 --set losses.measure=latent --set validation.images_every=0.",
         )
     model = tiny if settings["vae"] in (None, "tiny") else load_vae(settings["vae"], device)
-    check_same_vae(model, wanted)
+    check_same_vae(model, encoding)
     decoder = model.decode_slab if on_images or losses.measure != "latent" else None
     if not on_pairs and not (looks.every_epochs > 0 and looks.metric == "auto"):
         return decoder, None
@@ -127,6 +126,7 @@ def own_start(settings: dict[str, Any], config: TrainConfig, *, first: bool) -> 
 
     from diffusion.runs import RUN_CARD
     from latentcache import InputError
+    from latentcache.storage import written_aside
     from pipeline.refiner import START_NAME, RefinerFile
 
     if config.data.start != "refined":
@@ -141,10 +141,8 @@ def own_start(settings: dict[str, Any], config: TrainConfig, *, first: bool) -> 
     file = RefinerFile.of(settings["refiner"] or kept)
     if first and not (begun and kept.is_file()) and Path(file.path) != kept:
         # What an attempt left that never began is replaced; a run that has begun keeps its own.
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_suffix(".partial")
-        shutil.copyfile(file.path, aside)
-        aside.replace(kept)
+        with written_aside(kept) as draft:
+            shutil.copyfile(file.path, draft)
     return file.sha256
 
 
@@ -170,7 +168,7 @@ def held_out_pairs(
 
     start = Path(settings["run"]) / START_NAME if config.data.start == "refined" else None
     try:
-        people = PrivateStore.open(settings["store"], settings["private"])
+        private = PrivateStore.open(settings["store"], settings["private"])
     except CtpipeError as error:
         if demanded:
             raise
@@ -181,7 +179,7 @@ def held_out_pairs(
         return lambda interpolator, step: {}
     held_out = HeldOutImages(
         latents,
-        people,
+        private,
         vae,
         encode_key,
         count=config.validation.pairs,
@@ -205,7 +203,7 @@ def held_out_pairs(
 
 
 def describe(settings: dict[str, Any], on_note: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """What a run would be and need, without training it."""
+    """Return what a run would be and need, without training it."""
     from diffusion.training import World, default_device, estimate_step, memory_present, open_streams
     from latentcache import LatentStore
 

@@ -61,7 +61,7 @@ class VaeTrainingJob:
 
 @dataclass(frozen=True)
 class TrainedVae:
-    """How training went; ``weights`` is None where it was interrupted: resume it."""
+    """Result of training; ``weights`` is None where it was interrupted: resume it."""
 
     weights: VaeWeights | None
     summary: TrainSummary

@@ -28,7 +28,7 @@ class Destination(Protocol):
     """Somewhere that takes DICOM files.
 
     ``deliver`` sends files in order and calls ``done(path)`` for each that the PACS acknowledged, or
-    ``refused(path, reason)`` where it said no to that file. It raises PacsUnavailable when the connection fails, and
+    ``refused(path, reason)`` where it refused that file. It raises PacsUnavailable when the connection fails, and
     InputError when trying again cannot help (unknown AE title, not allowed, SOP class not accepted).
     """
 
@@ -42,7 +42,7 @@ class Destination(Protocol):
 
 @dataclass
 class SendSummary:
-    """What came of sending one folder; file names only."""
+    """Result of sending one folder; file names only."""
 
     destination: str
     sent: int = 0
@@ -68,7 +68,7 @@ def series_files(folder: Path) -> list[Path]:
 
 
 def left_list(folder: Path) -> Path:
-    """Where the list of what is left stands: beside the folder, so that the series itself stays as written."""
+    """Return the path of the list of what is left: beside the folder, so that the series itself stays as written."""
     return folder.parent / f"{folder.name}.unsent.json"
 
 

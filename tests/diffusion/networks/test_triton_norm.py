@@ -209,7 +209,7 @@ def test_a_device_where_they_fail_falls_back(
 
     monkeypatch.setattr(fused_norm, "largest_difference", broken)
     if failure == "switched off":
-        monkeypatch.setenv(fused_norm.SWITCH, "0")
+        monkeypatch.setenv("CTPIPE_TRITON", "0")
     fused_norm.usable.cache_clear()
     with caplog.at_level("INFO", "ctpipe.kernels"):
         assert fused_norm.usable(0) is False

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from latentcache import InputError, LatentRecord, PairRecord, SeriesRecord, StoreError
 from latentcache.tables import KINDS, SCHEMAS, timings_table
-from latentcache.tables.schema import UNIQUE, check_schema
+from latentcache.tables.schema import UNIQUE, Kind, check_schema
+
+PINNED = Path(__file__).resolve().parents[2] / "golden" / "arrow_schemas.txt"
+
+
+def described(kind: Kind, schema: pa.Schema) -> list[str]:
+    about = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+    return [f"store {kind} {about}"] + [
+        f"    {f.name}: {f.type}{'' if f.nullable else ' not null'} # {f.metadata[b'description'].decode()}"
+        for f in schema
+    ]
+
+
+def test_the_tables_of_this_format_version_are_as_released() -> None:
+    """Order, types, nullability and metadata; anything else is another format version and needs a migration."""
+    lines = [line for kind in KINDS for line in described(kind, SCHEMAS[kind])]
+    assert lines == PINNED.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from latentcache import NonFiniteError
 from pipeline.decode import ComposeSettings, compose
 from pipeline.decode.compose import agreement
 from pipeline.forward_model import SliceProfile, slice_operator
-from pipeline.volume import Geometry, Volume, Window, hand_over, interpolated
+from pipeline.volume import Geometry, Volume, Window, blend_at_edges, interpolated
 
 WINDOW = Window(40, 400)
 PLAIN = ComposeSettings()
@@ -55,14 +55,14 @@ def test_the_full_range_comes_back(case: tuple[NDArray[np.float32], Volume, Geom
 def test_deep_inside_the_window_nothing_changes() -> None:
     decoded = np.random.default_rng(0).uniform(-50, 130, (4, 5, 6)).astype(np.float32)
     base = np.random.default_rng(1).uniform(-150, 230, (4, 5, 6)).astype(np.float32)
-    np.testing.assert_array_equal(hand_over(decoded, base, WINDOW), decoded)
+    np.testing.assert_array_equal(blend_at_edges(decoded, base, WINDOW), decoded)
 
 
 @given(base=st.floats(-1024, 3000), start=st.floats(-200, 270))
 @settings(max_examples=200, deadline=None)
 def test_no_step_in_the_decoded_value(base: float, start: float) -> None:
     decoded = (start + np.linspace(0, 10, 101)).astype(np.float32).reshape(-1, 1, 1)
-    out = hand_over(decoded, np.full_like(decoded, base), WINDOW)[:, 0, 0]
+    out = blend_at_edges(decoded, np.full_like(decoded, base), WINDOW)[:, 0, 0]
     assert np.diff(out).min() > -1e-2, "monotone"
     assert np.abs(np.diff(out)).max() < 2.5, "0.1 HU in, no jump out"
 
@@ -71,22 +71,22 @@ def test_no_step_in_the_decoded_value(base: float, start: float) -> None:
 @settings(max_examples=200, deadline=None)
 def test_no_step_in_the_interpolated_value(decoded: float, start: float) -> None:
     base = (start + np.linspace(0, 10, 101)).astype(np.float32).reshape(-1, 1, 1)
-    out = hand_over(np.full_like(base, decoded), base, WINDOW)[:, 0, 0]
+    out = blend_at_edges(np.full_like(base, decoded), base, WINDOW)[:, 0, 0]
     assert np.abs(np.diff(out)).max() < 0.5
 
 
 def test_noise_of_the_decoder_leaves_no_salt_in_the_lung() -> None:
     base = np.full((4, 20, 20), -850, np.float32)
     noisy = (WINDOW.lower + np.abs(np.random.default_rng(0).normal(0, 15, base.shape))).astype(np.float32)
-    out = hand_over(noisy, base, WINDOW)
+    out = blend_at_edges(noisy, base, WINDOW)
     assert np.abs(out - base).mean() < 40
-    vessel = hand_over(np.full_like(base, 40), base, WINDOW)
+    vessel = blend_at_edges(np.full_like(base, 40), base, WINDOW)
     np.testing.assert_array_equal(vessel, np.full_like(base, 40))
 
 
 def test_a_clipped_voxel_never_takes_a_value_from_inside_the_window() -> None:
     at_edge = np.full((1, 1, 1), WINDOW.lower, np.float32)
-    assert hand_over(at_edge, np.full_like(at_edge, 100), WINDOW)[0, 0, 0] == WINDOW.lower
+    assert blend_at_edges(at_edge, np.full_like(at_edge, 100), WINDOW)[0, 0, 0] == WINDOW.lower
 
 
 def test_consistency_is_reported_and_improves(case: tuple[NDArray[np.float32], Volume, Geometry]) -> None:

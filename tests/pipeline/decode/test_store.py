@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import importlib
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
+import torch
 
 from pipeline.decode import VaeSettings
 
-store = importlib.import_module("pipeline.decode.store")
+vae = importlib.import_module("pipeline.vae.vae")
 
 
 @pytest.mark.parametrize(
@@ -25,11 +26,9 @@ def test_workers_decode_as_the_latents_were_encoded_unless_asked(
     latents: tuple[str, str], precision: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(store, "load_decoder", lambda device, **options: seen.update(options, device=device))
-    encoding = SimpleNamespace(compute_dtype=latents[0], device_kind=latents[1], vae_sha256="abc", extra={"a": 1})
-    latent_store = cast(Any, SimpleNamespace(encoding=lambda key: encoding))
-    VaeSettings("tiny", 2.0, precision=precision).loader(latent_store, "key", 0.5)("cpu")
+    monkeypatch.setattr(vae, "load_vae", lambda spec, **options: seen.update(options, spec=spec))
+    encoding: Any = SimpleNamespace(compute_dtype=latents[0], device_kind=latents[1], extra={})
+    VaeSettings("tiny", 2.0, precision=precision).loader(encoding, 0.5)("cpu")
     assert seen == {
-        "device": "cpu", "spec": "tiny", "memory_gib": 2.0, "gpu_share": 0.5, "expected_sha256": "abc",
-        "extra": {"a": 1}, "dtype": expected,
+        "device": "cpu", "spec": "tiny", "memory_gib": 2.0, "dtype": getattr(torch, expected), "expected": encoding,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
-from latentcache import InputError, NonFiniteError
+from latentcache import Encoding, InputError, NonFiniteError
 from pipeline.vae import Vae, load_vae
 from pipeline.vae.streaming import Plan, SlabExecutor
 from pipeline.vae.vae import padded_shape
@@ -32,6 +33,14 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     model = oracle.monai_maisi(**oracle.FULL)
     return model, oracle.save(model, tmp_path_factory.mktemp("vae") / "maisi.safetensors", None)
+
+
+def test_another_vae_than_expected_is_refused() -> None:
+    sha256 = load_vae("tiny").sha256
+    encoding = Encoding(sha256, {}, 40.0, 400.0)
+    assert load_vae("tiny", expected=encoding).sha256 == sha256
+    with pytest.raises(InputError, match=f"{sha256[:12]}.*the one that encoded these latents, 0000.*--vae"):
+        load_vae("tiny", expected=replace(encoding, vae_sha256="0" * 64))
 
 
 def compare(model: nn.Module, vaes: Vae | list[Vae], shape: tuple[int, int, int]) -> None:
