@@ -41,7 +41,8 @@ def encode(
     ray_address: RayAddress = None,
     roles: Annotated[str, typer.Option(help="Latents wanted, by comma.")] = "thin,thick,thick_on_thin",
     refiner: Annotated[
-        Path | None, typer.Option(help="A refiner's run: encode its slices too, as role refined_on_thin.")
+        Path | None,
+        typer.Option(help="A refiner's run, or a shipped model: encode its slices too, as role refined_on_thin."),
     ] = None,
     pad_in_plane: Annotated[int, typer.Option(help="Pad rows and columns to a multiple; 64 for latent patch 2.")] = 32,
     tiling: Annotated[
@@ -86,6 +87,8 @@ def encode(
         ctpipe encode STORE --gpus 2 --vae weights/autoencoder_epoch273.pt --window soft-tissue
 
         ctpipe encode STORE --refiner REFINER_RUN
+
+        ctpipe encode STORE --refiner default
 
         ctpipe encode STORE --tiling sliding && ctpipe diff STORE EXACT_KEY SLIDING_KEY
 

@@ -37,7 +37,8 @@ def train(
         str | None, typer.Option(help="The VAE of the store (`tiny` or a path), for image losses and validation.")
     ] = None,
     refiner: Annotated[
-        Path | None, typer.Option(help="Start from this refiner's slices; `ctpipe encode --refiner` has encoded them.")
+        Path | None,
+        typer.Option(help="Start from this refiner's (or model's) slices, encoded by `ctpipe encode --refiner`."),
     ] = None,
     private: Private = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it needs.")] = False,
@@ -66,7 +67,7 @@ def train(
     if refiner is not None:
         overrides.append("data.start=refined")
     settings: dict[str, Any] = {
-        "refiner": str(refiner.resolve()) if refiner else None,
+        "refiner": str(refiner.resolve() if refiner.exists() else refiner) if refiner else None,
         "store": store,
         "run": str(run.resolve()),
         "preset": preset,

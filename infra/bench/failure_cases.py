@@ -113,7 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     model = load_pretrained(options.model)
     settings = PhantomSettings(field_of_view_mm=PIXEL_MM * SIZE, thin_spacing_mm=1.0, thin_sigma_hu=NOISE_HU)
-    chest = make_patient(7, SIZE, SLICES, "non-APE", settings).thin
+    chest = make_patient(70_007, SIZE, SLICES, "non-APE", settings).thin
     found, pictures = {}, []
     for row in ROWS[: 1 if options.quick else None]:
         found[row.name], picture = shown(row, chest, model)

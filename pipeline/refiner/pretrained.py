@@ -148,14 +148,19 @@ def shipped_models() -> list[PretrainedModel]:
     return sorted(found, key=lambda model: (model.name != DEFAULT, model.name))
 
 
+def shipped_weights(name: str) -> Path | None:
+    """The weights of a model in the package by its name; None where none bears it."""
+    path = FOLDER / f"{PREFIX}{name}.safetensors"
+    return path if path.is_file() else None
+
+
 def load_pretrained(spec: str | Path = DEFAULT) -> PretrainedModel:
     """A model by name or by the path of its weights.
 
     Raises:
         InputError: There is no such model, its card is missing or is none, or the weights are not those of its card.
     """
-    named = FOLDER / f"{PREFIX}{spec}.safetensors"
-    path = named if named.is_file() else Path(spec)
+    path = shipped_weights(str(spec)) or Path(spec)
     if not path.is_file() or path.suffix != ".safetensors":
         names = [p.stem.removeprefix(PREFIX) for p in sorted(FOLDER.glob(f"{PREFIX}*.safetensors"))]
         raise InputError(

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,17 @@ from latentcache.storage import written_aside
 from pipeline.forward_model import ThickMeasurement
 from pipeline.refiner.inputs import RefinerInput, ThickView
 from pipeline.refiner.network import HEAD_REACH, Refiner, RefinerConfig
+from pipeline.refiner.pretrained import (
+    PretrainedModel,
+    RunSettings,
+    load_pretrained,
+    outside,
+    shipped_weights,
+    thin_slices,
+)
 from pipeline.volume import BLEND_SLOPE, Volume, Window, interpolated_onto
+
+log = logging.getLogger("ctpipe.refiner")
 
 FILE_NAME = "refiner.safetensors"
 START_NAME = "start_refiner.safetensors"
@@ -58,6 +69,7 @@ class RefinerCard:
 class RefinerFile:
     """A trained refiner by path and content, as settings carry it; the hash covers weights and card alike.
 
+    A model that ships, or another with its card in a JSON file beside the weights, is one too: see ``pretrained``.
     ``optional``: nobody asked for it by name, so that series that it was not trained for go without it.
     """
 
@@ -68,19 +80,31 @@ class RefinerFile:
 
     @classmethod
     def of(cls, path: str | Path, device: str = "cpu", *, optional: bool = False) -> RefinerFile:
-        """The refiner of a run's folder, or a file.
+        """The refiner of a run's folder, a file, or a model that ships, by its name.
 
         Raises:
             InputError: There is none.
         """
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        file = (Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)).absolute()
+        if not file.is_file():
+            file = shipped_weights(str(path)) or file
         if not file.is_file():
             raise InputError(
                 f"no {FILE_NAME} in the folder given as a refiner",
-                expected="a run of `ctpipe train-refiner`",
+                expected="a run of `ctpipe train-refiner`, or the name of a model that `ctpipe models` lists",
                 remedy="Give the run's folder, or train one: ctpipe train-refiner STORE RUN.",
             )
         return cls(str(file), hashlib.sha256(file.read_bytes()).hexdigest(), device, optional)
+
+    @property
+    def card_file(self) -> Path:
+        """The card of a pretrained model; there is none beside a refiner that a run trained."""
+        return Path(self.path).with_suffix(".json")
+
+    @property
+    def pretrained(self) -> PretrainedModel | None:
+        """The pretrained model that it is; None for a refiner that a run trained."""
+        return load_pretrained(self.path) if self.card_file.is_file() else None
 
     def load(self) -> tuple[Refiner, RefinerCard]:
         """The network on its device, and its card; kept for the process."""
@@ -167,6 +191,8 @@ def check_window(file: RefinerFile, window: Window) -> None:
     Raises:
         InputError: Its window differs, or it corrects what a model made.
     """
+    if file.pretrained is not None:  # its scale has all of HU
+        return
     _refuse_detail(file)
     own = file.load()[1].window
     if own != (window.center, window.width):
@@ -197,10 +223,23 @@ def refined_volume(
     Raises:
         InputError: The refiner was trained on a model's output, or for another window or slice spacing.
     """
+    if (model := file.pretrained) is not None:
+        return _by_pretrained(model, thick, thin_z_mm, file.device)
     _refuse_detail(file)
     out = interpolated_onto(thick, thin_z_mm, "cubic")
     refine(file, out, ThickMeasurement.of(thick, thin_z_mm, noise_hu=0.0), window, "none")
     return out
+
+
+def _by_pretrained(
+    model: PretrainedModel, thick: Volume, thin_z_mm: NDArray[np.float64], device: str
+) -> NDArray[np.float32]:
+    """Return thin slices in float32, so that what is encoded and what it is added to are one volume on any machine."""
+    target = thick.geometry.with_z(list(thin_z_mm), float(np.mean(np.diff(thin_z_mm))) if len(thin_z_mm) > 1 else None)
+    if found := outside(model.card, thick.geometry, target):
+        log.warning("refined beyond what the card of the model %s states: %s", model.name, "; ".join(found))
+    profile = ThickMeasurement.of(thick, thin_z_mm, noise_hu=0.0).profile
+    return thin_slices(model, thick, target, profile, RunSettings(device, "float32"))
 
 
 @torch.no_grad()

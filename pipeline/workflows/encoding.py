@@ -60,7 +60,7 @@ class EncodeJob:
         from pipeline.volume import Window
 
         wanted = parse_roles(self.roles)
-        file = None if self.refiner is None else RefinerFile.of(self.refiner.absolute())
+        file = None if self.refiner is None else RefinerFile.of(self.refiner)
         if file is not None and "refined_on_thin" not in wanted:
             wanted = (*wanted, "refined_on_thin")
         return EncodeSettings(

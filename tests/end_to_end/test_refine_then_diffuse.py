@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,16 @@ from latentcache.maintenance import refiner_of_digest
 from pipeline.decode import ComposeSettings, compose
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
-from pipeline.refiner import START_NAME, Refiner, RefinerCard, RefinerConfig, RefinerFile, refined_volume, save_refiner
+from pipeline.refiner import (
+    START_NAME,
+    Refiner,
+    RefinerCard,
+    RefinerConfig,
+    RefinerFile,
+    load_pretrained,
+    refined_volume,
+    save_refiner,
+)
 from pipeline.volume import Window, geometry_of
 from pipeline.volume.window import BLEND_FRACTION
 from pipeline.workflows import start_of
@@ -172,3 +181,35 @@ def test_a_store_without_refined_latents_is_no_store_for_such_a_run(site: Site, 
         ctpipe("train", store, tmp_path / "run", "--preset", "tiny", "--refiner", site.refiner)
     with pytest.raises(InputError, match="without the refiner"):
         ctpipe("train", store, tmp_path / "run2", "--preset", "tiny", "--set", "data.start=refined")
+
+
+def test_a_model_that_ships_serves_as_the_refiner_and_its_card_goes_along(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing but the diffusion model is trained; the run then needs the package no more."""
+    store, run = tmp_path / "store", tmp_path / "run"
+    shutil.copytree(site.store, store)
+    shipped = load_pretrained("fast")
+    assert ctpipe("encode", store, "--refiner", "fast", "--refresh", *INLINE) == Exit.OK
+    assert {refiner_of_digest(row.source_digest) for row in rows(store)} == {shipped.sha256}
+    ctpipe("train", store, run, "--preset", "tiny", "--refiner", "fast", "--max-steps", 1, *SMALL)
+    assert RunCard.read(run).refiner_sha256 == shipped.sha256
+    start = start_of(run, "cpu")
+    assert start.path == str(run / START_NAME)
+    assert start.pretrained.card == replace(shipped.card, raw=start.pretrained.card.raw)
+    capsys.readouterr()
+    words = ("--checkpoint", run, "--split", "test", "--to-dicom", "--json")
+    assert ctpipe("decode", store, tmp_path / "out", *words, *INLINE) == Exit.OK
+    ((_, figures),) = result(capsys)["written"].items()
+    assert figures["start_refiner_sha256"] == shipped.sha256
+    (run / START_NAME).with_suffix(".json").write_text("{}")
+    with pytest.raises(InputError, match="without a card"):
+        assert start_of(run, "cpu").pretrained
+
+
+def test_another_refiner_begun_in_the_same_folder_leaves_no_card_of_a_shipped_one(site: Site, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / START_NAME).with_suffix(".json").write_text("{}")  # of an attempt that never began
+    ctpipe("train", site.store, run, "--preset", "tiny", "--refiner", site.refiner, "--max-steps", 1, *SMALL)
+    assert start_of(run, "cpu").pretrained is None

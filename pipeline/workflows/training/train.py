@@ -141,8 +141,11 @@ def own_start(settings: dict[str, Any], config: TrainConfig, *, first: bool) -> 
     file = RefinerFile.of(settings["refiner"] or kept)
     if first and not (begun and kept.is_file()) and Path(file.path) != kept:
         # What an attempt left that never began is replaced; a run that has begun keeps its own.
-        with written_aside(kept) as draft:
-            shutil.copyfile(file.path, draft)
+        kept.with_suffix(".json").unlink(missing_ok=True)
+        for source, copy in ((file.card_file, kept.with_suffix(".json")), (Path(file.path), kept)):
+            if source.is_file():  # a run's own refiner has no card beside it
+                with written_aside(copy) as draft:
+                    shutil.copyfile(source, draft)
     return file.sha256
 
 

@@ -15,7 +15,19 @@ from numpy.typing import NDArray
 from latentcache import InputError
 from pipeline.decode import ComposeSettings, compose
 from pipeline.forward_model import SliceProfile, ThickMeasurement, slice_operator
-from pipeline.refiner import Refiner, RefinerCard, RefinerConfig, RefinerFile, refine, save_refiner
+from pipeline.refiner import (
+    Refiner,
+    RefinerCard,
+    RefinerConfig,
+    RefinerFile,
+    RunSettings,
+    check_window,
+    load_pretrained,
+    refine,
+    refined_volume,
+    save_refiner,
+    thin_slices,
+)
 from pipeline.refiner.inputs import RefinerInput, ThickView, neighbours
 from pipeline.refiner.network import folded, unfolded
 from pipeline.refiner.refiner import settle, tiles, with_halo
@@ -261,3 +273,25 @@ def test_where_it_does_not_belong_it_is_refused(tmp_path: Path) -> None:
         RefinerFile.of(tmp_path / "nowhere")
     with pytest.raises(InputError, match="width 0"):
         RefinerConfig(width=0)
+
+
+def test_a_shipped_model_refines_by_the_stated_profile_in_float32(caplog: pytest.LogCaptureFixture) -> None:
+    thick, target, _ = scene((20, 12, 16))
+    file = RefinerFile.of("fast")
+    model = load_pretrained("fast")
+    assert (file.sha256, file.pretrained) == (model.sha256, model)
+    with caplog.at_level("WARNING", "ctpipe.refiner"):
+        hu = refined_volume(file, thick, np.asarray(target.z_mm), WINDOW)
+    wanted = thin_slices(model, thick, target, PROFILE, RunSettings(arithmetic="float32"))
+    assert np.array_equal(hu, wanted)
+    assert not caplog.records, "such slices are within its card"
+    check_window(file, Window(-600, 1500))  # any: its scale has all of HU
+    apart = Volume(thick.hu, replace(thick.geometry.with_z(12.0 * np.arange(4.0)), thickness_mm=12.0))
+    with caplog.at_level("WARNING", "ctpipe.refiner"):
+        refined_volume(file, apart, np.arange(36.0), WINDOW)
+    assert "slice thickness 12 mm, trained for 3 to 7.5 mm" in caplog.text
+
+
+def test_a_name_that_no_model_bears_is_no_refiner() -> None:
+    with pytest.raises(InputError, match=r"the name of a model that `ctpipe models` lists"):
+        RefinerFile.of("slow")
