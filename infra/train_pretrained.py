@@ -1,9 +1,10 @@
 """The recipe of the shipped refiner: genuine thin CT and phantoms, thick slices simulated in every size.
 
-    python infra/train_pretrained.py DATA --work FAST --out pipeline/refiner/weights/refiner_fast.safetensors \\
-        --name fast
+    python infra/train_pretrained.py DATA --work FIRST --out first.safetensors --name fast --steps 1450
     python infra/train_pretrained.py DATA --work RUN --out pipeline/refiner/weights/refiner_default.safetensors \\
-        --start fast --width 64 --head 32 --blocks 6
+        --start first.safetensors --width 64 --head 32 --seed 2 --steps 7000
+
+The model card has all commands and what they reached.
 
 DATA is a folder of NIfTI volumes; those of a name in pretrained_sources.json are taken, where their licence and credit
 stand. They never enter the project. The same command again takes up where RUN stopped; --steps may differ then, since
