@@ -98,7 +98,7 @@ def summary_text(document: dict[str, Any], folder: Path) -> str:
 
 
 def simulated_note(document: Mapping[str, Any]) -> str:
-    """What a reader must know of figures on simulated thick series; empty where all were scanned."""
+    """Warn of figures on simulated thick series; empty where all were scanned."""
     if not document.get("simulated_pairs"):
         return ""
     return (

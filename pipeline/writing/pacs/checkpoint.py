@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Checkpoint:
-    """Where an association's reactor thread waits while another thread sends; takes the place of pynetdicom's event.
+    """Gate at which an association's reactor thread waits while another thread sends; replaces pynetdicom's event.
 
     The reactor and a sender take messages from one queue. Before it sends, pynetdicom shuts an event and reads a flag
     that says that the reactor waits; but the flag stays up for an instant after the reactor has passed. On a busy
