@@ -19,5 +19,9 @@ from .slice_profile import (
     default_profile as default_profile,
     slice_operator as slice_operator,
 )
-from .thick_measurement import ThickMeasurement as ThickMeasurement, measurement_noise as measurement_noise
+from .thick_measurement import (
+    ThickMeasurement as ThickMeasurement,
+    measurement_noise as measurement_noise,
+    stated_profile as stated_profile,
+)
 from .upsampling import BASELINES as BASELINES, apply as apply, weights as weights

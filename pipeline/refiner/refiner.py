@@ -10,8 +10,9 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from latentcache import InputError
 from latentcache.storage import written_aside
-from pipeline.forward_model import ThickMeasurement
+from pipeline.forward_model import ThickMeasurement, stated_profile
 from pipeline.refiner.inputs import RefinerInput, ThickView
 from pipeline.refiner.network import HEAD_REACH, Refiner, RefinerConfig
 from pipeline.refiner.pretrained import (
@@ -105,6 +106,15 @@ class RefinerFile:
     def pretrained(self) -> PretrainedModel | None:
         """The pretrained model that it is; None for a refiner that a run trained."""
         return load_pretrained(self.path) if self.card_file.is_file() else None
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the weights, after the card where there is one; what another refiner left there is replaced."""
+        copy = replace(self, path=str(path))
+        copy.card_file.unlink(missing_ok=True)
+        for source, target in ((self.card_file, copy.card_file), (Path(self.path), path)):
+            if source.is_file():
+                with written_aside(target) as draft:
+                    shutil.copyfile(source, draft)
 
     def load(self) -> tuple[Refiner, RefinerCard]:
         """The network on its device, and its card; kept for the process."""
@@ -235,11 +245,10 @@ def _by_pretrained(
     model: PretrainedModel, thick: Volume, thin_z_mm: NDArray[np.float64], device: str
 ) -> NDArray[np.float32]:
     """Return thin slices in float32, so that what is encoded and what it is added to are one volume on any machine."""
-    target = thick.geometry.with_z(list(thin_z_mm), float(np.mean(np.diff(thin_z_mm))) if len(thin_z_mm) > 1 else None)
+    target = thick.geometry.with_z(thin_z_mm)
     if found := outside(model.card, thick.geometry, target):
         log.warning("refined beyond what the card of the model %s states: %s", model.name, "; ".join(found))
-    profile = ThickMeasurement.of(thick, thin_z_mm, noise_hu=0.0).profile
-    return thin_slices(model, thick, target, profile, RunSettings(device, "float32"))
+    return thin_slices(model, thick, target, stated_profile(thick), RunSettings(device, "float32"))
 
 
 @torch.no_grad()

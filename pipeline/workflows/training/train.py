@@ -122,11 +122,8 @@ def own_start(settings: dict[str, Any], config: TrainConfig, *, first: bool) -> 
     Raises:
         InputError: The run starts from refined slices, and neither --refiner nor its folder has the refiner.
     """
-    import shutil
-
     from diffusion.runs import RUN_CARD
     from latentcache import InputError
-    from latentcache.storage import written_aside
     from pipeline.refiner import START_NAME, RefinerFile
 
     if config.data.start != "refined":
@@ -141,11 +138,7 @@ def own_start(settings: dict[str, Any], config: TrainConfig, *, first: bool) -> 
     file = RefinerFile.of(settings["refiner"] or kept)
     if first and not (begun and kept.is_file()) and Path(file.path) != kept:
         # What an attempt left that never began is replaced; a run that has begun keeps its own.
-        kept.with_suffix(".json").unlink(missing_ok=True)
-        for source, copy in ((file.card_file, kept.with_suffix(".json")), (Path(file.path), kept)):
-            if source.is_file():  # a run's own refiner has no card beside it
-                with written_aside(copy) as draft:
-                    shutil.copyfile(source, draft)
+        file.copy_to(kept)
     return file.sha256
 
 
