@@ -39,7 +39,7 @@ def engine_options(
     prefetch: int = 1,
     series_timeout: float | None = None,
 ) -> EngineOptions:
-    """How to spread work, as the user asked for it.
+    """Return the engine options that the user asked for.
 
     Raises:
         InputError: An unknown engine, or an option that this engine does not have.

@@ -1,4 +1,4 @@
-"""What every command shares: one result on stdout, messages on stderr, and exit codes."""
+"""Output that every command shares: one result on stdout, messages on stderr, and exit codes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ DEMO_METHODS = ("nearest", "linear", "cubic", "cubic_consistent", "refined", "mo
 
 
 def encode_text(summary: EncodeSummary, job: EncodeJob) -> str:
-    """What was encoded, what is out of date or damaged, and what was excluded."""
+    """Summary of an encode run: what was encoded, what is out of date or damaged, what was excluded."""
     verb = "would encode" if job.dry_run else "encoded"
     lines = [
         f"{verb} {summary.planned} studies or series "

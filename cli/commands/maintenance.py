@@ -26,7 +26,7 @@ def diff(
     sample: Annotated[int | None, typer.Option(min=1, help="Read at most this many common latents.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Which settings differ, which latents only one has, and how far the common ones are apart.
+    """Compare two encodings: settings that differ, latents that only one has, distance of the common ones.
 
     Examples:
 
@@ -225,7 +225,7 @@ def _status_text(found: dict[str, Any]) -> str:
 
 
 def _running(job: dict[str, Any] | None) -> list[str]:
-    """How far the job is that last wrote to the store; a silent one may have been killed."""
+    """Show the progress of the job that last wrote to the store; a silent one may have been killed."""
     from pipeline.engines import STAGES
 
     if job is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARY = ("pipeline", "latentcache", "diffusion")
+LIBRARY = ("pipeline", "latentcache", "diffusion", "cli")
 LONGEST_DECISION = 80
 
 REFUSED = {
