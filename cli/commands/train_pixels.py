@@ -93,6 +93,9 @@ def train_regression(
     cpu_seconds: Annotated[
         float | None, typer.Option(min=1, help="The same in processor time of this process, for a loaded machine.")
     ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps instead of a time: the same on any machine.")
+    ] = None,
     width: Annotated[int, typer.Option(min=1, help="Channels of the network, on 2x2 pixels folded into one.")] = 48,
     blocks: Annotated[int, typer.Option(min=0, help="Residual blocks; each widens its view by 2 thick slices.")] = 6,
     patch: Annotated[str, typer.Option(help="Voxels of a patch, D,H,W.")] = "20,64,64",
@@ -116,8 +119,9 @@ def train_regression(
     from pipeline.workflows import RegressionJob, train_regression as run_job
 
     job = RegressionJob(
-        store, run, like, seconds, cpu_seconds, width, blocks, parse_patch(patch), learning_rate, seed, device, private
-    )
+        store, run, like, seconds, cpu_seconds, steps, width, blocks, parse_patch(patch), learning_rate, seed, device,
+        private,
+    )  # fmt: skip
     with training_bar(progress_wanted()) as show:
         result = run_job(job, show)
     text = (

@@ -49,7 +49,8 @@ class RegressionJob:
         store: The store that the model was trained on; ``private`` is its private part where that is elsewhere.
         run: Folder for the network; it must hold none yet.
         like: A diffusion run whose snapshot, window and training time it takes.
-        seconds: Training time, where no run is given; ``cpu_seconds``: in processor time of this process.
+        seconds: Training time, where no run is given; ``cpu_seconds``: in processor time of this process; ``steps``:
+            so many steps, however long they take.
         width, blocks: Channels and residual blocks of the network.
         patch: Voxels of a patch, (D, H, W).
         learning_rate: Constant after a warm-up.
@@ -60,6 +61,7 @@ class RegressionJob:
     like: Path | None = None
     seconds: float | None = None
     cpu_seconds: float | None = None
+    steps: int | None = None
     width: int = 48
     blocks: int = 6
     patch: tuple[int, int, int] = (20, 64, 64)
@@ -114,14 +116,14 @@ def train_regression(job: RegressionJob, on_step: Callable[[Progress], None] | N
 
 
 def _budget(job: RegressionJob) -> float | None:
-    """Seconds to train, None for a budget in processor time; the run's folder is made."""
+    """Seconds to train, None for a budget in processor time or in steps; the run's folder is made."""
     from latentcache import InputError
     from pipeline.refiner import FILE_NAME
     from pipeline.workflows.training.refiner import prepare_run
 
-    if sum(given is not None for given in (job.like, job.seconds, job.cpu_seconds)) != 1:
+    if sum(given is not None for given in (job.like, job.seconds, job.cpu_seconds, job.steps)) != 1:
         raise InputError(
-            "none or several of --like, --seconds and --cpu-seconds",
+            "none or several of --like, --seconds, --cpu-seconds and --steps",
             expected="one budget",
             remedy="Give --like RUN, the diffusion run to be compared with.",
         )
@@ -163,6 +165,7 @@ def _trainer(
             ),
             ValidationConfig(every_epochs=0),
             BudgetConfig(
+                max_steps=job.steps,
                 max_seconds=seconds,
                 max_cpu_seconds=job.cpu_seconds,
                 checkpoint_every_steps=ALL_STEPS,
