@@ -9,12 +9,14 @@ is read at every site: AUC of planted against empty sites, and of deleted agains
 plants in every sample show what no alarm can find. Intervals (mean +- scale * spread) are calibrated on other phantoms;
 their 90% coverage of the noisy true thin series is measured, overall and by tissue.
 
-The samples are a STAND-IN, not a trained model's: drawn from the Gaussian of the error prior about cubic interpolation
-made consistent (sigma from the steps between thick slices and the noise, correlated along z and in-plane), conditioned
-on the thick slices by the same solver as consistency. So what is shown is that the alarm finds what stands out from
-samples whose spread is about right, and that the intervals can be calibrated. How a trained model's samples spread, and
-how much they invent alike, is not shown. Prints a table, then one JSON object, also kept in infra/bench/results/ (not
-with --quick).
+The samples are a STAND-IN, not a diffusion model's: a mean, made consistent, and Gaussian errors about it, whose size
+at a voxel follows the steps between thick slices and the noise, correlated along z and in-plane, conditioned on the
+thick slices by the same solver as consistency. The mean is cubic interpolation's or the shipped model's slices
+(phantoms that it did not learn from); the errors are as large as that mean's are on the calibration phantoms. So what
+is shown is that the alarm finds what stands out from samples whose spread is about right, the better the more the
+mean knows, and that intervals can be calibrated. How a diffusion model's samples spread, and how much they invent
+alike, is not shown. Prints a table for either mean, then one JSON object, also kept in infra/bench/results/ (not with
+--quick).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
@@ -38,6 +41,7 @@ from pipeline.forward_model.column_solver import ColumnSolver, hat_correlation
 from pipeline.forward_model.error_prior import error_prior, steps
 from pipeline.metrics import OtherSamples, alarm_map, null_part, score_at
 from pipeline.phantom import Site, choose_sites, make_patient, nodule
+from pipeline.refiner import RunSettings, load_pretrained, thin_slices
 from pipeline.volume import Window, interpolated
 
 Array = NDArray[np.float32]
@@ -45,6 +49,7 @@ SITES = {"planted": 34, "empty": 34, "deleted": 34, "kept": 34}
 """A phantom: two kinds of plant and as many places without."""
 CALIBRATION_SEED, TEST_SEED = 700, 800
 TISSUES_HU = {"lung": (-1000.0, -700.0), "fat": (-150.0, -50.0), "soft tissue": (0.0, 100.0), "bone": (300.0, 1500.0)}
+MEANS = {"cubic": "cubic interpolation made consistent", "shipped": "the shipped model's slices made consistent"}
 DIAMETERS = ((3.0, 4.5), (4.5, 6.0), (6.0, 8.0))
 
 
@@ -70,19 +75,34 @@ def main() -> None:
     if options.quick:
         options.phantoms, options.size, options.slices, options.samples = 1, 112, 70, 4
         counts = dict.fromkeys(SITES, 4)
+    found = {mean: measured_about(mean, options, counts) for mean in MEANS}
+    kept = {"bench": "alarm", **found["shipped"], "about_cubic": found["cubic"]}
+    if not options.quick:
+        (Path(__file__).parent / "results" / "alarm-cpu.json").write_text(json.dumps(kept, indent=1) + "\n")
+    print(json.dumps(kept))
+
+
+def measured_about(mean: str, options: argparse.Namespace, counts: dict[str, int]) -> dict[str, Any]:
+    """The table of samples about one of the means."""
     start = time.process_time()
-    intervals = calibrated(options, counts)
+    stand_in, intervals = calibrated(mean, options, counts)
     scores: dict[str, list[float]] = {kind: [] for kind in (*SITES, "planted in every sample")}
     diameters: dict[str, list[float]] = {kind: [] for kind in SITES}
     coverage: dict[str, list[float]] = {}
     for number in range(options.phantoms):
         one = scene(TEST_SEED + number, options, counts)
-        drawn = samples_of(one, options.samples, number)
+        drawn = stand_in.samples(one, options.samples, number)
         for name, share in covered(one, drawn, intervals).items():
             coverage.setdefault(name, []).append(share)
         judge(one, drawn, scores, diameters)
-        print(f"phantom {number + 1}: {time.process_time() - start:.0f} CPU s", flush=True)
-    report(scores, diameters, coverage, intervals, options, time.process_time() - start)
+        print(f"{mean}, phantom {number + 1}: {time.process_time() - start:.0f} CPU s", flush=True)
+    found = summary(scores, diameters, coverage, intervals, options) | {
+        "samples": f"stand-in: Gaussian errors about {MEANS[mean]}, conditioned on the thick slices",
+        "error_over_prior": round(stand_in.error_over_prior, 3),
+        "cpu_s": round(time.process_time() - start, 1),
+    }
+    show(found)
+    return found
 
 
 def scene(seed: int, options: argparse.Namespace, counts: dict[str, int]) -> Scene:
@@ -117,31 +137,51 @@ def rendered(sites: tuple[Site, ...], measured: ThickMeasurement, spacing: tuple
     return added
 
 
-def samples_of(one: Scene, count: int, seed: int) -> Array:
-    """The stand-in's samples, (count, z, y, x) HU: x + e, with e of the error prior, conditioned on A e = 0."""
-    measured, operator = one.measured, one.measured.operator
-    mean = interpolated(measured.volume, replace_z(measured), "cubic")
-    enforce_data_consistency(mean, measured, floor_hu=-1024)
-    covered = operator.covered
-    prior = error_prior(mean, measured, Window.parse("maisi"))
-    thick = np.asarray(measured.hu[covered], np.float32).reshape(int(covered.sum()), -1)
-    # A thin slice is noisier than a thick one by the root of the thin slices that it averages.
-    noise = measured.noise_hu * np.sqrt(measured.profile.fwhm_mm / measured.spacing_mm)
-    sigma = np.hypot(prior.interpolation_error(steps(thick), len(mean)), np.float32(noise))
-    a = operator.matrix[covered]
-    solver = ColumnSolver(a, operator.thin_z_mm, np.full(len(a), 1e-3))
-    root = np.linalg.cholesky(hat_correlation(operator.thin_z_mm) + 1e-6 * np.eye(len(mean))).astype(np.float32)
-    rng = np.random.default_rng([seed, 5])
-    out = np.empty((count, *mean.shape), np.float32)
-    for k in range(count):
-        white = rng.standard_normal(mean.shape, dtype=np.float32)
-        white = gaussian_filter1d(gaussian_filter1d(white, 0.6, axis=1), 0.6, axis=2)
-        error = sigma * (root @ (white / white.std()).reshape(len(mean), -1))
-        wanted = (-(a.astype(np.float32) @ error)).astype(np.float32)
-        unbounded = np.float32(np.inf)
-        error = solver.solve(error, wanted, sigma, -unbounded, unbounded, measured.noise_hu**2)
-        out[k] = mean + error.reshape(mean.shape)
-    return out
+@dataclass(frozen=True)
+class StandIn:
+    """Samples about a mean, with errors of ``error_over_prior`` times the error prior of interpolation."""
+
+    mean: str
+    error_over_prior: float
+
+    def centre(self, one: Scene) -> Array:
+        """The mean, made consistent, (z, y, x) HU."""
+        measured = one.measured
+        if self.mean == "cubic":
+            mean = np.asarray(interpolated(measured.volume, replace_z(measured), "cubic"), np.float32)
+        else:
+            how = RunSettings(threads=torch.get_num_threads())
+            mean = thin_slices(load_pretrained(), measured.volume, replace_z(measured), measured.profile, how)
+        enforce_data_consistency(mean, measured, floor_hu=-1024)
+        return mean
+
+    def prior(self, one: Scene, mean: Array) -> tuple[Array, float]:
+        """What interpolation errs by, (z, pixels) HU, and the thin slices' noise."""
+        measured, covered = one.measured, one.measured.operator.covered
+        thick = np.asarray(measured.hu[covered], np.float32).reshape(int(covered.sum()), -1)
+        wrong = error_prior(mean, measured, Window.parse("maisi")).interpolation_error(steps(thick), len(mean))
+        # A thin slice is noisier than a thick one by the root of the thin slices that it averages.
+        return wrong, float(measured.noise_hu * np.sqrt(measured.profile.fwhm_mm / measured.spacing_mm))
+
+    def samples(self, one: Scene, count: int, seed: int) -> Array:
+        """(count, z, y, x) HU: the mean + e, with e drawn and conditioned on A e = 0."""
+        mean, operator = self.centre(one), one.measured.operator
+        prior, noise = self.prior(one, mean)
+        sigma = np.hypot(np.float32(self.error_over_prior) * prior, np.float32(noise))
+        a = operator.matrix[operator.covered]
+        solver = ColumnSolver(a, operator.thin_z_mm, np.full(len(a), 1e-3))
+        root = np.linalg.cholesky(hat_correlation(operator.thin_z_mm) + 1e-6 * np.eye(len(mean))).astype(np.float32)
+        rng = np.random.default_rng([seed, 5])
+        out = np.empty((count, *mean.shape), np.float32)
+        for k in range(count):
+            white = rng.standard_normal(mean.shape, dtype=np.float32)
+            white = gaussian_filter1d(gaussian_filter1d(white, 0.6, axis=1), 0.6, axis=2)
+            error = sigma * (root @ (white / white.std()).reshape(len(mean), -1))
+            wanted = (-(a.astype(np.float32) @ error)).astype(np.float32)
+            unbounded = np.float32(np.inf)
+            error = solver.solve(error, wanted, sigma, -unbounded, unbounded, one.measured.noise_hu**2)
+            out[k] = mean + error.reshape(mean.shape)
+        return out
 
 
 def replace_z(measured: ThickMeasurement) -> Any:
@@ -173,43 +213,51 @@ def inside_of(one: Scene) -> NDArray[np.bool_]:
     return np.asarray(one.measured.operator.matrix[one.measured.operator.judged].any(axis=0))
 
 
-def calibrated(options: argparse.Namespace, counts: dict[str, int]) -> Intervals:
-    """Intervals from phantoms that nothing else is measured on."""
-    errors, spreads = [], []
-    for number in range(max(1, options.phantoms // 2)):
-        one = scene(CALIBRATION_SEED + number, options, counts)
-        drawn = samples_of(one, options.samples, 1000 + number)
-        inside = inside_of(one)
-        errors.append((one.truth - drawn.mean(axis=0))[inside, ::3, ::3].ravel())
+def calibrated(mean: str, options: argparse.Namespace, counts: dict[str, int]) -> tuple[StandIn, Intervals]:
+    """The size of the mean's errors, and intervals, from phantoms that nothing else is measured on."""
+    scenes = [scene(CALIBRATION_SEED + k, options, counts) for k in range(max(1, options.phantoms // 2))]
+    plain = StandIn(mean, 1.0)
+    wrong = prior = 0.0
+    for one in scenes:
+        inside, centre = inside_of(one), plain.centre(one)
+        expected, noise = plain.prior(one, centre)
+        wrong += float(np.mean(np.square((one.truth - centre)[inside], dtype=np.float64))) - noise**2
+        prior += float(np.mean(np.square(expected.reshape(centre.shape)[inside], dtype=np.float64)))
+    stand_in = StandIn(mean, float(np.sqrt(max(wrong, 0.0) / prior)))
+    errors, spreads, means = [], [], []
+    for number, one in enumerate(scenes):
+        drawn = stand_in.samples(one, options.samples, 1000 + number)
+        inside, middle = inside_of(one), drawn.mean(axis=0)
+        errors.append((one.truth - middle)[inside, ::3, ::3].ravel())
         spreads.append(drawn.std(axis=0, ddof=1)[inside, ::3, ::3].ravel())
-    return Intervals.calibrated(np.concatenate(errors), np.concatenate(spreads))
+        means.append(middle[inside, ::3, ::3].ravel())
+    return stand_in, Intervals.calibrated(np.concatenate(errors), np.concatenate(spreads), np.concatenate(means))
 
 
 def covered(one: Scene, drawn: Array, intervals: Intervals) -> dict[str, float]:
-    """Coverage of the truth, overall and by tissue of the truth."""
+    """Coverage of the truth, overall, by tissue of the mean, and by tissue of the truth, which no interval can know."""
     inside = inside_of(one)
-    error, spread = (one.truth - drawn.mean(axis=0))[inside], drawn.std(axis=0, ddof=1)[inside]
-    truth = one.truth[inside]
-    found = {"all": intervals.coverage(error, spread)}
-    for name, (low, high) in TISSUES_HU.items():
-        chosen = (truth >= low) & (truth < high)
-        found[name] = intervals.coverage(error[chosen], spread[chosen])
+    mean, truth, spread = drawn.mean(axis=0)[inside], one.truth[inside], drawn.std(axis=0, ddof=1)[inside]
+    error = truth - mean
+    found = {"all": intervals.coverage(error, spread, mean)}
+    for by, volume in (("", mean), (" of the truth", truth)):
+        for name, (low, high) in TISSUES_HU.items():
+            chosen = (volume >= low) & (volume < high)
+            found[name + by] = intervals.coverage(error[chosen], spread[chosen], mean[chosen])
     return found
 
 
-def report(
+def summary(
     scores: dict[str, list[float]],
     diameters: dict[str, list[float]],
     coverage: dict[str, list[float]],
     intervals: Intervals,
     options: argparse.Namespace,
-    seconds: float,
-) -> None:
+) -> dict[str, Any]:
+    """AUC, coverage and what they were measured with."""
     at = {kind: np.asarray(values) for kind, values in scores.items()}
     size = {kind: np.asarray(values) for kind, values in diameters.items()}
-    found: dict[str, Any] = {
-        "bench": "alarm",
-        "samples": "stand-in: Gaussian of the error prior about consistent cubic, conditioned on the thick slices",
+    return {
         "plants": len(at["planted"]) + len(at["deleted"]),
         "auc": {
             "planted": round(auc(at["planted"], at["empty"]), 4),
@@ -229,23 +277,21 @@ def report(
             name: {"mean": round(float(np.mean(v)), 4), "least": round(min(v), 4), "most": round(max(v), 4)}
             for name, v in coverage.items()
         },
-        "interval_scale": [round(float(v), 3) for v in intervals.scale],
+        "interval_scale": np.round(intervals.scale, 3).tolist(),
         "settings": {k: v for k, v in vars(options).items() if k != "quick"},
-        "cpu_s": round(seconds, 1),
         "device": f"cpu-{platform.machine()}",
-        "versions": {name: version(name) for name in ("numpy", "scipy")},
+        "versions": {name: version(name) for name in ("numpy", "scipy", "torch")},
     }
-    print(
-        f"{found['plants']} plants, samples from the stand-in; AUC "
-        + ", ".join(f"{k} {v:.3f}" for k, v in found["auc"].items())
-    )
+
+
+def show(found: dict[str, Any]) -> None:
+    """The figures for people."""
+    print(f"{found['plants']} plants, {found['samples']}")
+    print("AUC " + ", ".join(f"{k} {v:.3f}" for k, v in found["auc"].items()))
     for name, one in found["auc_by_diameter_mm"].items():
         print(f"  {name} mm: planted {one['planted']:.3f}, deleted {one['deleted']:.3f}")
     for name, one in found["coverage_90"].items():
-        print(f"  90% interval, {name:12s} {one['mean']:.1%} ({one['least']:.1%} to {one['most']:.1%} by phantom)")
-    if not options.quick:
-        (Path(__file__).parent / "results" / "alarm-cpu.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+        print(f"  90% interval, {name:24s} {one['mean']:.1%} ({one['least']:.1%} to {one['most']:.1%} by phantom)")
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ from the slices of the regression network of the same budget (``model_*``), and 
 genuine CT. With ``--more longer`` the regression network also trains for as long as both networks of refine-then-
 diffuse, and with ``--more plain`` a model starts from interpolated slices.
 
-Budgets are steps, so that a busy machine changes no figure: those that 240 seconds of one quiet core buy. Measured with
-planes of 128 x 128 that were 438 of the regression network, whose patches have one size, and 1,517 of the model, whose
-planes are whole: 970 at 160 x 160. Pixels there have 2 mm; the shipped model knows 0.45 to 2.2. Scores are those of ``ctpipe evaluate`` between -160 and
-240 HU: PSNR and SSIM by method, means over held-out patients and then over seeds, with the standard deviation over
-seeds; HU bias by tissue; RMS(Ax - y) over that of the true thin series. What counts is the gain over cubic made
-consistent, which no learning takes, in PSNR and in SSIM. ``_mean`` is one step of the bridge, ``_sample`` one draw in
-ten; ``_refined`` the slices that the model starts from, made consistent. Texture: the noise power spectrum in even
-tissue (its root integral, ``noise_hu``) and the RMS second difference along z over the truth's (``roughness_ratio``).
-Nodules and vessels are measured against the volumes that the phantoms were built with. ``--work`` keeps the files, and
-a run again resumes there. Prints a table, then one JSON object, also kept in infra/bench/results/ (not with --quick).
+Budgets are steps, so that a busy machine changes no figure: those that 240 seconds of one quiet core buy. Measured
+with planes of 128 x 128 that were 438 of the regression network, whose patches have one size, and 1,517 of the model,
+whose planes are whole: 970 at 160 x 160. Pixels there have 2 mm; the shipped model knows 0.45 to 2.2. Scores are
+those of ``ctpipe evaluate`` between -160 and 240 HU: PSNR and SSIM by method, means over held-out patients and then
+over seeds, with the standard deviation over seeds; HU bias by tissue; RMS(Ax - y) over that of the true thin series.
+What counts is the gain over cubic made consistent, which no learning takes, in PSNR and in SSIM. ``_mean`` is one
+step of the bridge, ``_sample`` one draw in ten; ``_refined`` the slices that the model starts from, made consistent.
+Texture: the noise power spectrum in even tissue (its root integral, ``noise_hu``) and the RMS second difference along
+z over the truth's (``roughness_ratio``). Nodules and vessels are measured against the volumes that the phantoms were
+built with. ``--work`` keeps the files, and a run again resumes there. Prints a table, then one JSON object, also kept
+in infra/bench/results/ (not with --quick).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from pipeline.workflows.interpolation.interpolate import told_of
 from pipeline.workflows.sample import start_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from pretrained_data import read_source  # noqa: E402
+from pretrained_data import read_source
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING_DATA = Path(os.environ.get("CTPIPE_TRAINING_DATA") or ROOT.parent / "shared" / "data" / "train")
@@ -131,7 +131,12 @@ def genuine(folder: Path) -> Iterator[tuple[str, Volume, Volume]]:
         for number, first in enumerate(range(0, len(hu) - SLICES + 1, max(SLICES, (len(hu) - SLICES) // 2))):
             piece = np.clip(np.rint(hu[first : first + SLICES]), -1024, 3071).astype(np.int16)
             z = np.round(np.arange(SLICES) * dz, 4)
-            affine = ((0.0, 0.0, dx * factor, 0.0), (0.0, dy * factor, 0.0, 0.0), (dz, 0.0, 0.0, 0.0), (0.0,) * 3 + (1.0,))
+            affine = (
+                (0.0, 0.0, dx * factor, 0.0),
+                (0.0, dy * factor, 0.0, 0.0),
+                (dz, 0.0, 0.0, 0.0),
+                (0.0,) * 3 + (1.0,),
+            )
             thin = Volume(piece, Geometry(piece.shape, affine, tuple(z.tolist()), round(dz, 4)))
             at = positions(z, 5.0, 0.0)
             thick = np.rint(slice_operator(SliceProfile("box", 5.0), at, z).apply(piece)).astype(np.int16)

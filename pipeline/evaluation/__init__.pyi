@@ -29,6 +29,7 @@ from .vae_reconstruction import (
     table as table,
 )
 from .views import (
+    ALARM_STEP as ALARM_STEP,
     CODE_KNOTS as CODE_KNOTS,
     CODE_KNOTS_HU as CODE_KNOTS_HU,
     SPREAD_STEP_HU as SPREAD_STEP_HU,

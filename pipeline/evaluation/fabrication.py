@@ -25,14 +25,20 @@ def auc(positive: NDArray[np.floating], negative: NDArray[np.floating]) -> float
     return float((rankdata(both)[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
+TISSUES_HU = (-700.0, -150.0, -50.0, 150.0)
+"""Bounds between the kinds of tissue (lung, its walls, fat, soft tissue, bone) whose intervals are calibrated apart."""
+
+
 @dataclass(frozen=True)
 class Intervals:
-    """Mean +- scale * spread, the scale by how large the spread is, calibrated on errors of other patients.
+    """Mean +- scale * spread, the scale by tissue and by how large the spread is, calibrated on other patients' errors.
+
+    Tissue is that of the mean, which an answer has; the truth it has not.
 
     Attributes:
         level: Share of truths that an interval is to hold.
-        edges_hu: (B - 1,) spreads between the bins.
-        scale: (B,)
+        edges_hu: (T, B - 1) spreads between the bins of each tissue.
+        scale: (T, B)
     """
 
     level: float
@@ -41,28 +47,49 @@ class Intervals:
 
     @classmethod
     def calibrated(
-        cls, error_hu: NDArray[np.floating], spread_hu: NDArray[np.floating], level: float = 0.9, bins: int = 8
+        cls,
+        error_hu: NDArray[np.floating],
+        spread_hu: NDArray[np.floating],
+        mean_hu: NDArray[np.floating],
+        level: float = 0.9,
+        bins: int = 8,
     ) -> Intervals:
-        """From truth - mean and the samples' spread, of voxels of calibration patients (split conformal, a bin apart).
+        """From truth - mean, the samples' spread and their mean, of voxels of calibration patients.
+
+        Split conformal prediction in every group of tissue and spread (Mondrian; Vovk et al. 2005, section 4.5).
 
         Raises:
             InputError: Fewer than 100 voxels a bin.
         """
-        error, spread = (np.asarray(v, np.float64).ravel() for v in (error_hu, spread_hu))
+        error, spread, mean = (np.asarray(v, np.float64).ravel() for v in (error_hu, spread_hu, mean_hu))
         if len(error) < 100 * bins:
             raise InputError(f"{len(error)} voxels", expected=f"{100 * bins} or more", remedy="Give more patients.")
-        edges = np.quantile(spread, np.arange(1, bins) / bins)
         ratio = np.abs(error) / np.hypot(spread, LEAST_SPREAD_HU)
-        own = np.digitize(spread, edges)
-        # A bin can be empty where many spreads are equal: all voxels speak for it then.
-        scale = [np.quantile(ratio[own == b] if np.any(own == b) else ratio, level) for b in range(bins)]
-        return cls(level, edges, np.asarray(scale))
+        tissue = np.digitize(mean, TISSUES_HU)
+        edges, scales = [], []
+        for kind in range(len(TISSUES_HU) + 1):
+            # A tissue of too few voxels takes the scale of all.
+            own = tissue == kind if np.count_nonzero(tissue == kind) >= 100 * bins else np.ones(len(tissue), bool)
+            between = np.quantile(spread[own], np.arange(1, bins) / bins)
+            at = np.digitize(spread[own], between)
+            r = ratio[own]
+            # A bin can be empty where many spreads are equal: all voxels speak for it then.
+            scales.append([np.quantile(r[at == b] if np.any(at == b) else r, level) for b in range(bins)])
+            edges.append(between)
+        return cls(level, np.asarray(edges), np.asarray(scales))
 
-    def half_width(self, spread_hu: NDArray[np.floating]) -> NDArray[np.float64]:
+    def half_width(self, spread_hu: NDArray[np.floating], mean_hu: NDArray[np.floating]) -> NDArray[np.float64]:
         """HU to either side of the mean."""
         spread = np.asarray(spread_hu, np.float64)
-        return np.asarray(self.scale[np.digitize(spread, self.edges_hu)] * np.hypot(spread, LEAST_SPREAD_HU))
+        tissue = np.digitize(np.asarray(mean_hu), TISSUES_HU)
+        scale = np.empty(spread.shape)
+        for kind, (edges, own) in enumerate(zip(self.edges_hu, self.scale, strict=True)):
+            here = tissue == kind
+            scale[here] = own[np.digitize(spread[here], edges)]
+        return np.asarray(scale * np.hypot(spread, LEAST_SPREAD_HU))
 
-    def coverage(self, error_hu: NDArray[np.floating], spread_hu: NDArray[np.floating]) -> float:
+    def coverage(
+        self, error_hu: NDArray[np.floating], spread_hu: NDArray[np.floating], mean_hu: NDArray[np.floating]
+    ) -> float:
         """Share of truths within their interval."""
-        return float(np.mean(np.abs(error_hu) <= self.half_width(spread_hu)))
+        return float(np.mean(np.abs(error_hu) <= self.half_width(spread_hu, mean_hu)))

@@ -7,7 +7,7 @@ that what differs between them and the model is the network alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache import COMPRESSION, CtpipeError, InputError, LatentGrid, LatentRecord, LatentStore, PairRecord
-from pipeline.decode import ComposeSettings, base_volume, compose, condition_of
+from pipeline.decode import ComposeSettings, DerivedVolume, average_samples, base_volume, compose, condition_of
 from pipeline.forward_model import BASELINES, ThickMeasurement, apply, weights
 from pipeline.identity import PrivateStore
 from pipeline.metrics import FeaturesOf, intensity as metrics
@@ -231,15 +231,26 @@ def _model(
     return MethodOutput("model", hu, figures=figures)
 
 
-def sample_spread(work: CaseWork, latents: Iterator[NDArray[Any]], shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Standard deviation in HU of decoded samples (Welford's update, one sample in memory at a time)."""
-    count, window = 0, work.settings.window
-    mean = np.zeros(shape, dtype=np.float32)
-    squares = np.zeros(shape, dtype=np.float32)
-    for latent in latents:
-        hu = window.from_unit(np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), shape)))
-        count += 1
-        step = hu - mean
-        mean += step / np.float32(count)
-        squares += step * (hu - mean)
-    return np.asarray(np.sqrt(squares / np.float32(max(count - 1, 1))))
+def composed_samples(
+    work: CaseWork, pair: PairRecord, measured: ThickMeasurement, thin: Geometry, latents: Iterable[NDArray[Any]]
+) -> DerivedVolume:
+    """Samples composed with the measured slices as a decode writes them: mean, spread, the first, and its alarm.
+
+    The alarm, where the first differs from the others, takes three samples; of fewer there is none.
+    """
+    settings = work.settings
+    inside = common_slices(measured.volume.geometry, thin)
+
+    def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
+        unit = np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), thin.shape_zyx))
+        return settings.window.from_unit(unit[inside])
+
+    condition = None
+    if settings.compose.detail == "residual":
+        row = condition_of(work.store, pair, settings.encode_key, settings.compose.start)
+        condition = None if row is None else decoded(work.store.read(row))
+    kept = list(latents)
+    return average_samples(
+        (decoded(latent) for latent in kept), settings.window, measured, thin, settings.compose, condition,
+        alarm=len(kept) >= 3,
+    )  # fmt: skip

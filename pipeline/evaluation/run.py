@@ -20,18 +20,19 @@ from numpy.typing import NDArray
 
 from latentcache import CtpipeError, InputError, PairRecord
 from latentcache.storage import written_aside
+from pipeline.decode import DerivedVolume
 from pipeline.engines import EngineOptions, Outcome, Stage, check_seen, mark, note, pin, stream
 from pipeline.evaluation.case import Case, CaseScores, failed, notes_on, score_method
 from pipeline.evaluation.methods import (
     CaseWork,
     SeriesLocations,
     case_methods,
+    composed_samples,
     on_one_grid,
-    sample_spread,
 )
 from pipeline.evaluation.phantom_truth import known_structures
 from pipeline.evaluation.results import finished_case, keep_case
-from pipeline.evaluation.views import CaseView, towards, view_stride
+from pipeline.evaluation.views import ALARM_STEP, CaseView, towards, view_stride
 from pipeline.forward_model import ProtocolFit, Protocols
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
@@ -128,7 +129,7 @@ def spread_cases(
             yield from outcomes
 
 
-VIEWED = ("truth", "nearest", "linear", "cubic", "regression", "model", "vae_ceiling", "uncertainty")
+VIEWED = ("truth", "nearest", "linear", "cubic", "regression", "model", "vae_ceiling", "sample", "uncertainty", "alarm")
 SCORES_VERSION = "4"
 """Part of a case's identity: raise it when a figure's definition changes, so that old cases are done again."""
 
@@ -222,9 +223,9 @@ def _evaluate(work: CaseWork, pair: PairRecord, fit: ProtocolFit | None, view_fo
             failures[output.name] = str(error)
         del output  # else it would stay in memory while the next method's volume is made
     if view_folder is not None:
-        if work.samples is not None:
-            spread = sample_spread(work, work.samples(pair), thin.geometry.shape_zyx)
-            view["uncertainty"] = _for_viewer(spread[inside], stride)
+        if work.samples is not None and "model" in scores:
+            several = composed_samples(work, pair, measured, thin.geometry, work.samples(pair))
+            view |= _views_of(several, stride)
         dz, dy, dx = geometry.spacing_mm_zyx
         _save_view(view_folder, CaseView(pair.pair_key, (dz, dy * stride, dx * stride), view, towards(geometry)))
     return CaseScores(
@@ -240,6 +241,17 @@ def scanner_of(header: SourceHeader) -> str:
 
 def _for_viewer(hu: NDArray[Any], stride: int) -> NDArray[np.int16]:
     return np.asarray(np.clip(np.rint(hu[:, ::stride, ::stride]), -1024, 3071).astype(np.int16))
+
+
+def _views_of(several: DerivedVolume, stride: int) -> dict[str, NDArray[np.int16]]:
+    """Spread of samples, and the first of them with where it differs from the others."""
+    found = {}
+    if several.spread is not None:
+        found["uncertainty"] = _for_viewer(several.spread, stride)
+    if several.sample is not None and several.alarm is not None:
+        found["sample"] = _for_viewer(several.sample, stride)
+        found["alarm"] = _for_viewer(several.alarm / ALARM_STEP, stride)
+    return found
 
 
 def _save_view(folder: Path, view: CaseView) -> None:

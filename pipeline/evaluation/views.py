@@ -15,6 +15,8 @@ VIEWER_VOXELS = 3_000_000
 """Voxels a volume keeps in the page, so that three cases of six volumes stay under 15 MB."""
 SPREAD_STEP_HU = 0.5
 """HU a code of the uncertainty volume, which is companded linearly (0 to 127 HU)."""
+ALARM_STEP = 0.1
+"""Of the alarm, in a code and in a kept volume: 0 to 25."""
 
 
 # Companding of HU to 8 bits: fine where soft tissue is judged, coarse in air and bone. Knots (HU, code).
@@ -35,14 +37,16 @@ METHOD_LABELS = {
     "model": "ctpipe model",
     "vae_ceiling": "VAE round trip of the truth (ceiling)",
     "truth": "True thin series",
+    "sample": "One sample of the model",
     "uncertainty": "Spread of samples",
+    "alarm": "Fabrication alarm",
     "thick": "Thick series",
 }
 
 
 @dataclass(frozen=True)
 class CaseView:
-    """Volumes of one case for the viewer, all on one grid (z, y, x) in HU, with the spacing in mm.
+    """Volumes of one case for the viewer, all on one grid (z, y, x) in HU (the alarm in its steps), the spacing in mm.
 
     ``towards`` has a letter an axis: where in the patient its index grows to, e.g. ``HPL``; empty where nobody knows.
     """

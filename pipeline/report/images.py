@@ -48,7 +48,10 @@ def _sheet(name: str, volume: NDArray[Any], across: int, quality: int | None) ->
     for k in range(depth):
         r, c = divmod(k, across)
         piece = volume[k].astype(np.float32)
-        codes = piece / SPREAD_STEP_HU if name == "uncertainty" else np.interp(piece, CODE_KNOTS_HU, CODE_KNOTS)
+        if name == "alarm":
+            codes = piece  # kept in its steps
+        else:
+            codes = piece / SPREAD_STEP_HU if name == "uncertainty" else np.interp(piece, CODE_KNOTS_HU, CODE_KNOTS)
         sheet[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns] = np.clip(np.rint(codes), 0, 255)
     return data_url(sheet, quality)
 

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation import CODE_KNOTS, CODE_KNOTS_HU, SPREAD_STEP_HU, CaseView, label, ordered
+from pipeline.evaluation import ALARM_STEP, CODE_KNOTS, CODE_KNOTS_HU, SPREAD_STEP_HU, CaseView, label, ordered
 from pipeline.report.certificates import certificate_section, judged_cases
 from pipeline.report.charts import bar_chart, curves_chart, dot_chart, line_chart
 from pipeline.report.images import encode_view
@@ -74,6 +74,7 @@ def write_report(
             "knotsHu": CODE_KNOTS_HU,
             "knots": CODE_KNOTS,
             "spreadStep": SPREAD_STEP_HU,
+            "alarmStep": ALARM_STEP,
             "cases": _fitting(views, PAGE_BYTES - used),
         }
     )

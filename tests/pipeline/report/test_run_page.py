@@ -70,6 +70,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     contrasts = {"truth": 200.0, "linear": 90.0, "cubic": 110.0, "model": 170.0}
     view = {**{name: volume(c) for name, c in contrasts.items()}, "uncertainty": np.full(SHAPE, 12.0)}
+    view |= {"sample": volume(165.0), "alarm": np.full(SHAPE, 80)}  # in steps of a tenth
     write_report(
         path,
         title="A run <made up>",
@@ -128,6 +129,7 @@ def test_the_viewer_slider_presets_and_cross_hair_work(desk: tuple[Page, list[st
     text = status(page)
     assert "truth 2" in text, text
     assert "spread 12 HU" in text
+    assert "alarm 8.0" in text
     assert complaints == []
 
 
@@ -154,12 +156,13 @@ def test_every_mode_paints_something_else_and_says_what(desk: tuple[Page, list[s
         "diff": "minus ctpipe model: white is equal",
         "error": "minus the true thin series",
         "spread": "the more orange, the less sure",
+        "alarm": "the more orange, the less it may be believed",
     }
     for mode, said in modes.items():
         page.locator("#mode").select_option(mode)
         assert said in page.locator("#legend").inner_text()
         sums.append(canvas_sum(page, 0))
-    assert len(set(sums)) == 4
+    assert len(set(sums)) == 5
     page.locator("#case").select_option("1")
     page.wait_for_function("document.getElementById('status').textContent.indexOf('spread') < 0")
     assert page.locator("#mode").input_value() == "wipe", "a case without samples has no spread to show"

@@ -159,7 +159,7 @@ def test_evaluate_over_a_dask_scheduler_gives_the_same_cases(site: Site, tmp_pat
                 store, run = tmp_path / name / "store", tmp_path / name / "run"
                 shutil.copytree(site.store, store)
                 shutil.copytree(site.run, run)
-                words = ("--split", "train", "--steps", 2, "--samples", 2, "--threads", 1)
+                words = ("--split", "train", "--steps", 2, "--samples", 3, "--threads", 1)
                 done = ctpipe("evaluate", store, run, *words, *engine)
                 assert done["failures"] == {}
                 folder = run / "evaluation" / "train" / "cases"
@@ -167,7 +167,8 @@ def test_evaluate_over_a_dask_scheduler_gives_the_same_cases(site: Site, tmp_pat
                 views = list((run / "evaluation" / "train" / "views").iterdir())
                 assert len(views) == min(3, len(cases[name]))
                 with np.load(views[0]) as view:
-                    assert view["uncertainty"].shape == view["model"].shape
+                    for name_of_view in ("uncertainty", "sample", "alarm"):
+                        assert view[name_of_view].shape == view["model"].shape
     assert len(cases["inline"]) >= 2
     assert cases["cluster"] == cases["inline"]
 
