@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.small_site import ingested_site, phantoms, trained_site  # noqa: F401 - fixtures
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Triton decides whether it interprets where its own library is imported, which any test module may do: before all.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,9 @@ from cli.main import app
 from cli.output import Exit
 from latentcache import InputError, LatentStore
 from pipeline.writing import read_provenance
-
+from tests.support.small_site import Site
 
 INLINE = ("--engine", "inline", "--threads", 1)
-
-
-@dataclass(frozen=True)
-class Site:
-    archive: Path
-    store: Path
-    run: Path
 
 
 def ctpipe(*words: Any) -> int:
@@ -33,22 +25,8 @@ def ctpipe(*words: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    root = tmp_path_factory.mktemp("site")
-    here = Site(root / "archive", root / "store", root / "run")
-    ctpipe("phantom", here.archive, "--patients", 4, "--size", 32, "--thin-slices", 44, "--seed", 9)
-    ctpipe("ingest", here.archive, here.store)
-    ctpipe("encode", here.store, "--vae", "tiny", *INLINE)
-    small = [
-        "model.width=8",
-        "model.multipliers=[1,2]",
-        "model.attention_levels=[1]",
-        "model.groups=4",
-        "model.heads=2",
-    ]
-    sets = [word for key in (*small, "model.time_embedding=16", "images_every=0") for word in ("--set", key)]
-    ctpipe("train", here.store, here.run, "--preset", "tiny", "--max-steps", 1, *sets)
-    return here
+def site(trained_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return trained_site.copy(tmp_path_factory.mktemp("site"))
 
 
 def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
