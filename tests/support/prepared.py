@@ -1,8 +1,8 @@
 """Processes of their own that need not start Python and import torch: forked from one that has done so once.
 
-What is killed, or is a rank of a group, must be a process; the seconds of its imports are in no test's interest. They are
-spent once for every worker of pytest. `test_two_processes_give_the_losses_of_one` keeps processes that begin from nothing
-and end as Python ends.
+What is killed, or is a rank of a group, must be a process; the seconds of its imports are in no test's interest. They
+are spent once for every worker of pytest. `test_two_processes_give_the_losses_of_one` keeps processes that begin from
+nothing and end as Python ends.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PRELOADED = [
     "diffusion.training.train", "diffusion.training.validation", "latentcache.maintenance", "pipeline.encode.store",
     "pipeline.vae", "pipeline.workflows.encoding", "safetensors.torch", "scipy.ndimage",
 ]  # fmt: skip
-"""None of them starts a thread, but for Arrow's allocator, which starts its own anew: a forked process would not have the
-thread, but would have the locks that it held."""
+"""None of them starts a thread (but for Arrow's allocator, which starts its own anew): a forked process would have the
+locks that the thread held, and no thread to let go of them."""
 
 
 class Script:
