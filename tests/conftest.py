@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support.small_site import ingested_site, phantoms, trained_site  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +45,25 @@ def gpu_for_those_marked(request: pytest.FixtureRequest) -> None:
         built = torch.version.cuda
         why = f"torch {torch.__version__} sees no GPU" if built else f"torch {torch.__version__} is built without CUDA"
         pytest.skip(f"{why}: run `make test-gpu` on a machine with one")
+
+
+@pytest.fixture(scope="session")
+def threads_at_first() -> int | None:
+    """Threads that torch computes with before any test has asked for others; None where nothing has loaded it."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else int(torch.get_num_threads())
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were(threads_at_first: int | None) -> Iterator[None]:
+    """Commands pin their threads for good, as is right in a process of their own: here the next test computes with them
+    too, and two threads that wait for each other on a busy machine do so by spinning."""
+    yield
+    workers = sys.modules.get("pipeline.engines.workers")
+    if threads_at_first is None or workers is None:
+        return
+    if sys.modules["torch"].get_num_threads() != threads_at_first or workers._blas not in (None, threads_at_first):
+        workers.pin(threads_at_first)
 
 
 @pytest.fixture(scope="session")

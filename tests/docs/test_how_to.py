@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from cli.main import app
+from tests.support.small_site import Phantoms
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "infra" / "docs"
@@ -37,6 +38,8 @@ NETWORK = ["model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[
            "model.time_embedding=16", "data.readers=0", "optimiser.samples_per_step=2"]  # fmt: skip
 SMALL = {
     "phantom": ["--size", "32", "--thin-slices", "46"],
+    "ingest": ["--workers", "1"],
+    **{key: ["--threads", "1"] for key in ("encode", "decode", "evaluate")},
     "train": [word for setting in NETWORK for word in ("--set", setting)],
     "train-regression": ["--width", "8", "--blocks", "1", "--patch", "10,16,16"],
 }
@@ -76,11 +79,9 @@ def parse(words: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(phantoms: Phantoms) -> Path:
     """Six phantom patients, as a hospital's export would be."""
-    folder = tmp_path_factory.mktemp("site") / "archive"
-    app(["phantom", str(folder), "--patients", "6", "--seed", "9", *SMALL["phantom"], "--json"], standalone_mode=False)
-    return folder
+    return phantoms(6, 32, 46)
 
 
 @pytest.mark.parametrize("name", SEQUENCES)

@@ -13,6 +13,7 @@ import pytest
 
 from cli.main import app
 from tests.docs.test_how_to import SMALL, STEPS
+from tests.support.small_site import Phantoms
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "infra" / "notebooks"
@@ -89,10 +90,8 @@ def example(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    where = tmp_path_factory.mktemp("archive") / "archive"
-    app(["phantom", str(where), "--patients", "6", *SMALL["phantom"], "--json"], standalone_mode=False)
-    return where
+def archive(phantoms: Phantoms) -> Path:
+    return phantoms(6, 32, 46)
 
 
 def test_thin_out_a_folder_names_what_it_cannot_use_and_goes_on(
@@ -114,7 +113,7 @@ def test_thin_out_a_folder_names_what_it_cannot_use_and_goes_on(
 
 def test_latents_in_torch(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = str(tmp_path / "store")
-    for words in (["ingest", str(archive), store], ["encode", store]):
+    for words in (["ingest", str(archive), store, "--workers", "1"], ["encode", store, "--threads", "1"]):
         assert app([*words, "--json"], standalone_mode=False) in (0, None)
     capsys.readouterr()
     example("latents_in_torch").main(store)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cli.main import app
 from latentcache import LatentStore
+from tests.support.prepared import Script
 
-COMMAND = [sys.executable, "-m", "cli.main"]
 OPTIONS = ("--vae", "tiny", "--threads", "1")
+COMMAND = "from cli.main import main; main()"
 
 
 def run(*words: str | Path) -> None:
-    subprocess.run([*COMMAND, *map(str, words)], check=True, capture_output=True)
+    assert (app([*map(str, words)], standalone_mode=False) or 0) == 0
 
 
 def rows(store: Path) -> list[dict[str, Any]]:
@@ -42,26 +41,21 @@ def encode_until(store: Path, new_paths: int) -> bool:
     By what it has done and not by the clock: the same on a machine of any speed.
     """
     before = paths(store)
-    process = subprocess.Popen(
-        [*COMMAND, "encode", str(store), *OPTIONS],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = Script(COMMAND, ["encode", store, *OPTIONS])
     seen: set[str] = set()
     while process.poll() is None and len(seen) < new_paths:
         seen |= paths(store) - before
-        time.sleep(0.002)
+        time.sleep(0.01)
     if process.poll() is not None:
         assert process.returncode == 0
         return True
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     return False
 
 
 def test_sigkill_at_random_instants_loses_nothing(tmp_path: Path) -> None:
-    run("phantom", tmp_path / "data", "--patients", "4", "--size", "64", "--thin-slices", "44")
+    run("phantom", tmp_path / "data", "--patients", "4", "--size", "32", "--thin-slices", "44")
     run("ingest", tmp_path / "data", tmp_path / "calm")
     shutil.copytree(tmp_path / "calm", tmp_path / "stormy")
     run("encode", tmp_path / "calm", *OPTIONS)

@@ -25,6 +25,7 @@ from pipeline.encode.store import load_encoder, set_up
 from pipeline.engines import GroupCommit, Outcome, Progress, mark, read_progress
 from pipeline.engines.group_commit import INTERVAL_S
 from pipeline.identity import PrivateStore
+from tests.support.small_site import Site
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -81,11 +82,8 @@ def assert_equal_stores(stores: dict[str, Path], latents: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("agree")
-    ctpipe("phantom", root / "data", "--patients", "4", "--size", "64", "--thin-slices", "44")
-    ctpipe("ingest", root / "data", root / "store")
-    return root / "store"
+def ingested(ingested_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ingested_site.copy(tmp_path_factory.mktemp("agree")).store
 
 
 def test_engines_give_equal_bytes_and_equal_manifests(ingested: Path, ray_session: None, tmp_path: Path) -> None:
@@ -135,14 +133,9 @@ def test_ingest_gives_equal_catalogs_on_every_engine(
     assert found["ray"] == found["inline"]
 
 
-def test_evaluate_gives_equal_scores_on_every_engine(ray_session: None, tmp_path: Path) -> None:
-    store, run = tmp_path / "store", tmp_path / "run"
-    ctpipe("phantom", tmp_path / "data", "--patients", "4", "--size", "32", "--thin-slices", "44")
-    ctpipe("ingest", tmp_path / "data", store)
-    ctpipe("encode", store, "--engine", "inline", "--threads", "1")
-    small = ("width=8", "multipliers=[1,2]", "attention_levels=[1]", "groups=4", "heads=2", "time_embedding=16")
-    sets = [word for key in (*(f"model.{one}" for one in small), "images_every=0") for word in ("--set", key)]
-    ctpipe("train", store, run, "--preset", "tiny", "--max-steps", "1", *sets)
+def test_evaluate_gives_equal_scores_on_every_engine(trained_site: Site, ray_session: None, tmp_path: Path) -> None:
+    site = trained_site.copy(tmp_path)
+    store, run = site.store, site.run
     scored = {}
     for name in ("inline", "ray"):
         mine = tmp_path / f"run-{name}"

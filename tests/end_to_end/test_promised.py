@@ -18,13 +18,13 @@ from diffusion.runs import LOG, read_log
 from latentcache import LatentStore
 from pipeline.writing import read_provenance
 from tests.cli.commands.test_decode import (
-    Site,
     ctpipe,
     result,
     site,  # noqa: F401 - a fixture
 )
 from tests.diffusion.config.test_classic_yaml import GUIDE
 from tests.pipeline.vae.test_finetune import tuned_from_tiny
+from tests.support.small_site import Site
 
 SMALL = ["model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.groups=4", "model.heads=2",
          "model.time_embedding=16", "validation.images_every=0", "losses.every=1"]  # fmt: skip

@@ -33,10 +33,10 @@ from pipeline.refiner import (
 from pipeline.volume import Window, geometry_of
 from pipeline.volume.window import BLEND_FRACTION
 from pipeline.workflows import start_of
+from tests.support.small_site import MODEL, Site as SmallSite
 
 WINDOW = Window()
 INLINE = ("--engine", "inline", "--threads", 1)
-MODEL = ("width=8", "multipliers=[1,2]", "attention_levels=[1]", "groups=4", "heads=2", "time_embedding=16")
 # A rate of nothing: the model gives its condition back, so that what is written is known.
 SETS = (*(f"model.{one}" for one in MODEL), "images_every=0", "optimiser.learning_rate=1e-12")
 SMALL = tuple(word for key in SETS for word in ("--set", key))
@@ -70,11 +70,10 @@ def made(folder: Path, seed: int, window: tuple[float, float] = (40.0, 400.0), d
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def site(ingested_site: SmallSite, tmp_path_factory: pytest.TempPathFactory) -> Site:
     root = tmp_path_factory.mktemp("site")
-    here = Site(root / "archive", root / "store", root / "run", made(root / "one", 0), made(root / "other", 1))
-    ctpipe("phantom", here.archive, "--patients", 4, "--size", 32, "--thin-slices", 44, "--seed", 9)
-    ctpipe("ingest", here.archive, here.store)
+    ingested = ingested_site.copy(root)
+    here = Site(ingested.archive, ingested.store, root / "run", made(root / "one", 0), made(root / "other", 1))
     assert ctpipe("encode", here.store, "--vae", "tiny", "--refiner", here.refiner, *INLINE) == Exit.OK
     ctpipe("train", here.store, here.run, "--preset", "tiny", "--refiner", here.refiner, "--max-steps", 1, *SMALL)
     return here

@@ -24,6 +24,7 @@ from packaging.specifiers import SpecifierSet
 from cli.main import app
 from diffusion.config import load_config
 from pipeline.vae.weights import TINY
+from tests.support.small_site import Phantoms
 
 IMAGE_EXTRAS = ("dask", "monai", "ray", "report", "s3", "tensorboard", "zarr")
 """What the image holds besides the smallest set."""
@@ -277,14 +278,13 @@ def test_the_image_can_compile() -> None:
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(phantoms: Phantoms, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small archive, ingested and encoded as the other jobs would have left it: store, private part and weights."""
     root = tmp_path_factory.mktemp("cluster")
     store, private = root / "store", root / "private"
     for words in (
-        ["phantom", root / "archive", "--patients", 6, "--size", 32, "--thin-slices", 44, "--seed", 9],
-        ["ingest", root / "archive", store, "--private", private],
-        ["encode", store, "--private", private, "--pad-in-plane", 64],
+        ["ingest", phantoms(4, 32, 44), store, "--private", private, "--workers", 1],
+        ["encode", store, "--private", private, "--pad-in-plane", 64, "--threads", 1],
     ):
         assert app([str(word) for word in words] + ["--json"], standalone_mode=False) in (0, None, 3)
     (store / "weights").mkdir()

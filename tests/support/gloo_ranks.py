@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
+
+from tests.support.prepared import Script
 
 
 def free_port() -> int:
@@ -22,16 +21,15 @@ def free_port() -> int:
 
 def on_ranks(script: str, arguments: Sequence[str] = (), *, ranks: int = 2, timeout: float = 300) -> list[str]:
     """Run a script in ``ranks`` processes of one gloo group; what each printed, or the first failure's traceback."""
-    port = str(free_port())
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        Script(
+            script,
+            arguments,
+            {**place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
     outputs = []
     try:
         for process in processes:
@@ -40,7 +38,6 @@ def on_ranks(script: str, arguments: Sequence[str] = (), *, ranks: int = 2, time
             outputs.append(out)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            process.kill()
+            process.wait()
     return outputs

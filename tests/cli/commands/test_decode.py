@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,9 @@ from cli.main import app
 from cli.output import Exit
 from latentcache import InputError, LatentStore
 from pipeline.writing import read_provenance
+from tests.support.small_site import Site
 
-
-@dataclass(frozen=True)
-class Site:
-    archive: Path
-    store: Path
-    run: Path
+INLINE = ("--engine", "inline", "--threads", 1)
 
 
 def ctpipe(*words: Any) -> int:
@@ -30,22 +25,8 @@ def ctpipe(*words: Any) -> int:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    root = tmp_path_factory.mktemp("site")
-    here = Site(root / "archive", root / "store", root / "run")
-    ctpipe("phantom", here.archive, "--patients", 4, "--size", 32, "--thin-slices", 44, "--seed", 9)
-    ctpipe("ingest", here.archive, here.store)
-    ctpipe("encode", here.store, "--vae", "tiny", "--engine", "inline", "--threads", 1)
-    small = [
-        "model.width=8",
-        "model.multipliers=[1,2]",
-        "model.attention_levels=[1]",
-        "model.groups=4",
-        "model.heads=2",
-    ]
-    sets = [word for key in (*small, "model.time_embedding=16", "images_every=0") for word in ("--set", key)]
-    ctpipe("train", here.store, here.run, "--preset", "tiny", "--max-steps", 1, *sets)
-    return here
+def site(trained_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return trained_site.copy(tmp_path_factory.mktemp("site"))
 
 
 def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -55,11 +36,11 @@ def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def test_stored_latents_to_dicom_and_again(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", "--engine", "inline", "--json") == Exit.OK
+    assert ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", *INLINE, "--json") == Exit.OK
     first = result(capsys)
     assert len(first["written"]) == 4
     assert {len(list(folder.iterdir())) for folder in (tmp_path / "out").iterdir()} == {44}
-    assert ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", "--engine", "inline", "--json") == Exit.OK
+    assert ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", *INLINE, "--json") == Exit.OK
     again = result(capsys)
     assert (again["already"], again["written"]) == (4, {})
 
@@ -73,7 +54,7 @@ def test_a_series_that_fails_is_recorded_and_the_rest_goes_on(
     broken = opened.records(role="thin")[0]
     shutil.rmtree(store / broken.path)
     capsys.readouterr()
-    code = ctpipe("decode", store, tmp_path / "out", "--to-dicom", "--engine", "inline", "--json")
+    code = ctpipe("decode", store, tmp_path / "out", "--to-dicom", *INLINE, "--json")
     assert code == Exit.QUARANTINED
     done = result(capsys)
     assert list(done["failed"]) == [broken.key]
@@ -84,7 +65,7 @@ def test_a_series_that_fails_is_recorded_and_the_rest_goes_on(
 def test_sampling_then_decoding_a_split(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     words = ["--checkpoint", site.run, "--split", "test", "--steps", 2, "--samples", 2, "--uncertainty"]
-    code = ctpipe("decode", site.store, tmp_path, "--to-dicom", *words, "--engine", "inline", "--json")
+    code = ctpipe("decode", site.store, tmp_path, "--to-dicom", *words, *INLINE, "--json")
     assert code == Exit.OK
     ((key, figures),) = result(capsys)["written"].items()
     assert figures["folders"] == [key, f"{key}-uncertainty"]
@@ -142,7 +123,7 @@ def test_a_refiner_is_trained_resumed_and_used(
         ctpipe(*words, "--steps", 3)
     assert ctpipe(*words, "--steps", 3, "--resume") == Exit.OK
     assert result(capsys)["sha256"] == trained["sha256"]
-    series = ["--checkpoint", site.run, "--split", "test", "--steps", 1, "--engine", "inline"]
+    series = ["--checkpoint", site.run, "--split", "test", "--steps", 1, *INLINE]
     assert ctpipe("decode", site.store, tmp_path / "out", *series, "--refiner", tmp_path / "run", "--json") == Exit.OK
     ((key, figures),) = result(capsys)["written"].items()
     assert figures["refiner_sha256"] == trained["sha256"]
@@ -181,8 +162,7 @@ def test_a_refiner_that_wins_is_its_checkpoints_default(
         "test",
         "--steps",
         1,
-        "--engine",
-        "inline",
+        *INLINE,
         "--json",
     ]
     assert ctpipe(*decode[:2], tmp_path / "with", *decode[2:]) == Exit.OK
@@ -210,7 +190,7 @@ def test_a_vae_that_did_not_encode_the_store_is_refused(site: Site, tmp_path: Pa
     with safe_open(TINY, "np") as file:
         save_file(tensors, other, metadata=file.metadata())
     with pytest.raises(InputError, match="the one that encoded these latents"):
-        ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", "--vae", other, "--engine", "inline")
+        ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", "--vae", other, *INLINE)
     assert not (tmp_path / "out").exists()
 
 
@@ -225,13 +205,13 @@ def test_a_vae_that_did_not_encode_the_store_is_refused(site: Site, tmp_path: Pa
 )
 def test_wrong_options_say_what_is_right(site: Site, tmp_path: Path, words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", "--engine", "inline", *words)
+        ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", *INLINE, *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_send_reports_what_is_left(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     series = LatentStore.open(str(site.store)).records(role="thin")[0].key
-    words = ["decode", site.store, tmp_path, "--to-dicom", "--series", series, "--engine", "inline"]
+    words = ["decode", site.store, tmp_path, "--to-dicom", "--series", series, *INLINE]
     assert ctpipe(*words) == Exit.OK
     capsys.readouterr()
     code = ctpipe("send", tmp_path / series, "--stow", "http://127.0.0.1:9/x", "--attempts", 1, "--json")

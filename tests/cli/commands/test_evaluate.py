@@ -16,12 +16,12 @@ from rich.console import Console
 from cli.output import Exit
 from latentcache import InputError
 from tests.cli.commands.test_decode import (
-    Site,
     ctpipe,
     result,
     site,  # noqa: F401 - a fixture
 )
 from tests.pipeline.evaluation.test_rplhr import made, save
+from tests.support.small_site import Site
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from cli.main import app
 from pipeline.writing import read_provenance
 from tests.pipeline.writing.test_ct_image import validator_errors
 from tests.support.serve_site import CT, EXPLICIT, free_port
+from tests.support.small_site import Site
 
 CONFIG = """
 state: {root}/state
@@ -39,24 +40,13 @@ def last_json(text: str) -> dict[str, Any]:
     return loaded
 
 
-def trained(root: Path) -> Path:
-    """A phantom archive and a run of one step; returns one patient's zip."""
-    ctpipe("phantom", root / "archive", "--patients", 4, "--size", 32, "--thin-slices", 44, "--seed", 9)
-    ctpipe("ingest", root / "archive", root / "store")
-    ctpipe("encode", root / "store", "--vae", "tiny", "--engine", "inline", "--threads", 1)
-    keys = ["model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.groups=4"]
-    keys += ["model.heads=2", "model.time_embedding=16", "images_every=0"]
-    sets = [word for key in keys for word in ("--set", key)]
-    ctpipe("train", root / "store", root / "run", "--preset", "tiny", "--max-steps", 1, *sets)
-    return sorted((root / "archive").rglob("*.zip"))[0]
-
-
 def test_a_zip_in_the_watched_folder_becomes_a_thin_series_at_the_pacs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pynetdicom import AE, evt
 
-    patient, port, got = trained(tmp_path), free_port(), {}
+    site = trained_site.copy(tmp_path)
+    patient, port, got = sorted(site.archive.rglob("*.zip"))[0], free_port(), {}
 
     def keep(event: Any) -> int:
         got[str(event.request.AffectedSOPInstanceUID)] = event.encoded_dataset()

@@ -36,6 +36,7 @@ from latentcache import InputError, LatentStore, NonFiniteError
 from latentcache.maintenance import collect, forget_patient, pinned_snapshots
 from latentcache.maintenance.pins import unpin
 from latentcache.tables import snapshot_numbers
+from tests.support.prepared import Script
 
 train_module = importlib.import_module("diffusion.training.train")
 
@@ -132,12 +133,11 @@ print(summary.stopped_by, summary.steps)
 """
 
 
-def start(store: LatentStore, run: Path, *overrides: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", TRAIN, store.url.removeprefix("file://"), str(run), *SMALL, *overrides]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(store: LatentStore, run: Path, *overrides: str) -> Script:
+    return Script(TRAIN, [store.url.removeprefix("file://"), run, *SMALL, *overrides])
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Script) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         ended = process.poll() is not None

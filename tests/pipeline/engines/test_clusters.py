@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from latentcache import InputError
-from pipeline.engines import EngineOptions, Stage, job_log as log_lines, stream
+from pipeline.engines import EngineOptions, Outcome, Stage, job_log as log_lines, ray_cluster, stream
 from pipeline.engines.contract import check_nodes, node_facts
 
 pytestmark = [
@@ -43,6 +44,7 @@ def run(state: str, item: int, *, folder: str = "") -> int:
             mark.touch()
             os._exit(9)
     if item == 11:
+        (Path(folder) / "hangs").touch()
         time.sleep(600)
     assert state == "state of cpu"
     return item * item
@@ -99,9 +101,19 @@ def test_ray_outlives_a_dead_worker_and_a_poison_pill(ray_session: None, tmp_pat
     assert "2 workers died" in str(outcomes[7].error)
 
 
-def test_ray_sets_a_hanging_item_aside(ray_session: None) -> None:
-    stage = Stage(prepare=prepare, setup=setup, run=run)
-    outcomes = {o.item: o for o in stream([1, 11, 2], stage, EngineOptions(name="ray", timeout_s=45.0))}
+def test_ray_sets_a_hanging_item_aside(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's clock is past the limit while the item hangs and is its lane's head, and right otherwise: the test
+    waits for nothing, and a slow machine sets no other item aside."""
+    outcomes: dict[int, Outcome[int, int]] = {}
+
+    def clock() -> float:
+        hangs = 1 in outcomes and 11 not in outcomes and (tmp_path / "hangs").exists()
+        return time.monotonic() + (10_000.0 if hangs else 0.0)
+
+    monkeypatch.setattr(ray_cluster, "time", SimpleNamespace(monotonic=clock))
+    stage = Stage(prepare=prepare, setup=setup, run=functools.partial(run, folder=str(tmp_path)))
+    for outcome in stream([1, 11, 2], stage, EngineOptions(name="ray", timeout_s=5_000.0)):
+        outcomes[outcome.item] = outcome
     assert sorted(outcomes) == [1, 2, 11]
     assert (outcomes[11].error_kind, outcomes[2].value) == ("Timeout", 4)
 

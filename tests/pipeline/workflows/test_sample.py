@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from latentcache import LatentStore
 from pipeline.engines import EngineName, EngineOptions
 from pipeline.workflows import Spread
 from pipeline.workflows.sample import sample_store
+from tests.support.small_site import SMALL, Site
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -30,12 +31,6 @@ pytestmark = [
 
 ENGINES: tuple[EngineName, ...] = ("inline", "dask", "ray")
 PAIRS = 4
-
-
-@dataclass(frozen=True)
-class Site:
-    store: Path
-    run: Path
 
 
 def ctpipe(*words: Any, code: int = 0) -> dict[str, Any]:
@@ -49,16 +44,11 @@ def ctpipe(*words: Any, code: int = 0) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    root = tmp_path_factory.mktemp("sampling")
-    here = Site(root / "store", root / "run")
-    ctpipe("phantom", root / "data", "--patients", PAIRS, "--size", 32, "--thin-slices", 44)
-    ctpipe("ingest", root / "data", here.store)
+def site(ingested_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    here = ingested_site.copy(tmp_path_factory.mktemp("sampling"))
     ctpipe("encode", here.store, "--engine", "inline", "--threads", 1, "--roles", "thin,thick_on_thin")
-    small = ("width=8", "multipliers=[1,2]", "attention_levels=[1]", "groups=4", "heads=2", "time_embedding=16")
-    sets = [word for key in (*(f"model.{one}" for one in small), "images_every=0") for word in ("--set", key)]
     # The U-Net's last layer begins at zero: two steps, so that what a sampler asks the network for is not nothing.
-    ctpipe("train", here.store, here.run, "--preset", "tiny", "--max-steps", 2, *sets)
+    ctpipe("train", here.store, here.run, "--preset", "tiny", "--max-steps", 2, *SMALL)
     return here
 
 
