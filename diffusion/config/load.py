@@ -11,7 +11,6 @@ import torch
 
 from diffusion.config.classic_yaml import from_classic, is_classic
 from diffusion.config.overrides import apply, known_keys, nearest, parse_overrides
-from diffusion.config.safe_yaml import MOST_BYTES, parse_yaml
 from diffusion.config.schema import (
     BudgetConfig,
     DataConfig,
@@ -22,7 +21,7 @@ from diffusion.config.schema import (
     ValidationConfig,
 )
 from diffusion.networks import MODEL_PRESETS
-from latentcache import InputError
+from latentcache import YAML_BYTES, InputError, parse_yaml
 
 
 def check(config: TrainConfig) -> None:
@@ -161,7 +160,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping."""
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(MOST_BYTES + 1)
+            text = file.read(YAML_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"the configuration file cannot be read ({type(error).__name__})",

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from diffusion.config.safe_yaml import parse_yaml
-from latentcache import InputError
+from latentcache import InputError, parse_yaml
 
 C = TypeVar("C")
 

@@ -11,9 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
-from latentcache import InputError
+from latentcache import YAML_BYTES, InputError, parse_yaml
 
 C = TypeVar("C")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
@@ -23,23 +21,18 @@ def read_yaml(path: Path, kind: type[C]) -> C:
     """Return the dataclass that a YAML file describes.
 
     Raises:
-        InputError: The file cannot be read, is no YAML, or does not fit ``kind``.
+        InputError: The file cannot be read, is no YAML or more than its limits, or does not fit ``kind``.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(YAML_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"a configuration that cannot be read ({type(error).__name__})",
             expected="a YAML file",
             remedy="Check the path and its permissions.",
         ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark is not None else ""
-        raise InputError(
-            f"no YAML{where}", expected="keys and values, one per line", remedy="Check indentation and quotes."
-        ) from None
-    return typing.cast(C, build(kind, loaded, ""))
+    return typing.cast(C, build(kind, parse_yaml(text, "the configuration file"), ""))
 
 
 def build(kind: Any, value: Any, at: str) -> Any:

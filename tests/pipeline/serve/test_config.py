@@ -64,7 +64,7 @@ def test_the_documented_example_is_sound(repo_root: Path, tmp_path: Path) -> Non
         ("quiet_s: 90", "attempts: 0", "attempts = 0", "Correct it"),
         ("quiet_s: 90", "quiet_s: .inf", "timing.quiet_s is inf", "Correct it"),
         ("ae_title: CTPIPE", "ae_title: MUCH_TOO_LONG_A_TITLE", "listen.ae_title", "administrator"),
-        ("rules:", "rules: [", "no YAML", "indentation"),
+        ("rules:", "rules: [", "no plain YAML", "indentation"),
         ('c_store: "PACS@10.0.0.6:104"', "calling_ae: X", "destinations.pacs", "Leave one"),
     ],
 )
@@ -74,6 +74,16 @@ def test_what_is_wrong_is_named_with_its_remedy(tmp_path: Path, old: str, new: s
         read_config(written(tmp_path, GOOD.replace(old, new)))
     assert found in caught.value.found
     assert remedy in caught.value.remedy
+
+
+def test_a_bomb_is_refused_before_anything_walks_through_it(tmp_path: Path) -> None:
+    """Ten lines that stand for 9^10 values, and a file that takes seconds to parse."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    with pytest.raises(InputError, match="stands for more than"):
+        read_config(written(tmp_path, "\n".join(lines)))
+    with pytest.raises(InputError, match="KiB"):
+        read_config(written(tmp_path, "# x\n" * 100_000))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

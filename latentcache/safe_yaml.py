@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from latentcache import InputError
+from latentcache.errors import InputError
 
-MOST_BYTES = 256 << 10
+YAML_BYTES = 256 << 10
 """A configuration has about 100 keys; this many bytes take a second to parse."""
 MOST_VALUES = 10_000
 """Keys and values, those behind an alias counted wherever it is used."""
@@ -44,8 +44,8 @@ def parse_yaml(text: str, what: str) -> Any:
     Raises:
         InputError: No YAML, objects of Python, an alias inside of what it means, or more than the limits.
     """
-    if len(text.encode(errors="replace")) > MOST_BYTES:
-        raise _refused(f"{what} of more than {MOST_BYTES >> 10} KiB", "a short file of keys and values")
+    if len(text.encode(errors="replace")) > YAML_BYTES:
+        raise _refused(f"{what} of more than {YAML_BYTES >> 10} KiB", "a short file of keys and values")
     loader = None
     try:
         loader = _BoundedLoader(text)
@@ -55,10 +55,14 @@ def parse_yaml(text: str, what: str) -> Any:
         if _values(node, {}) > MOST_VALUES:
             raise _refused(f"{what} that stands for more than {MOST_VALUES} values", "a short file of keys and values")
         return loader.construct_document(node)
+    except InputError:  # a ValueError too, and said already
+        raise
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
         # A date of the 45th, a number of 5,000 digits or a list for a key come as errors of Python's own.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
         raise _refused(
-            f"{what} is no plain YAML ({type(error).__name__})",
+            f"{what} is no plain YAML ({type(error).__name__}{where})",
             f"texts, numbers, lists and mappings, {DEEPEST} levels and {MOST_VALUES} values at most",
         ) from None
     finally:

@@ -11,8 +11,7 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 from diffusion.config import load_config
-from diffusion.config.safe_yaml import MOST_BYTES, parse_yaml
-from latentcache import InputError
+from latentcache import YAML_BYTES, InputError, parse_yaml
 
 
 def laughs(levels: int) -> str:
@@ -43,7 +42,7 @@ BOMBS = {
     "a tab": "\ta: 1",
     "an unknown alias": "a: *b",
     "a control character": "a: \x00",
-    "too long": "# x\n" * (MOST_BYTES // 4 + 1) + "a: 1",
+    "too long": "# x\n" * (YAML_BYTES // 4 + 1) + "a: 1",
     "too many values": "a: [" + "1, " * 11_000 + "1]",
 }
 
