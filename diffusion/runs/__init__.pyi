@@ -4,6 +4,7 @@ from .checkpoint import (
     gather as gather,
     load_on_first as load_on_first,
     restore as restore,
+    validation_of as validation_of,
 )
 from .ema import PowerEma as PowerEma
 from .run_card import RUN_CARD as RUN_CARD, RunCard as RunCard, pin_snapshot as pin_snapshot, reopen as reopen

@@ -132,6 +132,15 @@ def check_tensors(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     )
 
 
+def validation_of(folder: Path) -> dict[str, float]:
+    """Figures of the last validation before a checkpoint in this folder; empty where it says none."""
+    state = folder / STATE
+    if not state.is_file():
+        return {}
+    found: dict[str, float] = json.loads(state.read_text(encoding="utf-8")).get("validation", {})
+    return found
+
+
 class CheckpointFolder:
     """``RUN/checkpoints``. One process writes; any may read."""
 

@@ -1,4 +1,4 @@
-from .interpolator import Interpolator as Interpolator
+from .interpolator import Interpolator as Interpolator, change_gain as change_gain
 from .monai_bundle import BundleFacts as BundleFacts, export_bundle as export_bundle
 from .plan import (
     SampleSettings as SampleSettings,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffusion.data import align_depth, condition_role, same_extent
 from diffusion.networks import ThickSlices, UNet, build_unet, for_generation, told_tensor
 from diffusion.objectives import DepthNoise, Objective
-from diffusion.runs import RunCard, check_tensors
+from diffusion.runs import RunCard, check_tensors, validation_of
 from diffusion.sampling.depth_windows import DepthWindows
 from latentcache import COMPRESSION, Encoding, InputError, LatentGrid, LatentRole, NonFiniteError
 
@@ -395,6 +395,18 @@ def _checked_volume(thick: Latent) -> Tensor:
             remedy="Bring HU into the window of the run first: Window.to_unit(hu), and from_unit on the result.",
         )
     return volume
+
+
+def change_gain(run_dir: str | Path, num_inference_steps: int | None) -> float:
+    """Share of a run's change of what it starts from to take: what its best checkpoint's validation found, else 1.
+
+    A single step gives a mean, and of that alone a share was measured; draws of more steps keep their whole change,
+    whose size is how sure the model is.
+    """
+    card = RunCard.read(Path(run_dir))
+    if (num_inference_steps or card.build_objective().default_steps) != 1:
+        return 1.0
+    return float(validation_of(_weights_file(Path(run_dir), "best").parent).get("val_change_gain", 1.0))
 
 
 def _weights_file(run_dir: Path, which: Literal["best", "last"]) -> Path:

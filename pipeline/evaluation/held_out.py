@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class HeldOutPair:
     """A pair's truth in HU, clipped to the window, on the thin slices that the thick series covers, and its bounds.
 
-    ``start`` is what the model's change is added to, less the decoded condition. ``bounds`` has PSNR and SSIM of linear
+    ``start`` is what the model's change is added to, ``condition`` the decoded condition; zeros both where there is no
+    condition of the model's own grid, so that the decoded sample stands alone. ``bounds`` has PSNR and SSIM of linear
     interpolation, of ``base`` (the slices that the model starts from) and of the VAE ceiling (the true thin series,
     encoded and decoded, alone).
     """
@@ -39,6 +40,7 @@ class HeldOutPair:
     inside: slice
     truth: NDArray[np.float32]
     start: NDArray[np.float32]
+    condition: NDArray[np.float32]
     bounds: Mapping[str, float]
 
 
@@ -74,17 +76,35 @@ class HeldOutImages:
         chosen = sorted(pairs, key=lambda p: p.pair_key)[:count]
         self.pairs = [self._read(store, private, encode_key, pair) for pair in chosen]
 
-    def figures(self, latent_of: Callable[[PairRecord], NDArray[Any]]) -> dict[str, float]:
+    def figures(self, latent_of: Callable[[PairRecord], NDArray[Any]], *, means: bool = False) -> dict[str, float]:
         """Mean PSNR (dB) and SSIM over the window of sampled latents, and those of the bounds.
 
         Args:
             latent_of: A pair's sampled thin latent, raw, (4, d, h, w).
+            means: The latents are means, not draws: ``val_change_gain`` is then the share of the model's change, 0 to
+                1, that errs least over these pairs (``ComposeSettings.change_gain``), and is what is scored.
         """
+        changes = [self._decode(latent_of(held.pair), held) - held.condition for held in self.pairs]
+        gain = self._gain(changes) if means else None
         rows = [
-            {**self._scores("", held, self._clip(held.start + self._decode(latent_of(held.pair), held))), **held.bounds}
-            for held in self.pairs
+            {
+                **self._scores("", held, self._clip(held.start + np.float32(1.0 if gain is None else gain) * change)),
+                **held.bounds,
+                **({} if gain is None else {"val_change_gain": gain}),
+            }
+            for held, change in zip(self.pairs, changes, strict=True)
         ]
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+
+    def _gain(self, changes: list[NDArray[np.float32]]) -> float | None:
+        """<truth - start, change> / <change, change> over all pairs, from 0 to 1; None where a sample stands alone."""
+        wanted = power = 0.0
+        for held, change in zip(self.pairs, changes, strict=True):
+            if not held.condition.any():
+                return None
+            wanted += float(np.sum((held.truth - held.start) * change, dtype=np.float64))
+            power += float(np.sum(np.square(change), dtype=np.float64))
+        return 1.0 if power == 0 else min(1.0, max(0.0, wanted / power))
 
     def _read(self, store: LatentStore, private: PrivateStore, encode_key: str, pair: PairRecord) -> HeldOutPair:
         pointers = private.pointers([pair.thin_key, pair.thick_key])
@@ -97,17 +117,18 @@ class HeldOutImages:
         record = store.find(pair.thin_key, "thin", encode_key)
         assert record is not None, "pairs are chosen among those encoded"
         base = self._clip(base_volume(thick, z_inside, self.composing, self.window))
-        held = HeldOutPair(pair, thin.geometry.shape_zyx, inside, truth, base, {})
+        held = HeldOutPair(pair, thin.geometry.shape_zyx, inside, truth, base, base, {})
         ceiling = self._decode(_means(store, record), held)
         given = condition_of(store, pair, encode_key, self.composing.start)
         # Without a condition of its own grid (alignment `latent` alone was encoded) the decoded sample stands alone.
-        start = np.zeros_like(base) if given is None else base - self._decode(_means(store, given), held)
+        condition = np.zeros_like(base) if given is None else self._decode(_means(store, given), held)
+        start = np.zeros_like(base) if given is None else base
         bounds = {
             **self._scores("_linear", held, linear),
             **self._scores("_base", held, base),
             **self._scores("_vae_ceiling", held, ceiling),
         }
-        return HeldOutPair(pair, held.valid_zyx, inside, truth, start, bounds)
+        return HeldOutPair(pair, held.valid_zyx, inside, truth, start, condition, bounds)
 
     def _decode(self, latent: NDArray[Any], held: HeldOutPair) -> NDArray[np.float32]:
         unit = np.asarray(self.vae.decode(np.asarray(latent, dtype=np.float32), held.valid_zyx))

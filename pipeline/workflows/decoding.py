@@ -74,6 +74,7 @@ def decode(job: DecodeJob, on_progress: OnProgress = silent) -> DecodeSummary:
     Raises:
         InputError: Settings that contradict each other, nothing that matches, or the wrong VAE.
     """
+    from diffusion.sampling import change_gain
     from latentcache import LatentStore
     from pipeline.decode import ComposeSettings, parse_answer, parse_detail
     from pipeline.engines import EngineOptions
@@ -93,7 +94,8 @@ def decode(job: DecodeJob, on_progress: OnProgress = silent) -> DecodeSummary:
     if job.checkpoint is None:
         return _decode_into_folder(job, latents, engine, composing, answer, None, on_progress)
     sampled = _sampled(job, job.checkpoint, latents, engine, answer, on_progress)
-    composing = replace(composing, start=start_of(job.checkpoint, job.device))
+    gain = change_gain(job.checkpoint, job.steps)
+    composing = replace(composing, start=start_of(job.checkpoint, job.device), change_gain=gain)
     if job.refiner is None:
         own = own_refiner(job.checkpoint, sampled.facts["checkpoint_sha256"], job.device)
         composing = replace(composing, refiner=own)

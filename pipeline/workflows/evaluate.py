@@ -47,6 +47,7 @@ class ScoringJob:
 
     def composing(self, run: Path, checkpoint_sha256: str) -> ComposeSettings:
         """Return how a model's output becomes HU, with the run's own refiner where no other is asked for."""
+        from diffusion.sampling import change_gain
         from pipeline.decode import ComposeSettings, parse_detail
         from pipeline.workflows.sample import own_refiner, refiner_of, start_of
 
@@ -56,6 +57,7 @@ class ScoringJob:
             consistency=self.consistency,
             refiner=own_refiner(run, checkpoint_sha256, self.device) if own else refiner_of(self.refiner, self.device),
             start=start_of(run, self.device),
+            change_gain=change_gain(run, self.steps),
         )
 
 
@@ -126,6 +128,7 @@ def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[
             "consistency": job.consistency,
             "refiner_sha256": refiner.sha256 if refiner else "",
             "start_refiner_sha256": model.refiner_sha256,
+            "change_gain": evaluation.compose.change_gain,
             "decoder_sha256": tuned_decoder(job.vae),
         },
         "not_encoded": not_encoded,

@@ -102,6 +102,8 @@ class Provenance:
             if value:
                 parts.append(f"{label} {value[:16]}")
         parts += [f"{k} {self.sampling[k]}" for k in ("sampler", "steps", "samples", "seed") if k in self.sampling]
+        if "change_gain" in self.consistency:
+            parts.append(f"{self.consistency['change_gain']:g} of the model's change")
         if "rms_after_hu" in self.consistency:
             parts.append(f"agreement with the measured slices {self.consistency['rms_after_hu']:.1f} HU RMS")
         if said := str(self.consistency.get("certificate", {}).get("said", "")):

@@ -164,6 +164,8 @@ def interpolate_with(
 
 def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
     """Return the settings of composing and writing, from the job and the model's card."""
+    from diffusion.sampling import change_gain
+
     model, encoding = loaded.model, loaded.encoding
     return InterpolateSettings(
         WriteSettings(
@@ -183,6 +185,7 @@ def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
             consistency=job.consistency,
             profile=SliceProfile("gaussian", job.fwhm_mm) if job.fwhm_mm else None,
             start=start_of(loaded.run, job.device),
+            change_gain=change_gain(loaded.run, job.sampling.options["num_inference_steps"]),
             refiner=refiner_of(job.refiner, job.device)
             if job.refiner
             else own_refiner(loaded.run, model.checkpoint_sha256, job.device),

@@ -185,14 +185,12 @@ def held_out_pairs(
     def validate(interpolator: Interpolator, step: int) -> dict[str, float]:
         from diffusion.sampling import generate_for
 
+        steps = config.validation.sampling_steps
         return held_out.figures(
             lambda pair: generate_for(
-                latents,
-                interpolator,
-                pair,
-                sampler=config.validation.sampler,
-                num_inference_steps=config.validation.sampling_steps,
-            )
+                latents, interpolator, pair, sampler=config.validation.sampler, num_inference_steps=steps
+            ),
+            means=(steps or interpolator.objective.default_steps) == 1,
         )
 
     return validate

@@ -134,6 +134,34 @@ def test_a_refiner_is_trained_resumed_and_used(
         ctpipe("decode", site.store, tmp_path / "none", *series, "--refiner", tmp_path)
 
 
+def test_every_way_out_takes_as_much_of_a_mean_as_validation_found_it_worth(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(site.run, run)
+    state = run / "checkpoints" / "best" / "state.json"
+    known = json.loads(state.read_text())
+    state.write_text(json.dumps({**known, "validation": {"val_change_gain": 0.25}}))
+    words = ["decode", site.store, tmp_path / "out", "--checkpoint", run, "--split", "test", *INLINE, "--json"]
+    capsys.readouterr()
+    assert ctpipe(*words) == Exit.OK
+    ((key, figures),) = result(capsys)["written"].items()
+    assert figures["change_gain"] == 0.25
+    written = pydicom.dcmread(tmp_path / "out" / key / "00001.dcm")
+    assert read_provenance(written)["consistency"]["change_gain"] == 0.25
+    assert "0.25 of the model's change" in written.DerivationDescription
+    study = sorted(site.archive.rglob("*.zip"))[0]
+    taken = {}
+    for steps in (1, 2):
+        words = ["interpolate", study, tmp_path / f"thin{steps}", "--checkpoint", run, "--steps", steps, "--json"]
+        assert ctpipe(*words) == Exit.OK
+        taken[steps] = result(capsys).get("change_gain", 1.0)
+    assert taken == {1: 0.25, 2: 1.0}
+    assert ctpipe("evaluate", site.store, run, "--split", "test", "--threads", 1, "--json") == Exit.OK
+    document = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
+    assert document["settings"]["change_gain"] == 0.25
+
+
 def test_a_refiner_that_wins_is_its_checkpoints_default(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

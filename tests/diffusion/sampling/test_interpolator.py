@@ -216,6 +216,20 @@ def test_best_falls_back_to_last_and_average_to_plain_weights(tmp_path: Path) ->
     assert Interpolator.load(tmp_path, which="last").checkpoint_sha256 == first
 
 
+def test_the_share_that_validation_found_is_a_single_steps_alone(tmp_path: Path) -> None:
+    from diffusion.sampling import change_gain
+
+    make_run(tmp_path, network())
+    state = tmp_path / "checkpoints" / "best" / "state.json"
+    assert change_gain(tmp_path, None) == 1.0, "a run without validation is taken whole"
+    state.write_text(json.dumps({"validation": {"val_loss": 1.0, "val_change_gain": 0.25}}))
+    assert change_gain(tmp_path, 1) == 0.25
+    # The objective of this run, a flow, takes several steps unless told otherwise.
+    assert change_gain(tmp_path, 10) == change_gain(tmp_path, None) == 1.0, (
+        "the spread of draws says how sure the model is"
+    )
+
+
 def test_runs_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no run\.json"):
         Interpolator.load(tmp_path / "nothing")

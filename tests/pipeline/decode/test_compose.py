@@ -118,6 +118,23 @@ def test_residual_detail_cancels_an_error_that_both_decodes_share(
     assert np.abs(absolute[inside] - truth[inside]).mean() > 10
 
 
+def test_a_share_of_the_change_is_a_share_of_the_way_from_what_it_starts_from(
+    case: tuple[NDArray[np.float32], Volume, Geometry],
+) -> None:
+    truth, thick, target = case
+    base = interpolated(thick, target, "cubic")
+    written = {}
+    for gain in (0.0, 0.5, 1.0):
+        settings = ComposeSettings(consistency=False, change_gain=gain)
+        hu, figures = compose(truth, WINDOW, PLAIN.measured(thick, target), settings, condition_hu=base)
+        written[gain] = hu.astype(np.float64)
+        assert figures.get("change_gain", 1.0) == gain
+    inside = (np.abs(truth - 40) < 120) & (np.abs(base - 40) < 120)
+    assert np.abs(written[0.0] - base)[inside].max() <= 0.5
+    assert np.abs(written[0.5] - (written[0.0] + written[1.0]) / 2)[inside].max() <= 1
+    assert np.abs(written[1.0] - truth)[inside].mean() < 1
+
+
 def test_interpolation_never_leaves_the_measured_range(case: tuple[NDArray[np.float32], Volume, Geometry]) -> None:
     _, thick, target = case
     base = interpolated(thick, target, "cubic")

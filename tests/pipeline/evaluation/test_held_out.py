@@ -58,7 +58,7 @@ def test_a_look_scores_the_model_beside_its_bounds(held_out: HeldOutImages) -> N
         f"{f}{s}" for f in ("val_psnr_db", "val_ssim") for s in ("", "_linear", "_base", "_vae_ceiling")
     }
     held = held_out.pairs[0]
-    composed = np.clip(held.start + 40.0, -160, 240)
+    composed = np.clip(held.start - held.condition + 40.0, -160, 240)
     expected = 10 * np.log10(400.0**2 / np.mean((held.truth - composed) ** 2))
     assert figures["val_psnr_db"] == pytest.approx(expected, abs=1e-3), (
         "a latent of zeros is the window's centre everywhere, and that is added to the start"
@@ -76,6 +76,20 @@ def test_a_model_that_changes_nothing_scores_as_what_it_starts_from(held_out: He
         "the autoencoder's own error cancels: a sample decoded alone would show nothing else"
     )
     assert figures["val_psnr_db"] > figures["val_psnr_db_vae_ceiling"] + 10
+
+
+@pytest.mark.parametrize(("share", "gain"), [(0.5, 1.0), (1.0, 1.0), (2.0, 0.5), (-1.0, 0.0)])
+def test_of_a_mean_as_much_is_taken_as_it_earns(held_out: HeldOutImages, share: float, gain: float) -> None:
+    """A change of ``share`` times what is missing: too little is taken whole, too much in part, a wrong one not."""
+    held = held_out.pairs[0]
+    wanted = held.condition + share * (held.truth - held.start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out, "_decode", lambda latent, held: wanted)
+        figures = held_out.figures(lambda pair: np.zeros(1), means=True)
+        draws = held_out.figures(lambda pair: np.zeros(1))
+    assert figures["val_change_gain"] == pytest.approx(gain, abs=1e-5)
+    assert figures["val_psnr_db"] >= figures["val_psnr_db_base"] - 1e-3, "never worse than what it starts from"
+    assert "val_change_gain" not in draws, "a draw errs more than a mean and is worth no less"
 
 
 def test_another_vae_is_refused(tmp_path: Path) -> None:
