@@ -227,8 +227,6 @@ def test_the_share_that_validation_found_is_a_single_steps_alone(tmp_path: Path)
     # The objective of this run, a flow, takes several steps unless told otherwise.
     for steps in (10, None):
         assert change_gain(tmp_path, steps) == 1.0, "the spread of draws says how sure the model is"
-        "the spread of draws says how sure the model is"
-    )
 
 
 def test_runs_that_cannot_be_used_say_why(tmp_path: Path) -> None:
