@@ -336,7 +336,7 @@ def pacs_problems(root: Path, done: int) -> list[str]:
         held[study][series][instance].add(checksum)
     several = [study for study, series in held.items() if len(series) != 1]
     every = [one for series in held.values() for one in series.values()]
-    short = [one for one in every if len(one) != (THICK - 1) * RATIO + RATIO]
+    short = [one for one in every if len(one) != THICK * RATIO]
     unlike = [1 for one in every for contents in one.values() if len(contents) != 1]
     if len(held) == done and not (several or short or unlike):
         return []

@@ -22,12 +22,12 @@ from typing import Any
 
 BATCH = 50
 SECRET = "5a" * 32
-THICK, RATIO = 3, 4
-"""Thick slices of a study, and thin slices to one of them."""
+THICK, RATIO, THICK_MM = 3, 2, 3.0
+"""Thick slices of a study, thin slices to one of them, and the thick ones' spacing: as small as a study can be."""
 PHANTOMS = 8
 NUMBER, FIRST = b"99999", 10_000
 """What stands for a study's number in the templates' identifiers, and the number of the first study."""
-FULL_EVERY, PRIVATE_FULL_EVERY = 400, 150
+FULL_EVERY, PRIVATE_FULL_EVERY = 400, 100
 """One slice, and one file of PRIVATE, in so many finds the disk full when half of it is written."""
 WARM = (
     "torch",
@@ -60,9 +60,9 @@ def make_templates(root: Path) -> None:
     for number in range(PHANTOMS):
         hu = make_patient(number, size=16, n_thin=20).thin.hu[:depth]
         means = hu.reshape(THICK, RATIO, 16, 16).mean(axis=1).round().astype(hu.dtype)
-        (thick, thin), spacing = study(f"PAT{NUMBER.decode()}", int(NUMBER)), float(RATIO)
-        of_thick = {"n": THICK, "spacing": spacing, "z0": (RATIO - 1) / 2, "image": means}
-        scans = [dataclasses.replace(thick, **of_thick), dataclasses.replace(thin, n=depth, image=hu)]
+        (thick, thin), thin_mm = study(f"PAT{NUMBER.decode()}", int(NUMBER)), THICK_MM / RATIO
+        of_thick = {"n": THICK, "spacing": THICK_MM, "z0": (THICK_MM - thin_mm) / 2, "image": means}
+        scans = [dataclasses.replace(thick, **of_thick), dataclasses.replace(thin, n=depth, spacing=thin_mm, image=hu)]
         write_zip(root / "templates" / f"{number}.zip", [dataclasses.replace(scan, pixel=20.0) for scan in scans])
     small_vae(root / "vae.safetensors")
 
@@ -122,7 +122,8 @@ def interpolate(archive: Path, out: Path) -> Path:
     from pipeline.writing import is_written_series
 
     done = [folder for folder in out.glob("*") if is_written_series(folder)] if out.exists() else []
-    return done[0] if done else interpolate_study(archive, out, device="cpu", page=False).folder
+    options = {"spacing_mm": THICK_MM / RATIO, "device": "cpu", "page": False}
+    return done[0] if done else interpolate_study(archive, out, **options).folder
 
 
 def do_batch(root: Path, store_url: str, port: int, numbers: range) -> None:
@@ -136,7 +137,7 @@ def do_batch(root: Path, store_url: str, port: int, numbers: range) -> None:
     store, private = open_stores(store_url, str(root / "private"))
     if ingest(str(archives[0].parent), store, private).archives.get("new"):
         step(root, len(archives))
-    settings = EncodeSettings(vae=str(root / "vae.safetensors"), torch_threads=1)
+    settings = EncodeSettings(vae=str(root / "vae.safetensors"), torch_threads=1, pad_in_plane=16)
     summary = encode_store(
         store_url,
         settings,
