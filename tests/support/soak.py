@@ -1,9 +1,10 @@
 """Small studies through ingest, encode, interpolate and send while every process is killed at random, amid faults.
 
-Four processes: the worker, which does batch after batch and is started again after every kill, as a service would be;
-a PACS; an object store; and this one, which starts and kills the others and passes the store's requests on, some of
-which fail on purpose. Some of the worker's writes find the disk full. In the end every study must have come through
-exactly once, and nothing may have grown with the work. tests/support/soak_worker.py holds the first two.
+Five processes: a worker that ingests and encodes, and one that interpolates and sends, batch after batch, each started
+again after every kill, as a service would be; a PACS; an object store; and this one, which starts and kills the others
+and passes the store's requests on, some of which fail on purpose. Some of the workers' writes find the disk full. In
+the end every study must have come through exactly once, and nothing may have grown with the work.
+tests/support/soak_worker.py holds the first three.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from tests.support.soak_worker import BATCH, RATIO, SECRET, THICK, WARM, make_templates, out_of, pacs, worker
+from tests.support.soak_worker import BATCH, RATIO, ROLES, SECRET, THICK, WARM, Role, make_templates, pacs, worker
 
 ASIDE = (".aside-", ".at-work-", ".partial-", ".part")
-ONE_REQUEST_IN = 50
+ONE_REQUEST_IN = 150
 """One request to the object store in so many fails, one way or another."""
-POLL_S = 0.1
+POLL_S, NOTE_S = 0.1, 60.0
 LONG_LIFE = (1500, 3000)
 """Steps of a worker that is to live for many batches, so that one sees what grows within it."""
 ONE_LIFE_LONG_IN = 16
-BETWEEN_PACS_KILLS, BETWEEN_STORE_KILLS = (1, 900), (1, 1800)
-"""Steps, least and most."""
+BETWEEN_PACS_KILLS, BETWEEN_STORE_KILLS = (1, 400), (1, 1200)
+"""Steps of the worker that delivers, and of the one that catalogues: least and most."""
 AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
 
 
@@ -41,8 +42,8 @@ AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_RE
 class Tally:
     """What was done to the processes so far; kept in the soak's folder, so that one that was cut off can go on."""
 
-    lives: int = 0
-    kills: int = 0
+    lives: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
     pacs_kills: int = 0
     store_kills: int = 0
     seconds: float = 0.0
@@ -71,44 +72,53 @@ class Soaked:
     repeated_instances: int
     figures: list[dict[str, Any]]
 
-    def growth(self, name: str) -> float | None:
+    def growth(self, role: Role, name: str) -> float | None:
         """Median over each worker's later batches less its second: 0 where nothing grows with the work.
 
         None where no worker lived for four batches, so that nothing was measured.
         """
         lives: dict[int, list[float]] = defaultdict(list)
-        for row in self.figures:
+        for row in self.of(role):
             lives[row["life"]].append(row[name])
         grown = [statistics.median(rows[len(rows) // 2 :]) - rows[1] for rows in lives.values() if len(rows) > 3]
         return round(max(grown), 1) if grown else None
 
+    def of(self, role: Role) -> list[dict[str, Any]]:
+        return [row for row in self.figures if row["role"] == role]
+
     def peaks(self, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         return {name: max(row[name] for row in rows) for name in FLAT} if rows else {}
 
-    def by_thousand(self) -> list[dict[str, Any]]:
+    def by_thousand(self, role: Role) -> list[dict[str, Any]]:
         """Time and size of every thousand studies, from which one sees whether anything slows down or grows."""
-        out, before = [], self.figures[0]["time"] - self.figures[0]["seconds"] if self.figures else 0.0
-        for first in range(0, self.done, 1000):
-            rows = [row for row in self.figures if first < row["studies"] <= first + 1000]
+        out, figures = list[dict[str, Any]](), self.of(role)
+        before = figures[0]["time"] - figures[0]["seconds"] if figures else 0.0
+        for first in range(0, self.studies, 1000):
+            rows = [row for row in figures if first < row["studies"] <= first + 1000]
             if not rows:
                 continue
             alone = [row["cpu_s"] / BATCH for row in rows if row["undisturbed"]]
-            out.append(
-                {
-                    "studies": rows[-1]["studies"],
-                    "seconds": round(rows[-1]["time"] - before, 1),
-                    "undisturbed_batches": len(alone),
-                    "worker_cpu_s_per_study": round(statistics.median(alone), 3) if alone else None,
-                    **self.peaks(rows),
-                }
-            )
-            before = rows[-1]["time"]
+            seconds, before = rows[-1]["time"] - before, rows[-1]["time"]
+            median = round(statistics.median(alone), 3) if alone else None
+            figure = {"studies": rows[-1]["studies"], "seconds": round(seconds, 1), "undisturbed_batches": len(alone)}
+            out.append({**figure, "cpu_s_per_study": median, **self.peaks(rows)})
         return out
+
+    def of_role(self, role: Role) -> dict[str, Any]:
+        """What the workers of one kind needed."""
+        figures = self.of(role)
+        quarter, lives = max(1, len(figures) // 4), Counter(row["life"] for row in figures)
+        return {
+            "batches": len(figures),
+            "workers_of_four_batches_or_more": sum(1 for count in lives.values() if count > 3),
+            "grown_within_a_worker": {name: self.growth(role, name) for name in FLAT},
+            "peak_in_the_first_quarter": self.peaks(figures[:quarter]),
+            "peak_in_the_last_quarter": self.peaks(figures[-quarter:]),
+            "by_thousand": self.by_thousand(role),
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """The table, without every batch's figures."""
-        quarter = max(1, len(self.figures) // 4)
-        lives = Counter(row["life"] for row in self.figures)
         return {
             "studies": self.studies,
             "done": self.done,
@@ -118,12 +128,7 @@ class Soaked:
             "failures": self.failures,
             "problems": self.problems,
             "repeated_instances": self.repeated_instances,
-            "batches": len(self.figures),
-            "workers_of_four_batches_or_more": sum(1 for count in lives.values() if count > 3),
-            "grown_within_a_worker": {name: self.growth(name) for name in FLAT},
-            "peak_in_the_first_quarter": self.peaks(self.figures[:quarter]),
-            "peak_in_the_last_quarter": self.peaks(self.figures[-quarter:]),
-            "by_thousand": self.by_thousand(),
+            **{role: self.of_role(role) for role in ROLES},
         }
 
 
@@ -131,7 +136,7 @@ FLAT = ("rss_mib", "files", "threads", "temporary")
 
 
 class Processes:
-    """The worker and the PACS, forked from a server that has imported everything once."""
+    """The workers and the PACS, forked from a server that has imported everything once."""
 
     def __init__(self, root: Path, environment: dict[str, str]) -> None:
         self.root, self.environment, self.port = root, environment, free_port()
@@ -150,9 +155,9 @@ class Processes:
         time.sleep(away_s)
         self.pacs = self._pacs()
 
-    def worker(self, store: str, studies: int, life: int) -> ForkServerProcess:
+    def worker(self, role: Role, store: str, studies: int, life: int) -> ForkServerProcess:
         process = self._context.Process(
-            target=worker, args=(self.root, store, self.port, studies, life, self.environment)
+            target=worker, args=(self.root, role, store, self.port, studies, life, self.environment)
         )
         process.start()
         return process
@@ -188,17 +193,17 @@ def soak(
     kill_every: tuple[int, int],
     on_progress: Callable[[Soaked], object] = lambda found: None,
 ) -> Soaked:
-    """Run the worker, kill it at random, and look at what is left once all is done or time is up.
+    """Run the workers, kill them at random, and look at what is left once all is done or time is up.
 
     Args:
         root: An empty folder, or that of a soak that was cut off, which is then continued.
         studies: How many; those not begun when ``seconds`` are over are left out.
-        kill_every: Least and most steps (a study made, catalogued, encoded, interpolated or sent) of a short life. By
+        kill_every: Least and most steps (a study made, catalogued, encoded; interpolated, sent) of a short life. By
             what was done and not by the clock, so that a busy machine kills no worker that has done nothing.
-        on_progress: Gets what was found so far at every kill.
+        on_progress: Gets what was found so far, every minute.
     """
     tally = Tally.load(root)
-    began, before, chance = time.monotonic(), tally.seconds, random.Random(seed + tally.lives)
+    began, before, chance = time.monotonic(), tally.seconds, random.Random(seed + sum(tally.lives.values()))
     prepare(root)
     with object_store(root, chance) as (store, server):
         processes = Processes(root, server.environment | {"TMPDIR": str(root / "tmp")})
@@ -209,20 +214,31 @@ def soak(
             tally.faults = dict(earlier + server.seen)
             tally.save(root)
 
-        def time_is_left() -> bool:
-            return time.monotonic() - began < seconds
-
         try:
-            due = {"pacs": steps_done(root), "store": steps_done(root)}
-            while time_is_left() and not finished(root, studies):
-                live(processes, server, store, studies, tally, chance, kill_every, due, time_is_left)
-                note()
-                on_progress(found_so_far(root, studies, tally))
+            lives = [Life(role, processes, store, studies, tally, chance, kill_every) for role in ROLES]
+            due, noted = {role: steps_done(root, role) for role in ROLES}, began
+            while time.monotonic() - began < seconds and not finished(root, studies):
+                if sum([one.over() for one in lives]):
+                    note()
+                if time.monotonic() >= noted + NOTE_S:
+                    noted = time.monotonic()
+                    on_progress(found_so_far(root, studies, tally))
+                if (steps := steps_done(root, "deliver")) >= due["deliver"]:
+                    processes.kill_pacs(chance.uniform(0.0, 1.0))
+                    tally.pacs_kills, due["deliver"] = tally.pacs_kills + 1, steps + chance.randint(*BETWEEN_PACS_KILLS)
+                if (steps := steps_done(root, "catalogue")) >= due["catalogue"]:
+                    server.restart()
+                    tally.store_kills += 1
+                    due["catalogue"] = steps + chance.randint(*BETWEEN_STORE_KILLS)
+                time.sleep(POLL_S)
+            for one in lives:
+                one.end()
             server.fault = lambda number, method, path: ""
             done = min(studies, len(list((root / "archive").glob("batch*"))) * BATCH)
-            last = processes.worker(store, done, -1)
-            last.join()
-            assert last.exitcode == 0, "the last worker failed"
+            last = [processes.worker(role, store, done, -1) for role in ROLES]
+            for process in last:
+                process.join()
+                assert process.exitcode == 0, "the last worker failed"
             note()
         finally:
             processes.end()
@@ -232,7 +248,7 @@ def soak(
 
 
 def prepare(root: Path) -> None:
-    for name in ("tmp", "sent", "out"):
+    for name in ("tmp", "sent", "out", *(f"done/{role}" for role in ROLES)):
         (root / name).mkdir(parents=True, exist_ok=True)
     if not (root / "vae.safetensors").exists():
         made = multiprocessing.get_context("spawn").Process(target=make_templates, args=(root,))  # keeps torch out
@@ -241,46 +257,62 @@ def prepare(root: Path) -> None:
         assert made.exitcode == 0, "no templates"
 
 
-def live(
-    processes: Processes,
-    server: Any,
-    store: str,
-    studies: int,
-    tally: Tally,
-    chance: random.Random,
-    kill_every: tuple[int, int],
-    due: dict[str, int],
-    time_is_left: Callable[[], bool],
-) -> None:
-    """One worker's life, and the kills of the PACS and the store that are due meanwhile."""
-    root = processes.root
-    process = processes.worker(store, studies, tally.lives)
-    tally.lives += 1
-    bounds = LONG_LIFE if tally.lives % ONE_LIFE_LONG_IN == 0 else kill_every
-    wanted, pause = steps_done(root) + chance.randint(*bounds), chance.uniform(0.0, 0.5)
-    while process.is_alive() and time_is_left() and (steps := steps_done(root)) < wanted:
-        if steps >= due["pacs"]:
-            processes.kill_pacs(chance.uniform(0.0, 1.0))
-            tally.pacs_kills, due["pacs"] = tally.pacs_kills + 1, steps + chance.randint(*BETWEEN_PACS_KILLS)
-        if steps >= due["store"]:
-            server.restart()
-            tally.store_kills, due["store"] = tally.store_kills + 1, steps + chance.randint(*BETWEEN_STORE_KILLS)
-        process.join(POLL_S)
-    process.join(pause)
-    if process.is_alive():
-        process.kill()
-        tally.kills += 1
-    process.join()
+class Life:
+    """A worker's life after another: each ends by a kill after as many steps as chance gave it."""
+
+    def __init__(
+        self,
+        role: Role,
+        processes: Processes,
+        store: str,
+        studies: int,
+        tally: Tally,
+        chance: random.Random,
+        kill_every: tuple[int, int],
+    ) -> None:
+        self.role, self.processes, self.kill_every = role, processes, kill_every
+        self.tally, self.chance = tally, chance
+        self._start = lambda: processes.worker(role, store, studies, tally.lives[role])
+        self._begin()
+
+    def _begin(self) -> None:
+        self.process = self._start()
+        self.tally.lives[self.role] += 1
+        long = self.tally.lives[self.role] % ONE_LIFE_LONG_IN == 0
+        self.wanted = steps_done(self.processes.root, self.role) + self.chance.randint(
+            *(LONG_LIFE if long else self.kill_every)
+        )
+
+    def over(self) -> bool:
+        """Whether this life ended now, by a kill or of itself; the next has then begun."""
+        if self.process.is_alive() and steps_done(self.processes.root, self.role) < self.wanted:
+            return False
+        if self.process.exitcode == 0:  # through with everything
+            return False
+        time.sleep(self.chance.uniform(0.0, 0.3))  # not always just after a step
+        self.end()
+        self._begin()
+        return True
+
+    def end(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+            self.tally.kills[self.role] += 1
+        self.process.join()
 
 
-def steps_done(root: Path) -> int:
-    """What moves on while a worker works: studies made, catalogued, encoded, interpolated and sent."""
-    path = root / "steps"
+def steps_done(root: Path, role: Role) -> int:
+    """What moves on while a worker works: studies made, catalogued and encoded; interpolated and sent."""
+    path = root / f"steps-{role}"
     return path.stat().st_size if path.exists() else 0
 
 
 def finished(root: Path, studies: int) -> bool:
-    return len(list((root / "done").glob("*"))) * BATCH >= studies
+    return delivered(root) >= studies
+
+
+def delivered(root: Path) -> int:
+    return len(list((root / "done" / "deliver").glob("*"))) * BATCH
 
 
 def found_so_far(root: Path, studies: int, tally: Tally) -> Soaked:
@@ -288,7 +320,7 @@ def found_so_far(root: Path, studies: int, tally: Tally) -> Soaked:
     figures = [json.loads(line) for line in lines_of(root / "figures.jsonl")]
     failures = Counter(line.partition("\t")[0] for line in lines_of(root / "failures.log"))
     stored = Counter(line.split("\t")[2] for line in lines_of(root / "pacs.tsv"))
-    done = min(studies, len(list((root / "done").glob("*"))) * BATCH)
+    done = min(studies, delivered(root))
     return Soaked(studies, done, tally, dict(failures), [], sum(stored.values()) - len(stored), figures)
 
 
@@ -344,4 +376,4 @@ def pacs_problems(root: Path, done: int) -> list[str]:
     return [f"the PACS holds {len(held)} of {done} studies, {told}"]
 
 
-__all__ = ["SECRET", "Soaked", "Tally", "out_of", "soak"]
+__all__ = ["SECRET", "Soaked", "Tally", "soak"]

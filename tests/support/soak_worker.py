@@ -1,6 +1,6 @@
-"""The two processes of a soak that are killed while they work: one that takes studies through, and a PACS.
+"""Processes of a soak that are killed while they work: one that catalogues and encodes, one that delivers, and a PACS.
 
-Both are forked from a server that has imported everything once (tests/support/soak.py), so that a kill costs a tenth of
+All are forked from a server that has imported everything once (tests/support/soak.py), so that a kill costs a tenth of
 a second and not five seconds of imports.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
-import itertools
 import json
 import os
 import random
@@ -18,9 +17,12 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+Role = Literal["catalogue", "deliver"]
+ROLES: tuple[Role, ...] = ("catalogue", "deliver")
 BATCH = 50
+AHEAD = 4
 SECRET = "5a" * 32
 THICK, RATIO, THICK_MM = 3, 2, 3.0
 """Thick slices of a study, thin slices to one of them, and the thick ones' spacing: as small as a study can be."""
@@ -68,7 +70,7 @@ def make_templates(root: Path) -> None:
 
 
 def small_vae(path: Path) -> None:
-    """An autoencoder of random weights in few layers: a soak asks whether latents get through, not how good they are."""
+    """An autoencoder of random weights in few layers: a soak asks whether latents get through, not what they are."""
     import torch
     from safetensors.torch import save_file
 
@@ -87,17 +89,20 @@ def archive_of(root: Path, number: int) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}")
-        with zipfile.ZipFile(root / "templates" / f"{number % PHANTOMS}.zip") as made, zipfile.ZipFile(draft, "w") as out:
+        with (
+            zipfile.ZipFile(root / "templates" / f"{number % PHANTOMS}.zip") as made,
+            zipfile.ZipFile(draft, "w") as out,
+        ):
             for name in made.namelist():
                 out.writestr(name, made.read(name).replace(NUMBER, b"%05d" % (FIRST + number)))
         draft.replace(path)
-        step(root)
+        step(root, "catalogue")
     return path
 
 
-def step(root: Path, count: int = 1) -> None:
-    """Say that work went on: a study made, catalogued, encoded, interpolated or sent."""
-    append(root / "steps", "." * count)
+def step(root: Path, role: Role, count: int = 1) -> None:
+    """Say that work went on: a study made, catalogued or encoded; interpolated or sent."""
+    append(root / f"steps-{role}", "." * count)
 
 
 def append(path: Path, text: str) -> None:
@@ -126,38 +131,43 @@ def interpolate(archive: Path, out: Path) -> Path:
     return done[0] if done else interpolate_study(archive, out, **options).folder
 
 
-def do_batch(root: Path, store_url: str, port: int, numbers: range) -> None:
-    """One batch through all four steps; whatever an earlier worker did of it is taken as it is."""
+def catalogue(root: Path, store_url: str, numbers: range) -> None:
+    """One batch into the store: ingest, then encode; whatever an earlier worker did of it is taken as it is."""
     from pipeline.encode import EncodeSettings, encode_store
     from pipeline.engines import EngineOptions
     from pipeline.ingest import ingest, open_stores
-    from pipeline.writing.pacs import CStore, send_folder
 
     archives = [archive_of(root, number) for number in numbers]
     store, private = open_stores(store_url, str(root / "private"))
     if ingest(str(archives[0].parent), store, private).archives.get("new"):
-        step(root, len(archives))
+        step(root, "catalogue", len(archives))
     settings = EncodeSettings(vae=str(root / "vae.safetensors"), torch_threads=1, pad_in_plane=16)
     summary = encode_store(
         store_url,
         settings,
         EngineOptions(name="inline"),
         private_url=str(root / "private"),
-        on_outcome=lambda outcome, planned: step(root),
+        on_outcome=lambda outcome, planned: step(root, "catalogue"),
     )
     if summary.failed:  # the store was away for longer than a request is repeated: encode again
         raise ConnectionError(next(iter(summary.failed.values())))
-    for number, archive in zip(numbers, archives, strict=True):
+
+
+def deliver(root: Path, port: int, numbers: range) -> None:
+    """One batch to the PACS: interpolate, then send; likewise."""
+    from pipeline.writing.pacs import CStore, send_folder
+
+    for number in numbers:
         mark = root / "sent" / f"{number // BATCH:05d}" / str(number)
         if not mark.exists():
-            folder = interpolate(archive, out_of(root, number))
-            step(root)
+            folder = interpolate(archive_of(root, number), out_of(root, number))
+            step(root, "deliver")
             sent = send_folder(folder, CStore("127.0.0.1", port, "SOAK", timeout_s=30), backoff_s=0.2)
             if sent.left:
                 raise ConnectionError(sent.reason)
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-            step(root)
+            step(root, "deliver")
 
 
 def now_and_then_full(chance: random.Random) -> None:
@@ -185,7 +195,9 @@ def now_and_then_full(chance: random.Random) -> None:
     private.OwnerOnlyFiles.write = file
 
 
-def worker(root: Path, store_url: str, port: int, studies: int, life: int, environment: dict[str, str]) -> None:
+def worker(
+    root: Path, role: Role, store_url: str, port: int, studies: int, life: int, environment: dict[str, str]
+) -> None:
     """Do what is left, batch after batch; after each note time, memory, open files, threads and temporary files.
 
     Args:
@@ -201,25 +213,32 @@ def worker(root: Path, store_url: str, port: int, studies: int, life: int, envir
         now_and_then_full(random.Random(life))
     me = psutil.Process()
     for first in range(0, studies, BATCH):
-        done = root / "done" / str(first)
-        if done.exists():
+        if mark_of(root, role, first).exists():
             continue
-        whole, began, spent = not (root / "archive" / f"batch{first // BATCH:05d}").exists(), time.time(), cpu_s()
-        for attempt in itertools.count(1):
+        while not may_begin(root, role, first):
+            time.sleep(0.1)
+        numbers = range(first, min(first + BATCH, studies))
+        started, spent = time.time(), time.process_time()
+        undisturbed = not begun(root, role, first)
+        while True:
             try:
-                do_batch(root, store_url, port, range(first, min(first + BATCH, studies)))
+                if role == "catalogue":
+                    catalogue(root, store_url, numbers)
+                else:
+                    deliver(root, port, numbers)
                 break
             except (OSError, CtpipeError) as error:  # what a person would do: run it again
+                undisturbed = False
                 append(root / "failures.log", f"{type(error).__name__}\t{str(error)[:200]!r}\n")
-        done.parent.mkdir(exist_ok=True)
-        done.touch()
+        mark_of(root, role, first).touch()
         figures = {
+            "role": role,
             "life": life,
-            "studies": min(first + BATCH, studies),
+            "studies": numbers.stop,
             "time": round(time.time(), 1),
-            "seconds": round(time.time() - began, 1),
-            "cpu_s": round(cpu_s() - spent, 2),
-            "undisturbed": whole and attempt == 1,
+            "seconds": round(time.time() - started, 1),
+            "cpu_s": round(time.process_time() - spent, 2),
+            "undisturbed": undisturbed,
             "rss_mib": round(me.memory_info().rss / 2**20, 1),
             "files": me.num_fds(),
             "threads": me.num_threads(),
@@ -228,8 +247,21 @@ def worker(root: Path, store_url: str, port: int, studies: int, life: int, envir
         append(root / "figures.jsonl", json.dumps(figures) + "\n")
 
 
-def cpu_s() -> float:
-    return time.process_time()
+def mark_of(root: Path, role: Role, first: int) -> Path:
+    """The file that says that a batch is through."""
+    return root / "done" / role / str(first)
+
+
+def begun(root: Path, role: Role, first: int) -> bool:
+    name = "archive/batch" if role == "catalogue" else "out/"
+    return (root / f"{name}{first // BATCH:05d}").exists()
+
+
+def may_begin(root: Path, role: Role, first: int) -> bool:
+    """What is delivered was catalogued; and the catalogue is at most a few batches ahead, so that a soak can end."""
+    if role == "deliver":
+        return mark_of(root, "catalogue", first).exists()
+    return first < AHEAD * BATCH or mark_of(root, "deliver", first - AHEAD * BATCH).exists()
 
 
 def temporary_files(root: Path, first: int) -> int:
@@ -248,7 +280,7 @@ def log_to(path: Path) -> None:
 
 
 def pacs(root: Path, port: int) -> None:
-    """A C-STORE SCP that notes what it stored before it says so: study, series, instance and a checksum of its pixels."""
+    """A C-STORE SCP that notes what it stored before it says so: study, series, instance, checksum of the pixels."""
     from pynetdicom import AE, evt
     from pynetdicom.sop_class import CTImageStorage
 
