@@ -3,7 +3,7 @@
     python infra/bench/soak.py [--studies 10000] [--seconds 3900] [--work DIR] [--quick]
 
 Prints a table and keeps infra/bench/results/soak.json: `studies` were asked for, `done` fitted into the time; one that
-was begun is finished. Workers are killed after 1 to 100 steps of their work, every sixteenth after thousands; the PACS
+was begun is finished. Workers are killed after 1 to 150 steps of their work, every sixteenth after thousands; the PACS
 and the object store are killed too; one request in 150 to the store fails, and one slice in four hundred finds the disk
 full. tests/support/soak.py does it. With --work the result so far is kept in DIR every minute, and a run that was cut
 off is continued.
@@ -47,12 +47,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=FULL_SIZE)
     parser.add_argument("--seconds", type=float, default=3900.0)
-    parser.add_argument("--kill-every", type=int, nargs=2, default=(1, 100))
+    parser.add_argument("--kill-every", type=int, nargs=2, default=(1, 150))
     parser.add_argument("--work", type=Path, help="keep everything here, and go on where an earlier run was cut off")
-    parser.add_argument("--quick", action="store_true", help="a hundred studies; nothing is kept")
+    parser.add_argument("--quick", action="store_true", help="two hundred studies; nothing is kept")
     options = parser.parse_args()
     if options.quick:
-        options.studies, options.seconds = 100, 600.0
+        options.studies, options.seconds = 200, 600.0
     os.environ["CTPIPE_SECRET"] = SECRET
 
     def note(so_far: Soaked) -> None:

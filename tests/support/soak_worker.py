@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 Role = Literal["catalogue", "deliver"]
 ROLES: tuple[Role, ...] = ("catalogue", "deliver")
-BATCH = 50
-AHEAD = 4
+BATCH = 100
+AHEAD = 2
 SECRET = "5a" * 32
 THICK, RATIO, THICK_MM = 3, 2, 3.0
 """Thick slices of a study, thin slices to one of them, and the thick ones' spacing: as small as a study can be."""
@@ -33,6 +33,8 @@ FULL_EVERY, PRIVATE_FULL_EVERY = 400, 100
 """One slice, and one file of PRIVATE, in so many finds the disk full when half of it is written."""
 WARM = (
     "torch",
+    "torch._dynamo",
+    "pandas",
     "psutil",
     "pynetdicom",
     "obstore.store",
