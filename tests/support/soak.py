@@ -44,6 +44,8 @@ class Tally:
 
     lives: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
+    crashes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
+    """Workers that ended of themselves, by an error that no person would answer with another try."""
     pacs_kills: int = 0
     store_kills: int = 0
     seconds: float = 0.0
@@ -198,8 +200,8 @@ def soak(
     Args:
         root: An empty folder, or that of a soak that was cut off, which is then continued.
         studies: How many; those not begun when ``seconds`` are over are left out.
-        kill_every: Least and most steps (a study made, catalogued, encoded; interpolated, sent) of a short life. By
-            what was done and not by the clock, so that a busy machine kills no worker that has done nothing.
+        kill_every: Least and most steps (a study made, catalogued, encoded; interpolated, sent) of a short life, of the one that catalogues twice
+            as many at most. By what was done and not by the clock, so that a busy machine kills no worker that has done nothing.
         on_progress: Gets what was found so far, every minute.
     """
     tally = Tally.load(root)
@@ -244,6 +246,8 @@ def soak(
             processes.end()
     found = found_so_far(root, studies, tally)
     found.done, found.problems = done, judged(root, done)
+    if any(tally.crashes.values()):
+        found.problems.append(f"workers ended by errors of their own: {tally.crashes}")
     return found
 
 
@@ -279,9 +283,9 @@ class Life:
         self.process = self._start()
         self.tally.lives[self.role] += 1
         long = self.tally.lives[self.role] % ONE_LIFE_LONG_IN == 0
-        self.wanted = steps_done(self.processes.root, self.role) + self.chance.randint(
-            *(LONG_LIFE if long else self.kill_every)
-        )
+        least, most = LONG_LIFE if long else self.kill_every
+        steps = self.chance.randint(least, most if self.role == "deliver" else 2 * most)  # it takes longer to start
+        self.wanted = steps_done(self.processes.root, self.role) + steps
 
     def over(self) -> bool:
         """Whether this life ended now, by a kill or of itself; the next has then begun."""
@@ -298,6 +302,8 @@ class Life:
         if self.process.is_alive():
             self.process.kill()
             self.tally.kills[self.role] += 1
+        elif self.process.exitcode:
+            self.tally.crashes[self.role] += 1
         self.process.join()
 
 

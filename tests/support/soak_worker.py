@@ -128,7 +128,8 @@ def interpolate(archive: Path, out: Path) -> Path:
     from pipeline.workflows import interpolate_study
     from pipeline.writing import is_written_series
 
-    done = [folder for folder in out.glob("*") if is_written_series(folder)] if out.exists() else []
+    found = [folder for folder in out.glob("*") if not folder.name.startswith(".")]  # hidden: a killed writer's
+    done = [folder for folder in found if is_written_series(folder)]
     options = {"spacing_mm": THICK_MM / RATIO, "device": "cpu", "page": False}
     return done[0] if done else interpolate_study(archive, out, **options).folder
 
