@@ -200,8 +200,9 @@ def soak(
     Args:
         root: An empty folder, or that of a soak that was cut off, which is then continued.
         studies: How many; those not begun when ``seconds`` are over are left out.
-        kill_every: Least and most steps (a study made, catalogued, encoded; interpolated, sent) of a short life, of the one that catalogues twice
-            as many at most. By what was done and not by the clock, so that a busy machine kills no worker that has done nothing.
+        kill_every: Least and most steps (a study made, catalogued, encoded; interpolated, sent) of a short life; of the
+            worker that catalogues, twice as many at most. By what was done and not by the clock, so that a busy
+            machine kills no worker that has done nothing.
         on_progress: Gets what was found so far, every minute.
     """
     tally = Tally.load(root)
