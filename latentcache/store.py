@@ -182,6 +182,7 @@ class LatentStore:
         self._tables: dict[Kind, pa.Table] = {}
         self._finder: RowFinder | None = None
         self._checked: set[str] = set()
+        self._encodings: dict[str, Encoding] = {}
         self._writer: Writer | None = None
 
     @classmethod
@@ -339,7 +340,9 @@ class LatentStore:
             InputError: Wrong type, shape, key or geometry.
             NonFiniteError: NaN or infinity in the latent.
         """
-        encoding = self.encoding(meta.encode_key)
+        if meta.encode_key not in self._encodings:  # it never changes: asked once, not with every latent
+            self._encodings[meta.encode_key] = self.encoding(meta.encode_key)
+        encoding = self._encodings[meta.encode_key]
         shape = validate_latent(array, encoding, meta.key, meta.role, meta.dz_mm, meta.valid_zyx)
         array = np.ascontiguousarray(array)
         d, h, w = valid_latents(meta.valid_zyx)

@@ -58,6 +58,7 @@ class Writer:
         self._lease = Lease(location)
         self._index: KeyIndex | None = None
         self._added: set[tuple[str, str, str]] = set()
+        self._encodings: set[str] = set()
         self._base: Snapshot | None = None
         self._committed: Snapshot | None = None
         """The last snapshot that this driver committed itself."""
@@ -147,7 +148,9 @@ class Writer:
         return self._index
 
     def _check_bytes(self, record: LatentRecord) -> None:
-        load_encoding(self._location, record.encode_key)
+        if record.encode_key not in self._encodings:  # it never changes: asked once, not with every latent
+            load_encoding(self._location, record.encode_key)
+            self._encodings.add(record.encode_key)
         path = f"{record.path}/{SHARD}"
         try:
             size = self._location.size(path)

@@ -1,8 +1,10 @@
 """The commit protocol's model in every order of requests, crashes, lost answers and sleeps: how many states.
 
-    python infra/bench/commit_model.py [--processes 3] [--quick]
+    python infra/bench/commit_model.py [--processes 3] [--odd [--most 500000]] [--quick]
 
-Prints a line a set of processes and keeps infra/bench/results/commit_model.json after each. The model is
+Prints a line a set of processes and keeps infra/bench/results/commit_model.json after each. --odd gives three processes
+what else two are given (two sleeps, a put that arrives twice, a listing that lags) on a store with conditional puts, up
+to a number of states a set, and keeps commit_model_odd.json, which says of each set whether it was cut. The model is
 tests/support/commit_model.py; infra/docs/store-guarantees.md says what it holds and what it leaves out. A fault ends
 with exit code 1 and the way to it.
 """
@@ -21,22 +23,30 @@ sys.path[:0] = [str(ROOT)]
 
 
 def main() -> int:
-    from tests.support.commit_model import explore, sets_of
+    from tests.support.commit_model import explore, odd_budget_of, sets_of
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=3, help="drivers, gcs and pins at once")
     parser.add_argument("--quick", action="store_true", help="two processes; nothing is kept")
+    parser.add_argument("--odd", action="store_true", help="three processes with two sleeps, repeats and lags")
+    parser.add_argument("--most", type=int, default=500_000, help="states of a set with --odd")
     options = parser.parse_args()
-    out = Path(__file__).parent / "results" / "commit_model.json"
+    out = Path(__file__).parent / "results" / ("commit_model_odd.json" if options.odd else "commit_model.json")
     sets = list(sets_of(2 if options.quick else options.processes))
+    if options.odd:
+        sets = [
+            (kinds, rules, odd_budget_of(rules)) for kinds, rules, _ in sets if rules.conditional and len(kinds) > 2
+        ]
     began, rows = time.perf_counter(), list[dict[str, Any]]()
     for chosen, rules, budget in sets:
         started = time.perf_counter()
-        found = explore(chosen, rules, **budget)
+        found = explore(chosen, rules, most=options.most if options.odd else None, **budget)
         store = "conditional puts" if rules.conditional else "no conditional puts"
         seconds = round(time.perf_counter() - started, 1)
-        rows.append({"store": store, "processes": " + ".join(chosen), **budget, "states": found.states, "s": seconds})
-        print(f"{store}: {rows[-1]['processes']}: {found.states:,} states, {seconds} s", flush=True)
+        row = {"store": store, "processes": " + ".join(chosen), **budget, "states": found.states, "s": seconds}
+        cut = options.odd and found.states >= options.most
+        rows.append({**row, "cut": cut} if options.odd else row)
+        print(f"{store}: {row['processes']}: {found.states:,} states, {seconds} s{', cut' if cut else ''}", flush=True)
         if found.fault:
             print(found.fault, *found.way, sep="\n  ")
             return 1

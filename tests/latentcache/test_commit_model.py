@@ -6,7 +6,7 @@ from itertools import combinations_with_replacement
 
 import pytest
 
-from tests.support.commit_model import Kind, Rules, budget_of, explore, sets_of
+from tests.support.commit_model import Keys, Kind, Process, Rules, World, budget_of, explore, faults, sets_of, steps
 
 KINDS: tuple[Kind, ...] = ("add", "merge", "gc", "pin")
 
@@ -22,6 +22,49 @@ def test_two_processes_in_every_order(kinds: tuple[Kind, ...], conditional: bool
 
 def as_id(value: object) -> str | None:
     return " ".join(map(str, value)) if isinstance(value, tuple) else None
+
+
+def every_state(kinds: tuple[Kind, ...], rules: Rules, budget: dict[str, int]) -> set[World]:
+    """All states themselves, whether they differ in anything that matters or not."""
+    first = World(tuple(Process(kind) for kind in kinds), **budget)
+    seen, waiting = {first}, [first]
+    while waiting:
+        for after in steps(waiting.pop(), rules):
+            if after not in seen:
+                seen.add(after)
+                waiting.append(after)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rules"),
+    [
+        (("add", "add"), Rules()),
+        (("add", "gc"), Rules()),
+        (("add", "gc"), Rules(base=False)),
+        (("merge", "gc"), Rules(fence=False)),
+        (("gc", "gc"), Rules()),
+        (("gc", "pin"), Rules(mark=False)),
+        (("merge", "pin"), Rules()),
+        (("add", "add"), Rules(False)),
+        (("add", "gc"), Rules(False)),
+        (("gc", "gc"), Rules(False)),
+        (("merge", "merge", "pin"), Rules(False)),
+        (("pin", "pin", "gc"), Rules(False)),
+    ],
+    ids=as_id,
+)
+def test_states_of_one_key_lead_to_the_same(kinds: tuple[Kind, ...], rules: Rules) -> None:
+    """One for each key is explored in place of all: it has the same faults, and steps to the same keys."""
+    keys = Keys(kinds, rules)
+    budget = {"crashes": 1, "lost": 1, "sleeps": 1, "repeats": 1 if rules.conditional else 0, "lags": 1}
+    of_key: dict[tuple[int, ...], tuple[set[str], set[tuple[int, ...]]]] = {}
+    for world in every_state(kinds, rules, budget):
+        seen = set(faults(world, rules)), {keys.of(after) for after in steps(world, rules)}
+        assert of_key.setdefault(keys.of(world), seen) == seen
+    assert explore(kinds, rules, **budget).states <= len(of_key)
+    if not any(found for found, _ in of_key.values()):
+        assert explore(kinds, rules, **budget).states == len(of_key)
 
 
 @pytest.mark.slow

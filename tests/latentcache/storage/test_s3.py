@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,44 @@ def life(url: str) -> LatentStore:
         np.testing.assert_array_equal(again.read(row, slice(1, 4)), latent(row.key)[:, 1:4])
     assert collect(again, grace_s=-3600).attempts == 1
     return again
+
+
+def test_an_encoding_is_read_once_and_not_with_every_latent(server: S3Server, url: str) -> None:
+    read: list[str] = []
+
+    def note(number: int, method: str, path: str) -> str:
+        read.extend([path] if method == "GET" and "/encodings/" in path else [])
+        return ""
+
+    store = LatentStore.create(url, secret_fingerprint="f")
+    store.register_encoding(ENCODING)
+    server.fault = note
+    with store.writer() as writer:
+        for key in KEYS:
+            writer.commit([stage(store, key)])
+    assert len(read) == 2  # by the worker that stages, and by the driver that commits
+
+
+def test_a_server_with_conditional_puts_is_killed_and_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tmp_path, conditional=True) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        place = open_location("s3://bucket/store")
+        assert getattr(place, "conditional", False)
+        server.fault = lambda number, method, path: "" if number % 9 else "drop-answer"
+        stop = threading.Event()
+        killer = threading.Thread(target=lambda: [server.restart() for _ in range(3) if not stop.wait(0.3)])
+        killer.start()
+        store = life("s3://bucket/store")
+        killer.join()
+        assert server.restarts == 3
+        assert verify(store).problems == []
+        place.put_once("taken", [b"first"])
+        with pytest.raises(FileExistsError):
+            place.put_once("taken", [b"second"])
+        assert place.read("taken") == b"first"
 
 
 def test_every_fourth_request_fails(server: S3Server, url: str) -> None:
