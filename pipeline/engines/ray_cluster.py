@@ -60,10 +60,14 @@ def dashboard_of(options: EngineOptions) -> Callable[[], str | None]:
     return ask
 
 
+STARTS = 6
+"""Attempts at a Ray of this machine's own. Each gets 30 s from Ray, whatever the load."""
+
+
 def _init(ray: Any, options: EngineOptions) -> None:
     local = options.ray_address in (None, "local")
     settings: dict[str, Any] = {"num_cpus": max(2, len(options.devices) + 1)} if local else {}
-    for left in (2, 1, 0):
+    for left in reversed(range(STARTS)):
         try:
             ray.init(
                 address="local" if local else options.ray_address,
@@ -82,7 +86,7 @@ def _init(ray: Any, options: EngineOptions) -> None:
             ray.shutdown()
             if not left:
                 raise InputError(
-                    "Ray did not start on this machine in three attempts",
+                    f"Ray did not start on this machine in {STARTS} attempts",
                     expected="its processes up within 30 s",
                     remedy="Make the machine less busy, or use --engine dask.",
                 ) from error

@@ -101,6 +101,24 @@ def test_ray_outlives_a_dead_worker_and_a_poison_pill(ray_session: None, tmp_pat
     assert "2 workers died" in str(outcomes[7].error)
 
 
+@pytest.mark.parametrize("slow", [0, 5, 6])
+def test_a_ray_that_a_busy_machine_does_not_start_in_time_is_started_again(slow: int) -> None:
+    starts: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> None:
+        starts.append(settings)
+        if len(starts) <= slow:
+            raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: None)
+    if slow < ray_cluster.STARTS:
+        ray_cluster._init(ray, EngineOptions(name="ray"))
+        assert len(starts) == slow + 1
+    else:
+        with pytest.raises(InputError, match="in 6 attempts"):
+            ray_cluster._init(ray, EngineOptions(name="ray"))
+
+
 def test_ray_sets_a_hanging_item_aside(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's clock is past the limit while the item hangs and is its lane's head, and right otherwise: the test
     waits for nothing, and a slow machine sets no other item aside."""
