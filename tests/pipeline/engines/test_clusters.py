@@ -108,7 +108,7 @@ def test_a_ray_that_a_busy_machine_does_not_start_in_time_is_started_again(slow:
     def init(**settings: Any) -> None:
         starts.append(settings)
         if len(starts) <= slow:
-            raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+            raise Exception("The current node timed out during startup.")
 
     ray = SimpleNamespace(init=init, shutdown=lambda: None)
     if slow < ray_cluster.STARTS:
