@@ -42,7 +42,6 @@ from .records import (
     Split as Split,
     valid_latents as valid_latents,
 )
-from .safe_yaml import YAML_BYTES as YAML_BYTES, parse_yaml as parse_yaml
 from .shard import METADATA as METADATA, SHARD as SHARD, Layout as Layout, restore_latent as restore_latent
 from .store import (
     STORE as STORE,

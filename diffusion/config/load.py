@@ -21,7 +21,8 @@ from diffusion.config.schema import (
     ValidationConfig,
 )
 from diffusion.networks import MODEL_PRESETS
-from latentcache import YAML_BYTES, InputError, parse_yaml
+from latentcache import InputError
+from latentcache.storage import YAML_BYTES, parse_yaml
 
 
 def check(config: TrainConfig) -> None:

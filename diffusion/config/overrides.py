@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from latentcache import InputError, parse_yaml
+from latentcache import InputError
+from latentcache.storage import parse_yaml
 
 C = TypeVar("C")
 

@@ -13,7 +13,7 @@ The samples are a STAND-IN, not a diffusion model's: a mean, made consistent, an
 at a voxel follows the steps between thick slices and the noise, correlated along z and in-plane, conditioned on the
 thick slices by the same solver as consistency. The mean is cubic interpolation's or the shipped model's slices
 (phantoms that it did not learn from); the errors are as large as that mean's are on the calibration phantoms. So what
-is shown is that the alarm finds what stands out from samples whose spread is about right, the better the more the
+is shown is that the alarm finds what differs from samples whose spread is about right, the better the more the
 mean knows, and that intervals can be calibrated. How a diffusion model's samples spread, and how much they invent
 alike, is not shown. Prints a table for either mean, then one JSON object, also kept in infra/bench/results/ (not with
 --quick).

@@ -18,6 +18,7 @@ from .planted_links import (
     is_foreign as is_foreign,
     refuse_planted as refuse_planted,
 )
+from .safe_yaml import YAML_BYTES as YAML_BYTES, parse_yaml as parse_yaml
 from .system_calls import (
     BINARY as BINARY,
     READ_FLAGS as READ_FLAGS,

@@ -30,9 +30,9 @@ class HeldOutPair:
     """A pair's truth in HU, clipped to the window, on the thin slices that the thick series covers, and its bounds.
 
     ``start`` is what the model's change is added to, ``condition`` the decoded condition; zeros both where there is no
-    condition of the model's own grid, so that the decoded sample stands alone. ``bounds`` has PSNR and SSIM of linear
-    interpolation, of ``base`` (the slices that the model starts from) and of the VAE ceiling (the true thin series,
-    encoded and decoded, alone).
+    condition of the model's own grid, so that the decoded sample is taken by itself. ``bounds`` has PSNR and SSIM of
+    linear interpolation, of ``base`` (the slices that the model starts from) and of the VAE ceiling (the true thin
+    series, encoded and decoded, alone).
     """
 
     pair: PairRecord
@@ -97,7 +97,7 @@ class HeldOutImages:
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
     def _gain(self, changes: list[NDArray[np.float32]]) -> float | None:
-        """<truth - start, change> / <change, change> over all pairs, from 0 to 1; None where a sample stands alone."""
+        """<truth - start, change> / <change, change> over all pairs, 0 to 1; None where a sample is taken by itself."""
         wanted = power = 0.0
         for held, change in zip(self.pairs, changes, strict=True):
             if not held.condition.any():

@@ -27,7 +27,7 @@ from pipeline.metrics.null_space import null_part, null_projector
 
 SIGMA_MM = 0.6
 """Of the Gaussian: a ball of 2.7 mm has this standard deviation along an axis. Wider ones found fewer nodules of 3 to 8
-mm, whose part in ker A lies at their upper and lower edges."""
+mm, whose part in ker A is at their upper and lower edges."""
 LEAST_GAIN = np.float32(0.05)
 """A slice that the thick ones determine wholly holds nothing of ker A, whatever rounding says."""
 LEAST_SPREAD_HU = 2.0

@@ -11,7 +11,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from latentcache import YAML_BYTES, InputError, parse_yaml
+from latentcache import InputError
+from latentcache.storage import YAML_BYTES, parse_yaml
 
 C = TypeVar("C")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings, strategies as st
 
 from diffusion.config import load_config
-from latentcache import YAML_BYTES, InputError, parse_yaml
+from latentcache import InputError
+from latentcache.storage import YAML_BYTES, parse_yaml
 
 
 def laughs(levels: int) -> str:
