@@ -23,7 +23,7 @@ test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not real" --durations=25
 
 real: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "real and not slow" --durations=10
+	$(BIN)/python -m pytest -m "real and not slow" --durations=10
 
 test-gpu: .venv/.dev
 	$(BIN)/python -m pytest -m cuda -rs

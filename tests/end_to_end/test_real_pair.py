@@ -52,7 +52,7 @@ def study(real_data: Path, trained_site: Site, tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("pair")
     archive, store = real_data / "ape-layout", root / "store"
     ingested = ctpipe("ingest", archive, store)
-    ctpipe("encode", store, "--vae", "tiny", "--roles", "thin,thick", "--threads", "1")
+    ctpipe("encode", store, "--vae", "tiny", "--roles", "thin,thick")
     # A run to interpolate with: one step on synthetic patients, at the same encode key.
     return Study(archive, store, trained_site.copy(root / "small").run, ingested)
 
@@ -86,7 +86,7 @@ def test_decoded_thin_latents_keep_the_source_geometry_and_lose_nothing(study: S
     from pipeline.vae import load_vae
     from pipeline.volume import Window, geometry_of
 
-    ctpipe("decode", study.store, tmp_path / "out", "--to-dicom", "--threads", "1")
+    ctpipe("decode", study.store, tmp_path / "out", "--to-dicom")
     store = LatentStore.open(study.store)
     (pair,) = store.pairs()
     written = slices(tmp_path / "out")
@@ -117,7 +117,7 @@ def test_interpolate_covers_the_extent_of_a_thick_study(study: Study, tmp_path: 
         for name in whole.namelist():
             if name.startswith("1/"):
                 part.writestr(name, whole.read(name))
-    words = ("--checkpoint", study.run, "--spacing-mm", "1.0", "--steps", "2")
+    words = ("--checkpoint", study.run, "--spacing-mm", "1.0")
     ctpipe("interpolate", thick, tmp_path / "out", *words)
     at = read_thick(str(thick), 1.0)[1].geometry
     expected = at.thin_grid(1.0)
