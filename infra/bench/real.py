@@ -62,7 +62,7 @@ def main() -> None:
         for case in cases(options):
             table[case.name] = scores(case, model)
             print(case.name, json.dumps(table[case.name]), flush=True)
-    report(table, run, options)
+        report(table, run, options)
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -94,8 +94,8 @@ def scores(case: Case, model: WideModel) -> Rows:
     for name, volume, window in (("cubic made consistent", cubic, None), ("refined", base, WINDOW)):
         hu, figures = finish(volume.copy(), measured, plain, window)
         found[name] = judged(hu, case, figures)
-    for name, steps in (("model, mean", 1), ("model, sample", SAMPLER_STEPS)):
-        hu, figures = next(model.answers(case.thick, target, fit, samples=1, steps=steps, base=base))
+    answers = model.answers(case.thick, target, fit, steps=(1, SAMPLER_STEPS), base=base)
+    for name, (hu, figures) in zip(("model, mean", "model, sample"), answers, strict=True):
         found[name] = judged(hu, case, figures)
     return found
 
