@@ -307,7 +307,9 @@ class LatentStore:
 
     def encoding(self, encode_key: str) -> Encoding:
         """Raises StoreError if the store has no such encoding, or its file is damaged."""
-        return load_encoding(self.location, encode_key)
+        if encode_key not in self._encodings:  # it never changes: read once, not with every latent
+            self._encodings[encode_key] = load_encoding(self.location, encode_key)
+        return self._encodings[encode_key]
 
     def encode_keys(self) -> list[str]:
         """Keys of all registered encodings."""
@@ -340,9 +342,7 @@ class LatentStore:
             InputError: Wrong type, shape, key or geometry.
             NonFiniteError: NaN or infinity in the latent.
         """
-        if meta.encode_key not in self._encodings:  # it never changes: asked once, not with every latent
-            self._encodings[meta.encode_key] = self.encoding(meta.encode_key)
-        encoding = self._encodings[meta.encode_key]
+        encoding = self.encoding(meta.encode_key)
         shape = validate_latent(array, encoding, meta.key, meta.role, meta.dz_mm, meta.valid_zyx)
         array = np.ascontiguousarray(array)
         d, h, w = valid_latents(meta.valid_zyx)

@@ -64,6 +64,10 @@ class Objective(ABC):
         self.channel_weights = weights
         """Weight of each channel's squared error, up to a factor: the loss is measured with a mean weight of 1."""
 
+    def steps(self, num_inference_steps: int | None) -> int:
+        """Sampler steps that are taken: those asked for, else the objective's own number."""
+        return num_inference_steps or self.default_steps
+
     def common_settings(self) -> dict[str, Any]:
         """The part of :meth:`settings` that every objective has."""
         return {"residual_std": self.residual_std, "channel_weights": self.channel_weights}
@@ -146,7 +150,7 @@ class Objective(ABC):
         def draw(number: int) -> Tensor:
             return noise(number).to(condition.device, torch.float32)
 
-        y = self._sample_y(model, condition, sampler, num_inference_steps or self.default_steps, draw)
+        y = self._sample_y(model, condition, sampler, self.steps(num_inference_steps), draw)
         return self._from_y(y, condition)
 
     def _to_y(self, clean: Tensor, condition: Tensor) -> Tensor:

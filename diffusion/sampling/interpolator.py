@@ -404,7 +404,7 @@ def change_gain(run_dir: str | Path, num_inference_steps: int | None) -> float:
     whose size is how sure the model is.
     """
     card = RunCard.read(Path(run_dir))
-    if (num_inference_steps or card.build_objective().default_steps) != 1:
+    if card.build_objective().steps(num_inference_steps) != 1:
         return 1.0
     return float(validation_of(_weights_file(Path(run_dir), "best").parent).get("val_change_gain", 1.0))
 

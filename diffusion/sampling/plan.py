@@ -165,7 +165,7 @@ def _resolved(model: Interpolator, settings: SampleSettings) -> SampleSettings:
     """The settings with the model's defaults spelled out, so that naming a default does not change the key."""
     return SampleSettings(
         settings.sampler or model.objective.samplers[0],
-        settings.num_inference_steps or model.objective.default_steps,
+        model.objective.steps(settings.num_inference_steps),
         settings.seed,
         settings.samples,
         settings.depth_window or model.depth_window,

@@ -1,4 +1,4 @@
-"""A diffusion model over [-1000, 1000] HU that starts from the shipped model's slices; alarm.py and real.py judge it.
+"""A diffusion model over [-1000, 1000] HU that starts from the shipped model's slices; real.py judges it.
 
     python infra/bench/wide_model.py --work DIR [--data FOLDER] [--cpu-seconds 600]
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from refiner import protocol
 
 from cli.main import app
-from diffusion.sampling import Interpolator
+from diffusion.sampling import Interpolator, change_gain
 from latentcache import LatentGrid
 from pipeline.decode import ComposeSettings, base_volume, compose
 from pipeline.forward_model import ProtocolFit, SliceProfile, slice_operator
-from pipeline.phantom import PhantomSettings, patient_zip, write_dataset
+from pipeline.phantom import patient_zip, write_dataset
 from pipeline.refiner import positions
 from pipeline.vae import load_vae
 from pipeline.volume import Geometry, Volume, Window
@@ -73,10 +74,11 @@ def trained(work: Path, options: argparse.Namespace, *, quick: bool = False) -> 
     work.mkdir(parents=True, exist_ok=True)
     archive, store, run = work / "archive", work / "store", work / "run"
     for number, (spacing, size, slices, noise) in enumerate(GROUPS[:1] if quick else GROUPS):
-        settings = phantom_settings(spacing, 64 if quick else size, noise)
+        size, slices = (64, 44) if quick else (size, slices)
+        # Pixels of 2 mm in every group.
+        settings = replace(protocol(spacing, size, slices, noise), field_of_view_mm=2.0 * size)
         folder, count = archive / f"phantoms-{number}", 5 if quick else options.patients
-        write_dataset(folder, patients=count, size=64 if quick else size, n_thin=44 if quick else slices,
-                      seed=FIRST_SEED + number, settings=settings)  # fmt: skip
+        write_dataset(folder, patients=count, size=size, n_thin=slices, seed=FIRST_SEED + number, settings=settings)
     if not quick and options.data.is_dir():
         for name, thick, thin in genuine(options.data):
             path = archive / "genuine" / f"{name}.zip"
@@ -93,28 +95,13 @@ def trained(work: Path, options: argparse.Namespace, *, quick: bool = False) -> 
          "--set", f"budget.max_cpu_seconds={2.0 if quick else options.cpu_seconds}",
          "--set", "budget.max_seconds=null"],
     ]  # fmt: skip
-    for one in words[2:] if (store / "zarr.json").exists() and (work / "encoded").exists() else words:
+    for one in words:
         if one[0] == "train" and (run / "checkpoints").exists():
             continue
         code = app([str(word) for word in one], standalone_mode=False)
         if code:
             raise SystemExit(f"ctpipe {one[0]} ended with {code}")
-        if one[0] == "encode":
-            (work / "encoded").touch()
     return run
-
-
-def phantom_settings(spacing_mm: float, size: int, noise_hu: float) -> PhantomSettings:
-    """Thick slices of 5 mm (7.5 mm where thin ones have 1.5), pixels of 1.5 to 2 mm."""
-    return PhantomSettings(
-        field_of_view_mm=320.0 if size > 128 else 2.0 * size,
-        thin_spacing_mm=spacing_mm,
-        thick_spacing_mm=5 * spacing_mm,
-        thin_fwhm_mm=1.1 * spacing_mm,
-        thick_fwhm_mm=5 * spacing_mm,
-        thin_sigma_hu=noise_hu,
-        thick_sigma_hu=noise_hu / 2,
-    )
 
 
 def genuine(folder: Path) -> Iterator[tuple[str, Volume, Volume]]:
@@ -151,31 +138,33 @@ def genuine(folder: Path) -> Iterator[tuple[str, Volume, Volume]]:
 class WideModel:
     """The trained run, and what a volume's samples are composed with."""
 
+    run: Path
     model: Interpolator
     vae: Any
     start: Any
 
     @classmethod
     def load(cls, run: Path) -> WideModel:
-        return cls(Interpolator.load(run), load_vae("tiny"), start_of(run, "cpu"))
+        return cls(run, Interpolator.load(run), load_vae("tiny"), start_of(run, "cpu"))
 
     def base(self, thick: Volume, target: Geometry, fit: ProtocolFit) -> Array:
         """The slices that the model starts from, (z, y, x) HU."""
         return np.asarray(base_volume(thick, np.asarray(target.z_mm), self._composing(fit), WINDOW), np.float32)
 
     def answers(
-        self, thick: Volume, target: Geometry, fit: ProtocolFit, *, samples: int, steps: int, base: Array
+        self, thick: Volume, target: Geometry, fit: ProtocolFit, *, steps: Sequence[int], base: Array
     ) -> Iterator[tuple[NDArray[np.int16], dict[str, Any]]]:
-        """Samples as `ctpipe interpolate` composes them, (z, y, x) HU, each with its figures; ``steps`` 1: the mean."""
+        """Answers as `ctpipe interpolate` composes them, (z, y, x) HU and figures, one for each number of steps."""
         composing = self._composing(fit)
         measured = composing.measured(thick, target)
         condition = condition_latent(thick, target, WINDOW, self.vae, self.model.alignment, start=self.start)
         told = told_of(thick, LatentGrid.of(target).positions())
         given = self._decoded(condition, target)
-        for seed in range(samples):
-            latent = self.model.generate_latent(condition, **told, seed=seed, num_inference_steps=steps)
+        for number in steps:
+            latent = self.model.generate_latent(condition, **told, seed=0, num_inference_steps=number)
+            how = replace(composing, change_gain=change_gain(self.run, number))
             hu, figures = compose(
-                self._decoded(latent, target), WINDOW, measured, composing, condition_hu=given, base_hu=base
+                self._decoded(latent, target), WINDOW, measured, how, condition_hu=given, base_hu=base
             )
             yield hu, dict(figures)
 

@@ -148,10 +148,7 @@ def case_methods(
     inside = common_slices(thick.geometry, thin)
     target = thin.with_z(np.array(thin.z_mm)[inside])
 
-    def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
-        check_latent_grid(latent, thin)
-        unit = np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), thin.shape_zyx))
-        return settings.window.from_unit(unit[inside])
+    decoded = _decoder(work, thin, inside)
 
     def stored(key: str, role: Any) -> NDArray[np.float32] | None:
         record = store.find(key, role, settings.encode_key)
@@ -183,6 +180,17 @@ def case_methods(
     ceiling = _tried("vae_ceiling", lambda: MethodOutput("vae_ceiling", stored(pair.thin_key, "thin"), False))
     if ceiling.hu is not None or ceiling.error:
         yield ceiling
+
+
+def _decoder(work: CaseWork, thin: Geometry, inside: slice) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """Return the function from a latent on the thin grid to HU on the compared slices; it refuses another grid."""
+
+    def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
+        check_latent_grid(latent, thin)
+        unit = np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), thin.shape_zyx))
+        return work.settings.window.from_unit(unit[inside])
+
+    return decoded
 
 
 def _tried(name: str, make: Callable[[], MethodOutput]) -> MethodOutput:
@@ -239,12 +247,7 @@ def composed_samples(
     The alarm, where the first differs from the others, takes three samples; of fewer there is none.
     """
     settings = work.settings
-    inside = common_slices(measured.volume.geometry, thin)
-
-    def decoded(latent: NDArray[Any]) -> NDArray[np.float32]:
-        unit = np.asarray(work.vae.decode(np.asarray(latent, dtype=np.float32), thin.shape_zyx))
-        return settings.window.from_unit(unit[inside])
-
+    decoded = _decoder(work, thin, common_slices(measured.volume.geometry, thin))
     condition = None
     if settings.compose.detail == "residual":
         row = condition_of(work.store, pair, settings.encode_key, settings.compose.start)

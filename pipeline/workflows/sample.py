@@ -76,7 +76,7 @@ def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[st
     """Return the provenance's facts of sampling, the model's defaults spelled out."""
     return {
         "sampler": options["sampler"] or model.objective.samplers[0],
-        "steps": options["num_inference_steps"] or model.objective.default_steps,
+        "steps": model.objective.steps(options["num_inference_steps"]),
         "seed": options["seed"],
         "samples": samples,
         "alignment": model.alignment,

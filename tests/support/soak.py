@@ -177,7 +177,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def object_store(root: Path, chance: random.Random) -> Iterator[tuple[str, Any]]:
-    """An S3 server with conditional puts, of which one request in fifty fails."""
+    """An S3 server with conditional puts, of which one request in ``ONE_REQUEST_IN`` fails."""
     from tests.support.s3_server import serve
 
     with serve(root / "s3", conditional=True) as server:

@@ -224,7 +224,7 @@ def estimate_seconds(
     one_step = timed(lambda: model.generate_latent(piece, **told, **{**options, "num_inference_steps": 1}))
     one_decode = timed(lambda: codec.decode(piece, (4 * depth, 4 * side, 4 * side)))
     times_larger = float(np.prod(shape_zyx)) / (64.0 * depth * side * side)
-    steps = options["num_inference_steps"] or model.objective.default_steps
+    steps = model.objective.steps(options["num_inference_steps"])
     decodes = (samples if apart else 1) + 1 + 1 / 3
     return float(times_larger * (samples * steps * one_step + decodes * one_decode))
 

@@ -190,7 +190,7 @@ def held_out_pairs(
             lambda pair: generate_for(
                 latents, interpolator, pair, sampler=config.validation.sampler, num_inference_steps=steps
             ),
-            means=(steps or interpolator.objective.default_steps) == 1,
+            means=interpolator.objective.steps(steps) == 1,
         )
 
     return validate
