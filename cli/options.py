@@ -113,6 +113,13 @@ AlarmMap = Annotated[
     bool,
     typer.Option("--alarm-map", help="Also write where the sample differs from the others, as a Parametric Map."),
 ]
+Texture = Annotated[
+    bool | None,
+    typer.Option(
+        "--texture/--no-texture",
+        help="Give a draw the noise texture that true thin slices have; by default where --answer is a sample.",
+    ),
+]
 TransferSyntax = Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")]
 Enhanced = Annotated[
     bool, typer.Option("--enhanced", help="Write one Enhanced CT instance instead of one CT instance a slice.")

@@ -27,6 +27,7 @@ from cli.options import (
     Seed,
     SeriesTimeout,
     Steps,
+    Texture,
     Threads,
     TransferSyntax,
     Uncertainty,
@@ -60,6 +61,7 @@ def decode(
     uncertainty: Uncertainty = False,
     uncertainty_map: UncertaintyMap = False,
     alarm_map: AlarmMap = False,
+    texture: Texture = None,
     detail: Detail = "residual",
     consistency: Annotated[
         bool | None,
@@ -107,8 +109,8 @@ def decode(
     )  # fmt: skip
     job = DecodeJob(
         store, out, checkpoint, split, series, vae, encode_key, sampler, steps, samples, seed, answer,
-        uncertainty=uncertainty, uncertainty_map=uncertainty_map, alarm_map=alarm_map, detail=detail,
-        consistency=consistency, refiner=refiner, transfer_syntax=transfer_syntax, enhanced=enhanced,
+        uncertainty=uncertainty, uncertainty_map=uncertainty_map, alarm_map=alarm_map, texture=texture,
+        detail=detail, consistency=consistency, refiner=refiner, transfer_syntax=transfer_syntax, enhanced=enhanced,
         restore_identity=restore_identity,
         private=private, device=spread.devices[0], threads=threads, memory_gib=memory_gib, engine=spread,
         precision=dtype,

@@ -63,6 +63,9 @@ def evaluate(
     ray_address: RayAddress = None,
     threads: Threads = 2,
     series_timeout: SeriesTimeout = None,
+    texture: Annotated[
+        bool, typer.Option("--texture", help="Score a draw with the texture of true thin slices, as decode writes one.")
+    ] = False,
     regression: Annotated[
         Path | None, typer.Option(help="A run of `ctpipe train-regression`, to be compared in the same table.")
     ] = None,
@@ -93,7 +96,7 @@ def evaluate(
         "split": split, "vae": vae, "sampler": sampler, "steps": steps, "samples": samples, "seed": seed,
         "detail": detail, "consistency": consistency, "device": device, "memory_gib": memory_gib, "limit": limit,
         "precision": dtype,
-        "regression": regression, "refiner": refiner,
+        "regression": regression, "refiner": refiner, "texture": texture,
     }  # fmt: skip
     if protocol != "rplhr" and (protocol != "window" or run is None):
         raise InputError(

@@ -22,6 +22,7 @@ from cli.options import (
     Samples,
     Seed,
     Steps,
+    Texture,
     TransferSyntax,
     Uncertainty,
     UncertaintyMap,
@@ -56,6 +57,7 @@ def interpolate(
     uncertainty: Uncertainty = False,
     uncertainty_map: UncertaintyMap = False,
     alarm_map: AlarmMap = False,
+    texture: Texture = None,
     detail: Detail = "residual",
     consistency: Consistency = True,
     fwhm_mm: Annotated[
@@ -99,7 +101,7 @@ def interpolate(
         source, out, model or checkpoint, spacing_mm, trained_spacing_mm, vae, Sampling(sampler, steps, samples, seed),
         uncertainty, uncertainty_map, detail, consistency, fwhm_mm, refiner, transfer_syntax, enhanced,
         restore_identity, device, memory_gib, answer=answer, page=page, alarm_map=alarm_map,
-        precision=dtype,
+        texture=texture, precision=dtype,
     )  # fmt: skip
 
     def estimate(seconds: float, shape: tuple[int, ...]) -> None:

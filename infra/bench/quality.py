@@ -15,11 +15,12 @@ whose planes are whole: 970 at 160 x 160. Pixels there have 2 mm; the shipped mo
 those of ``ctpipe evaluate`` between -160 and 240 HU: PSNR and SSIM by method, means over held-out patients and then
 over seeds, with the standard deviation over seeds; HU bias by tissue; RMS(Ax - y) over that of the true thin series.
 What counts is the gain over cubic made consistent, which no learning takes, in PSNR and in SSIM. ``_mean`` is one
-step of the bridge, ``_sample`` one draw in ten; ``_refined`` the slices that the model starts from, made consistent.
-Texture: the noise power spectrum in even tissue (its root integral, ``noise_hu``) and the RMS second difference along
-z over the truth's (``roughness_ratio``). Nodules and vessels are measured against the volumes that the phantoms were
-built with. ``--work`` keeps the files, and a run again resumes there. Prints a table, then one JSON object, also kept
-in infra/bench/results/ (not with --quick).
+step of the bridge, ``_sample`` one draw in ten, ``_textured`` the same draw with the noise that it lacks of true thin
+slices' (``--texture``); ``_refined`` the slices that the model starts from, made consistent. Texture: the noise power
+spectrum in even tissue (its root integral, ``noise_hu``, and that over the truth's, ``noise_ratio``) and the RMS second
+difference along z over the truth's (``roughness_ratio``). Nodules and vessels are measured against the volumes that
+the phantoms were built with. ``--work`` keeps the files, and a run again resumes there. Prints a table, then one JSON
+object, also kept in infra/bench/results/ (not with --quick).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from pipeline.metrics import TISSUE_CLASSES_HU
 METHODS = (
     "nearest", "linear", "cubic", "cubic_back_projection", "cubic_consistent", "vae_ceiling", "regression",
     "regression_longer", "refined", "model_plain", "model_mean", "model_sample", "shipped_refined", "shipped_mean",
-    "shipped_sample",
+    "shipped_sample", "shipped_textured",
 )  # fmt: skip
 SAMPLER_STEPS = 10
 RESULTS = Path(__file__).parent / "results"
@@ -106,8 +107,9 @@ def run_commands(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """The commands one after the other: the evaluations by name, and seconds of each. What is there is not made again.
 
-    Evaluations: ``mean`` and ``sample`` of the model that starts from the regression network's slices; ``shipped`` and
-    ``shipped_sample`` of the one that starts from the shipped model's; ``plain`` and ``longer`` where asked for.
+    Evaluations: ``mean`` and ``sample`` of the model that starts from the regression network's slices; ``shipped``,
+    ``shipped_sample`` and ``shipped_textured`` of the one that starts from the shipped model's; ``plain`` and
+    ``longer`` where asked for.
     """
     data, store, again, regression = (folder / name for name in ("archive", "store", "again", "regression"))
     slow, steps = options.steps.split(",")
@@ -132,6 +134,7 @@ def run_commands(
         "sample": (store, folder / "run", ["--steps", SAMPLER_STEPS]),
         "shipped": (again, folder / "shipped", []),
         "shipped_sample": (again, folder / "shipped", ["--steps", SAMPLER_STEPS]),
+        "shipped_textured": (again, folder / "shipped", ["--steps", SAMPLER_STEPS, "--texture"]),
     }
     if "longer" in options.more:
         longer = folder / "longer"
@@ -183,6 +186,7 @@ def figures_of(documents: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ("shipped_refined", "refined", "shipped"),
         ("shipped_mean", "model", "shipped"),
         ("shipped_sample", "model", "shipped_sample"),
+        ("shipped_textured", "model", "shipped_textured"),
         ("model_plain", "model", "plain"),
         ("regression_longer", "regression", "longer"),
     ):
@@ -205,6 +209,7 @@ def figures_of(documents: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "detail_explained": by_method("detail_explained", 3),
         "roughness_ratio": by_method("roughness_ratio", 3),
         "noise_hu": by_method("noise_hu", 2),
+        "noise_ratio": by_method("noise_ratio", 3),
         "volumetry": {
             kind: {
                 name: {
@@ -243,6 +248,9 @@ def over_seeds(each: dict[str, dict[str, Any]]) -> dict[str, Any]:
         found[f"{figure}_sd"] = {name: row["sd"] for name, row in stated(rows, digits).items()}
         gains = [{name: value - row["cubic_consistent"] for name, value in row.items()} for row in rows]
         found[f"{figure}_gain_over_consistent"] = stated(gains, digits)
+    for figure in ("roughness_ratio", "noise_ratio"):
+        rows = [one[figure] for one in each.values()]
+        found[figure] = stated(rows, 3)
     found["held_out_patients"] = sum(one["held_out_patients"] for one in each.values())
     return found
 

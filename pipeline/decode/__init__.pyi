@@ -12,6 +12,7 @@ from .samples import (
     WriteSettings as WriteSettings,
     average_samples as average_samples,
     parse_answer as parse_answer,
+    textured as textured,
     write_derived as write_derived,
 )
 from .store import (

@@ -36,6 +36,7 @@ from pipeline.volume import (
 
 if TYPE_CHECKING:
     from pipeline.forward_model import ProtocolFit
+    from pipeline.metrics import TexturePower
     from pipeline.refiner import RefinerFile
 
 
@@ -76,6 +77,7 @@ class ComposeSettings:
             The commands take the run's own, where `ctpipe train-refiner` found that it wins on held-out pairs.
         change_gain: Of a model's change, D - D of the condition: the share by which it errs least on held-out pairs, 1
             for all of it. A mean that has learnt little is noise about what it starts from, and is taken back so far.
+        texture: Of true thin slices: what a single draw is given where it lacks it. None where means are composed.
     """
 
     detail: Detail = "residual"
@@ -86,6 +88,7 @@ class ComposeSettings:
     start: RefinerFile | None = None
     refiner: RefinerFile | None = None
     change_gain: float = 1.0
+    texture: TexturePower | None = None
 
     def measured(self, thick: Volume, target: Geometry, fit: ProtocolFit | None = None) -> ThickMeasurement:
         """The thick series as seen from ``target``: under the profile and noise asked for, else a pair's fit."""
@@ -164,12 +167,12 @@ def finish(
     ``x`` is overwritten; ``window`` is where a network has answered, None where none has. Returns int16 HU and figures.
     """
     figures = _made_consistent(x, measured, window) if settings.consistency else {}
-    np.clip(np.rint(x, out=x), _floor(measured.volume), 32767, out=x)
+    np.clip(np.rint(x, out=x), least_hu(measured.volume), 32767, out=x)
     figures["certificate"] = certificate(x, measured).figures()
     return x.astype(np.int16), figures
 
 
-def _floor(thick: Volume) -> int:
+def least_hu(thick: Volume) -> int:
     """Least HU that an output may hold: air, or the source's own padding below it."""
     return min(-1024, int(thick.hu.min()))
 
@@ -194,7 +197,7 @@ def plain_round_trip(
     above = measured & (x >= window.upper) & (base > window.upper)
     restored = below | above
     np.copyto(x, base, where=restored)
-    np.clip(np.rint(x, out=x), _floor(thick), 32767, out=x)
+    np.clip(np.rint(x, out=x), least_hu(thick), 32767, out=x)
     return x.astype(np.int16), {"detail": "round trip", "restored_fraction": round(float(restored.mean()), 6)}
 
 
@@ -261,7 +264,7 @@ def _refined(
 def _made_consistent(x: NDArray[np.float32], measured: ThickMeasurement, window: Window | None) -> dict[str, Any]:
     """Project ``x`` in place; figures in HU. ``window``: where a network has answered, None where none has."""
     check = check_operator(x, measured.hu, measured.thick_z_mm, measured.thin_z_mm, measured.profile, measured.noise_hu)
-    done = enforce_data_consistency(x, measured, window=window, floor_hu=_floor(measured.volume))
+    done = enforce_data_consistency(x, measured, window=window, floor_hu=least_hu(measured.volume))
     return {
         "profile": str(measured.profile),
         "noise_hu": round(measured.noise_hu, 3),

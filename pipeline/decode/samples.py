@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache import InputError
-from pipeline.decode.compose import ComposeSettings, agreement, base_volume, compose, plain_round_trip
+from pipeline.decode.compose import (
+    ComposeSettings,
+    agreement,
+    base_volume,
+    compose,
+    least_hu,
+    plain_round_trip,
+)
+from pipeline.decode.texture import with_texture
 from pipeline.forward_model import ThickMeasurement
 from pipeline.metrics import OtherSamples, alarm_map
 from pipeline.volume import Geometry, NiftiLayout, SourceHeader, Window
@@ -115,6 +123,16 @@ class DerivedSeries:
     figures: Mapping[str, Any]
 
 
+def textured(
+    hu: NDArray[np.int16], figures: Mapping[str, Any], measured: ThickMeasurement | None, settings: ComposeSettings
+) -> tuple[NDArray[np.int16], Mapping[str, Any]]:
+    """A draw with the texture that the settings ask for, and its figures with what that changes."""
+    if measured is None or settings.texture is None:
+        return hu, figures
+    hu, added = with_texture(hu, measured, settings.texture, least_hu(measured.volume))
+    return hu, {**figures, **added, **agreement(hu, measured, residual=settings.consistency)}
+
+
 def average_samples(
     decoded: Iterable[NDArray[np.float32]],
     window: Window,
@@ -129,7 +147,9 @@ def average_samples(
     """Compose every decoded sample (z, y, x) float32 HU with the measurement, and average what comes out.
 
     The mean errs least (it is the posterior mean in the limit); the spread is that of the composed samples, so that
-    what the measurement fixes shows no uncertainty. With ``alarm`` the first sample is held against the others.
+    what the measurement fixes shows no uncertainty. With ``alarm`` the first sample is held against the others. A draw
+    that is handed on by itself, the only one or the first of several, gets the texture that the settings ask for;
+    mean, spread and alarm are of the draws as they came.
 
     Raises:
         InputError: An alarm of fewer than three samples, or without a thick series.
@@ -162,6 +182,7 @@ def average_samples(
             remedy="Give --samples 8, or leave --alarm-map away.",
         )
     if mean is None or squares is None:
+        first, figures = textured(first, figures, measured, settings)
         return DerivedVolume(first, None, 1, figures)
     out = np.rint(mean).astype(np.int16)
     if measured is not None:
@@ -171,6 +192,7 @@ def average_samples(
     found = None
     if alarm and measured is not None:
         found = alarm_map(first, _all_but(first, mean, squares, number), measured)
+    first, first_figures = textured(first, first_figures, measured, settings)
     return DerivedVolume(out, spread, number, figures, first, first_figures, found)
 
 

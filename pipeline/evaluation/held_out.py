@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentcache import LATENT_CHANNELS, LatentRecord, LatentStore, PairRecord
+from latentcache import LATENT_CHANNELS, CtpipeError, LatentRecord, LatentStore, PairRecord
 from pipeline.decode import ComposeSettings, base_volume, condition_of
+from pipeline.forward_model import ThickMeasurement
 from pipeline.identity import PrivateStore
-from pipeline.metrics import intensity as metrics, ssim
+from pipeline.metrics import TexturePower, intensity as metrics, ssim
 from pipeline.reading import read_series
 from pipeline.vae import Autoencoder, as_encoded, check_same_vae
 from pipeline.volume import Window, common_slices, onto_field, resample_z
@@ -142,6 +143,36 @@ class HeldOutImages:
             f"val_psnr_db{suffix}": metrics.psnr(hu, held.truth, data_range=self.window.width),
             f"val_ssim{suffix}": ssim(hu, held.truth, data_range=self.window.width),
         }
+
+
+TEXTURE_PAIRS = 6
+"""Training pairs that a run's texture is measured on."""
+
+
+def texture_of_pairs(
+    store: LatentStore, private: PrivateStore, encode_key: str, count: int = TEXTURE_PAIRS
+) -> tuple[TexturePower | None, dict[str, str]]:
+    """Texture of the true thin slices of a store's training pairs, and the pairs that could not be read, with why.
+
+    The first ``count`` pairs by pair key whose thin series are encoded; None where none could be read.
+    """
+    encoded = {record.key for record in store.records(encode_key, "thin")}
+    pairs = [p for p in store.pairs() if p.split == "train" and p.status == "ok" and p.thin_key in encoded]
+    found: TexturePower | None = None
+    failed: dict[str, str] = {}
+    for pair in sorted(pairs, key=lambda p: p.pair_key)[:count]:
+        try:
+            pointers = private.pointers([pair.thin_key, pair.thick_key])
+            thin, thick = (read_series(pointers[key]) for key in (pair.thin_key, pair.thick_key))
+            inside = common_slices(thick.geometry, thin.geometry)
+            # Slices on another pixel grid say as much about A, which works along z alone.
+            measured = ThickMeasurement.of(thick, np.array(thin.geometry.z_mm)[inside])
+            one = TexturePower.of(thin.hu[inside], measured.operator)
+        except CtpipeError as error:
+            failed[pair.pair_key] = str(error)
+            continue
+        found = one if found is None else found + one
+    return found, failed
 
 
 def _means(store: LatentStore, record: LatentRecord) -> NDArray[np.float32]:

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache import COMPRESSION, CtpipeError, InputError, LatentGrid, LatentRecord, LatentStore, PairRecord
-from pipeline.decode import ComposeSettings, DerivedVolume, average_samples, base_volume, compose, condition_of
+from pipeline.decode import (
+    ComposeSettings,
+    DerivedVolume,
+    average_samples,
+    base_volume,
+    compose,
+    condition_of,
+    textured,
+)
 from pipeline.forward_model import BASELINES, ThickMeasurement, apply, weights
 from pipeline.identity import PrivateStore
 from pipeline.metrics import FeaturesOf, intensity as metrics
@@ -236,6 +244,7 @@ def _model(
     generated = metrics.require_finite(decoded(work.generated(pair)), "the decoded model output")
     seen = condition_hu if composing.detail == "residual" else None
     hu, figures = compose(generated, work.settings.window, measured, composing, condition_hu=seen)
+    hu, figures = textured(hu, figures, measured, composing)
     return MethodOutput("model", hu, figures=figures)
 
 

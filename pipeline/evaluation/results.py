@@ -137,6 +137,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "edge_excess_mm": ("sharpness_z", "excess_mm"),
     "mtf50_per_mm": ("sharpness_z", "mtf50_per_mm"),
     "noise_hu": ("noise", "prediction", "std_hu"),
+    "noise_ratio": ("noise", "ratio", "std_hu"),
     "noise_frequency_per_mm": ("noise", "prediction", "mean_frequency_per_mm"),
     "roughness_ratio": ("slice_to_slice", "roughness_ratio"),
     "jitter_hu": ("slice_to_slice", "jitter_hu"),

@@ -37,6 +37,7 @@ from .similarity import (
     ssim as ssim,
     ssim_3d as ssim_3d,
 )
+from .texture import TexturePower as TexturePower, drawn_texture as drawn_texture, lacking as lacking
 from .volumetry import (
     MARGIN_MM as MARGIN_MM,
     Structure as Structure,

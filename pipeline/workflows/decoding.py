@@ -29,6 +29,7 @@ class DecodeJob:
         answer: ``mean``, ``sample`` or ``both``; how several samples become a series.
         uncertainty: The samples' standard deviation as a second series; as floats with ``uncertainty_map``.
         alarm_map: Where the written sample differs from the others, as a Parametric Map.
+        texture: Whether a draw gets the texture of true thin slices; None where the answer is a sample.
         detail: ``residual`` or ``absolute``.
         consistency: Project onto the measured thick slices; None: where thin slices are sampled.
         refiner: A refiner's run; None: the checkpoint's own; ``none``: without.
@@ -51,6 +52,7 @@ class DecodeJob:
     uncertainty: bool = False
     uncertainty_map: bool = False
     alarm_map: bool = False
+    texture: bool | None = None
     detail: str = "residual"
     consistency: bool | None = None
     refiner: Path | None = None
@@ -78,7 +80,7 @@ def decode(job: DecodeJob, on_progress: OnProgress = silent) -> DecodeSummary:
     from latentcache import LatentStore
     from pipeline.decode import ComposeSettings, parse_answer, parse_detail
     from pipeline.engines import EngineOptions
-    from pipeline.workflows.sample import own_refiner, refiner_of, start_of
+    from pipeline.workflows.sample import own_refiner, refiner_of, start_of, texture_of
     from pipeline.writing import transfer_syntax_uid
 
     transfer_syntax_uid(job.transfer_syntax)
@@ -93,9 +95,14 @@ def decode(job: DecodeJob, on_progress: OnProgress = silent) -> DecodeSummary:
     engine = job.engine or EngineOptions("inline", devices=(job.device,))
     if job.checkpoint is None:
         return _decode_into_folder(job, latents, engine, composing, answer, None, on_progress)
+    draws = job.samples == 1 or answer != "mean"
+    composing = replace(
+        composing,
+        start=start_of(job.checkpoint, job.device),
+        change_gain=change_gain(job.checkpoint, job.steps),
+        texture=texture_of(job.checkpoint, job.texture, job.steps, draws=draws, answer=answer),
+    )
     sampled = _sampled(job, job.checkpoint, latents, engine, answer, on_progress)
-    gain = change_gain(job.checkpoint, job.steps)
-    composing = replace(composing, start=start_of(job.checkpoint, job.device), change_gain=gain)
     if job.refiner is None:
         own = own_refiner(job.checkpoint, sampled.facts["checkpoint_sha256"], job.device)
         composing = replace(composing, refiner=own)

@@ -28,6 +28,7 @@ class ScoringJob:
         limit: Pairs at most.
         refiner: A refiner's run; None: the run's own; ``none``: without.
         regression: A regression run to be compared in the same table.
+        texture: Score a draw with the texture of true thin slices, as a decode writes its samples.
     """
 
     split: str = "test"
@@ -44,12 +45,13 @@ class ScoringJob:
     limit: int | None = None
     refiner: Path | None = None
     regression: Path | None = None
+    texture: bool = False
 
     def composing(self, run: Path, checkpoint_sha256: str) -> ComposeSettings:
         """Return how a model's output becomes HU, with the run's own refiner where no other is asked for."""
         from diffusion.sampling import change_gain
         from pipeline.decode import ComposeSettings, parse_detail
-        from pipeline.workflows.sample import own_refiner, refiner_of, start_of
+        from pipeline.workflows.sample import own_refiner, refiner_of, start_of, texture_of
 
         own = self.refiner is None
         return ComposeSettings(
@@ -58,6 +60,7 @@ class ScoringJob:
             refiner=own_refiner(run, checkpoint_sha256, self.device) if own else refiner_of(self.refiner, self.device),
             start=start_of(run, self.device),
             change_gain=change_gain(run, self.steps),
+            texture=texture_of(run, self.texture, self.steps, draws=self.samples == 1),
         )
 
 
@@ -129,6 +132,7 @@ def evaluate_run(job: EvaluationJob, on_progress: OnProgress = silent) -> tuple[
             "refiner_sha256": refiner.sha256 if refiner else "",
             "start_refiner_sha256": model.refiner_sha256,
             "change_gain": evaluation.compose.change_gain,
+            "texture": evaluation.compose.texture is not None,
             "decoder_sha256": tuned_decoder(job.vae),
         },
         "not_encoded": not_encoded,

@@ -94,7 +94,7 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
 
     from diffusion.sampling import Interpolator
     from latentcache import LatentGrid
-    from pipeline.decode import compose
+    from pipeline.decode import compose, textured
     from pipeline.metrics import require_finite
     from pipeline.vae import load_decoder
     from pipeline.volume import Window
@@ -120,8 +120,9 @@ def _volume_model(job: RplhrJob, run: Path) -> tuple[Any, str, str]:
             return window.from_unit(np.asarray(codec.decode(np.asarray(z, dtype=np.float32), thin.shape_zyx)))
 
         generated = require_finite(decoded(latent), "the decoded model output")
-        hu, _ = compose(generated, window, composing.measured(thick, thin), composing, condition_hu=decoded(seen))
-        return hu
+        measured = composing.measured(thick, thin)
+        hu, figures = compose(generated, window, measured, composing, condition_hu=decoded(seen))
+        return textured(hu, figures, measured, composing)[0]
 
     return generate, model.checkpoint_sha256, composing.refiner.sha256 if composing.refiner else ""
 

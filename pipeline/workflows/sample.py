@@ -72,6 +72,45 @@ def start_of(checkpoint: Path, device: str) -> Any:
     return start_refiner(checkpoint, RunCard.read(checkpoint).refiner_sha256, device)
 
 
+TEXTURE_NAME = "texture.json"
+"""In a run's folder: the texture of the true thin slices of its pairs, measured when it began."""
+
+
+def texture_of(run: Path, asked: bool | None, steps: int | None, *, draws: bool, answer: str = "mean") -> Any:
+    """The texture that a run's single draws are brought to, `pipeline.metrics.TexturePower`; None for none.
+
+    Args:
+        run: The training run's folder.
+        asked: None leaves it to the answer: a sample, which is for measuring, gets it where the run knows it.
+        steps: Sampling steps asked for.
+        draws: Whether what is composed is one draw, or several apart, and no mean of latents.
+        answer: ``mean``, ``sample`` or ``both``.
+
+    Raises:
+        InputError: Texture asked for where a mean is composed, or from a run that has not measured it.
+    """
+    from diffusion.runs import RunCard
+    from latentcache import InputError
+    from pipeline.metrics import TexturePower
+
+    if asked is False or (asked is None and answer == "mean"):
+        return None
+    path, mean = run / TEXTURE_NAME, RunCard.read(run).build_objective().steps(steps) == 1
+    if asked and (mean or not draws):
+        raise InputError(
+            "--texture for " + ("a single step, which gives a mean" if mean else "the mean of several samples"),
+            expected="a draw: noise in a mean is an error and nothing else",
+            remedy="Give --steps 10 with one sample, or with --samples 4 --answer sample; or leave --texture away.",
+        )
+    if asked and not path.is_file():
+        raise InputError(
+            f"--texture of a run without {TEXTURE_NAME}",
+            expected="a run that looked at its pairs' thin series in HU when it began",
+            remedy="Train where the archives are at hand (--private), or leave --texture away.",
+        )
+    return None if mean or not path.is_file() else TexturePower.from_json(path.read_text(encoding="utf-8"))
+
+
 def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[str, Any]:
     """Return the provenance's facts of sampling, the model's defaults spelled out."""
     return {

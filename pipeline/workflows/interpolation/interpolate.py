@@ -39,7 +39,7 @@ from pipeline.workflows.interpolation.job import Interpolated, InterpolateJob, S
 from pipeline.workflows.interpolation.shipped import interpolate_shipped
 from pipeline.workflows.interpolation.thick_study import Scanned, ThickStudy, identity_of, read_thick
 from pipeline.workflows.job_progress import JobProgress, OnProgress, silent
-from pipeline.workflows.sample import own_refiner, refiner_of, sampling_facts, start_of
+from pipeline.workflows.sample import own_refiner, refiner_of, sampling_facts, start_of, texture_of
 from pipeline.writing import Provenance
 
 log = logging.getLogger("ctpipe.interpolate")
@@ -166,7 +166,8 @@ def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
     """Return the settings of composing and writing, from the job and the model's card."""
     from diffusion.sampling import change_gain
 
-    model, encoding = loaded.model, loaded.encoding
+    model, encoding, steps = loaded.model, loaded.encoding, job.sampling.options["num_inference_steps"]
+    answer = parse_answer(job.answer, job.sampling.samples)
     return InterpolateSettings(
         WriteSettings(
             job.out,
@@ -176,7 +177,7 @@ def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
             uncertainty_map=job.uncertainty_map,
             alarm_map=job.alarm_map,
             enhanced=job.enhanced,
-            answer=parse_answer(job.answer, job.sampling.samples),
+            answer=answer,
             checkpoint_sha256=model.checkpoint_sha256,
             sampling=sampling_facts(model, job.sampling.options, job.sampling.samples),
         ),
@@ -185,7 +186,10 @@ def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
             consistency=job.consistency,
             profile=SliceProfile("gaussian", job.fwhm_mm) if job.fwhm_mm else None,
             start=start_of(loaded.run, job.device),
-            change_gain=change_gain(loaded.run, job.sampling.options["num_inference_steps"]),
+            change_gain=change_gain(loaded.run, steps),
+            texture=texture_of(
+                loaded.run, job.texture, steps, draws=job.sampling.samples == 1 or answer != "mean", answer=answer
+            ),
             refiner=refiner_of(job.refiner, job.device)
             if job.refiner
             else own_refiner(loaded.run, model.checkpoint_sha256, job.device),

@@ -49,6 +49,7 @@ class InterpolateJob:
         answer: ``mean`` of the samples for viewing, one ``sample`` for measuring, or ``both``.
         page: Write a page for people beside the series.
         alarm_map: Where the written sample differs from the others, as a Parametric Map.
+        texture: Whether a draw gets the texture of true thin slices; None where the answer is a sample.
     """
 
     source: str
@@ -73,6 +74,7 @@ class InterpolateJob:
     answer: str = "mean"
     page: bool = True
     alarm_map: bool = False
+    texture: bool | None = None
     precision: str = "auto"
 
 

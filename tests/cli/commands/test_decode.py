@@ -162,6 +162,53 @@ def test_every_way_out_takes_as_much_of_a_mean_as_validation_found_it_worth(
     assert document["settings"]["change_gain"] == 0.25
 
 
+def test_a_draw_for_measuring_gets_the_texture_of_true_thin_slices(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.metrics.texture.LEAST_VOXELS", 20)  # planes of 32 x 32 have few even places
+    run = tmp_path / "run"
+    shutil.copytree(site.run, run)
+    kept = json.loads((run / "texture.json").read_text())
+    assert sum(kept["voxels"]) > 0, "measured when the run began"
+    # More noise than an untrained model draws.
+    many = {"power": [[900.0, 900.0]] * len(kept["power"]), "voxels": [10**6] * len(kept["voxels"])}
+    (run / "texture.json").write_text(json.dumps(many))
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    words = ["decode", site.store, "--checkpoint", run, "--split", "test", *INLINE, "--json"]
+    both = [*words, "--steps", 2, "--samples", 2, "--answer", "both"]
+    capsys.readouterr()
+    written = {}
+    for name, more in (("with", []), ("without", ["--no-texture"])):
+        assert ctpipe(*both[:2], tmp_path / name, *both[2:], *more) == Exit.OK
+        ((key, figures),) = result(capsys)["written"].items()
+        assert figures["folders"] == [key, f"{key}-sample"]
+        for folder in (key, f"{key}-sample"):
+            written[name, folder[len(key) :]] = pydicom.dcmread(tmp_path / name / folder / "00020.dcm")
+    added = read_provenance(written["with", "-sample"])["consistency"]["texture_added_hu"]
+    assert added > 0
+    assert f"{added:g} HU RMS of drawn noise" in written["with", "-sample"].DerivationDescription
+    assert written["with", "-sample"].PixelData != written["without", "-sample"].PixelData
+    assert "texture_added_hu" not in read_provenance(written["without", "-sample"])["consistency"]
+    assert written["with", ""].PixelData == written["without", ""].PixelData, "the mean is as it was"
+    for more, wrong in (
+        (["--steps", 1], "a single step, which gives a mean"),
+        (["--steps", 2, "--samples", 2], "the mean of several samples"),
+    ):
+        with pytest.raises(InputError, match=wrong):
+            ctpipe(*words[:2], tmp_path / "none", *words[2:], *more, "--texture")
+    study = sorted(site.archive.rglob("*.zip"))[0]
+    thin = ["interpolate", study, tmp_path / "thin", "--checkpoint", run, "--steps", 2, "--texture", "--json"]
+    assert ctpipe(*thin) == Exit.OK
+    assert result(capsys)["texture_added_hu"] > 0
+    scored = ["evaluate", site.store, run, "--split", "test", "--steps", 2, "--texture", "--threads", 1, "--json"]
+    assert ctpipe(*scored) == Exit.OK
+    document = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
+    assert document["settings"]["texture"] is True
+    (run / "texture.json").unlink()
+    with pytest.raises(InputError, match=r"--texture of a run without texture\.json"):
+        ctpipe(*thin[:2], tmp_path / "again", *thin[3:])
+
+
 def test_a_refiner_that_wins_is_its_checkpoints_default(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

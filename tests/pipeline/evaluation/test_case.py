@@ -67,8 +67,9 @@ def test_the_truth_scores_perfect(case: Case) -> None:
     assert found["lung"]["volume_ml"] > 0
     assert found["consistency"]["ratio"] == 1
     assert found["consistency"]["rms_hu"] > 0, "both series carry noise, so even the truth does not agree exactly"
-    # At 3.6 mm pixels no tile of 16 is even; no structure is known and no network was handed in.
-    assert found["not_measured"].keys() == {"noise", "volumetry", "perceptual"}
+    assert found["noise"]["ratio"] == {"std_hu": 1, "mean_frequency_per_mm": 1}
+    # No structure is known and no network was handed in.
+    assert found["not_measured"].keys() == {"volumetry", "perceptual"}
     assert "--vgg19" in found["not_measured"]["perceptual"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from diffusion.data import key_of, make_store
 from diffusion.data.synthetic_store import ENCODING
 from latentcache import InputError
-from pipeline.evaluation import HeldOutImages, held_out as validation
+from pipeline.evaluation import HeldOutImages, held_out as validation, texture_of_pairs
 from pipeline.volume import Geometry, Volume
 
 AFFINE = ((0.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
@@ -96,3 +96,33 @@ def test_another_vae_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", splits=("val",), depths=(8,), side=16)
     with pytest.raises(InputError, match="--vae"):
         HeldOutImages(store, Private(), Decoder("1" * 64), ENCODING.encode_key)  # type: ignore[arg-type]
+
+
+def test_texture_is_of_training_pairs_and_one_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "s", splits=("train", "val", "train", "train"), depths=(8,), side=16)
+    rng = np.random.default_rng(0)
+    z, zk = np.arange(32.0), np.arange(0, 30, 5.0) + 3
+    seen = []
+
+    def read(key: str) -> Volume:
+        seen.append(key)
+        if key == key_of(3, 2):
+            raise InputError("a zip without its directory", expected="a whole zip", remedy="Copy it again.")
+        at = z if key.startswith("3") else zk
+        # The held-out patient, key 1, has ten times the noise.
+        hu = (40 + rng.normal(0, 90 if key == key_of(3, 1) else 9, (len(at), 64, 64))).astype(np.int16)
+        return Volume(hu, Geometry(hu.shape, AFFINE, tuple(at), 5.0 if at is zk else 1.0))
+
+    monkeypatch.setattr(validation, "read_series", read)
+    found, failed = texture_of_pairs(store, Private(), ENCODING.encode_key, count=3)  # type: ignore[arg-type]
+    assert set(failed) == {key_of(7, 2)}
+    assert "a zip without its directory" in failed[key_of(7, 2)]
+    assert not {key_of(3, 1), key_of(4, 1)} & set(seen)
+    assert found is not None
+    (tissue,) = np.flatnonzero(found.voxels > 2000)
+    # Four fifths of 81 HU^2 are in ker A, and the finest band of the slice has less than all of that.
+    assert 25 < found.power[tissue].sum() < 0.8 * 81
+    nothing, _ = texture_of_pairs(store, Private(), ENCODING.encode_key, count=0)  # type: ignore[arg-type]
+    assert nothing is None

@@ -35,10 +35,21 @@ def test_noise_texture_sees_less_and_lower_noise_after_smoothing() -> None:
     assert found["prediction"]["mean_frequency_per_mm"] < 0.8 * found["truth"]["mean_frequency_per_mm"]
 
 
-def test_a_volume_without_soft_tissue_is_said() -> None:
-    air = np.full((3, 64, 64), -1000.0)
-    with pytest.raises(InputError, match="0 even regions"):
-        noise_texture(air, air, (1, 1))
+def test_a_volume_without_even_soft_tissue_is_said() -> None:
+    air = np.full((6, 64, 64), -1000.0)
+    for volume in (air, np.where(np.arange(64) < 32, -300.0, 300.0) * np.ones_like(air)):
+        with pytest.raises(InputError, match="0 even regions"):
+            noise_texture(volume, volume, (1, 1))
+
+
+@pytest.mark.parametrize("pixel_mm", [2.0, 0.7])
+def test_a_second_scan_has_the_noise_of_the_first(pixel_mm: float) -> None:
+    """Regions chosen for the first scan's own noise would be those where it happens to have little."""
+    rng = np.random.default_rng(5)
+    wave = np.sin(np.arange(96) * pixel_mm / 9)
+    anatomy = 40 + 25 * wave[:, None] * wave
+    first, second = (anatomy + rng.normal(0, 14, (24, 96, 96)) for _ in range(2))
+    assert noise_texture(second, first, (pixel_mm, pixel_mm))["ratio"]["std_hu"] == pytest.approx(1, abs=0.02)
 
 
 def test_jitter_is_the_spread_of_independent_offsets_and_ignores_a_slope() -> None:
