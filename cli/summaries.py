@@ -21,6 +21,7 @@ def encode_text(summary: EncodeSummary, job: EncodeJob) -> str:
         f"({summary.committed} latents committed, {summary.already} already there)",
         f"encode key {summary.encode_key}, snapshot {summary.snapshot}",
     ]
+    lines += [f"mirrored along {axis}: encode key {key}" for axis, key in sorted(summary.mirrored.items())]
     if summary.retired:
         lines.append(f"{summary.retired} latents of archives that had changed were retired")
     if summary.stale:

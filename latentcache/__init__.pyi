@@ -29,6 +29,7 @@ from .records import (
     FORMAT_VERSION as FORMAT_VERSION,
     LATENT_CHANNELS as LATENT_CHANNELS,
     LATENT_ROLES as LATENT_ROLES,
+    MIRRORS as MIRRORS,
     PAIR_ROLES as PAIR_ROLES,
     SIMULATED as SIMULATED,
     Encoding as Encoding,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -30,6 +30,8 @@ Split = Literal["train", "val", "test", ""]
 
 FORMAT_VERSION = 2
 LATENT_CHANNELS = 4
+MIRRORS = {"flip-x": "x", "flip-y": "y"}
+"""Augmentations by the axis along which the volume is mirrored: columns and rows."""
 COMPRESSION = 4
 """Voxels per latent along each axis; latent slice j covers slices 4j..4j+3 and is centred at 4j+1.5."""
 
@@ -281,6 +283,15 @@ class Encoding:
         raw = json.loads(text)
         raw["pad_multiple_zyx"] = tuple(raw["pad_multiple_zyx"])
         return cls(**raw)
+
+    @property
+    def mirrored(self) -> str:
+        """The axis along which volumes were mirrored before they were encoded, ``x`` or ``y``; empty for none."""
+        return str(self.extra.get("mirrored", ""))
+
+    def of_mirrored(self, axis: str) -> Encoding:
+        """The same of volumes mirrored along ``x`` (columns) or ``y`` (rows); it has a key of its own."""
+        return replace(self, extra={**self.extra, "mirrored": axis})
 
     @property
     def encode_key(self) -> str:

@@ -316,12 +316,12 @@ class LatentStore:
         return sorted(e.path.split("/")[-1][:-5] for e in self.location.list("encodings") if e.path.endswith(".json"))
 
     def encoding_in_use(self, encode_key: str | None = None) -> Encoding:
-        """Return the encoding asked for, else the only one there.
+        """Return the encoding asked for, else the only one there; those of mirrored volumes are for training alone.
 
         Raises:
             InputError: None, several, or another than asked for.
         """
-        keys = self.encode_keys()
+        keys = [key for key in self.encode_keys() if not self.encoding(key).mirrored]
         if encode_key in keys or (encode_key is None and len(keys) == 1):
             return self.encoding(encode_key or keys[0])
         raise InputError(

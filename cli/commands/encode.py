@@ -44,6 +44,9 @@ def encode(
         Path | None,
         typer.Option(help="A refiner's run, or a shipped model: encode its slices too, as role refined_on_thin."),
     ] = None,
+    augment: Annotated[
+        str, typer.Option(help="flip-x, flip-y or both by comma: encode the training pairs mirrored too.")
+    ] = "",
     pad_in_plane: Annotated[int, typer.Option(help="Pad rows and columns to a multiple; 64 for latent patch 2.")] = 32,
     tiling: Annotated[
         str, typer.Option(help="exact, or sliding: the blended windows that others use, to compare with.")
@@ -74,6 +77,9 @@ def encode(
     trains on; until then they are counted, no run trains on them, and the exit code is 3. Runs that are pinned to an
     older snapshot keep the latents that they began with.
 
+    The VAE of a mirrored volume is not the mirrored latent of the volume, so mirrored pairs are encoded, each under a
+    key of its own; `ctpipe train --set data.augment=flip-x` draws among them.
+
     With --repair, latents whose bytes are damaged or gone are made anew from their archives. One whose archive is not
     at hand stays as it is and is named; so is a run that is pinned to a damaged latent which did not come back as it
     was. The exit code is 3 then.
@@ -90,6 +96,8 @@ def encode(
 
         ctpipe encode STORE --refiner default
 
+        ctpipe encode STORE --augment flip-x
+
         ctpipe encode STORE --tiling sliding && ctpipe diff STORE EXACT_KEY SLIDING_KEY
 
         ctpipe encode s3://archive/store --private /secure/private --engine ray --ray-address auto --gpus 8
@@ -102,7 +110,7 @@ def encode(
     )  # fmt: skip
     job = EncodeJob(
         store, options, vae, window, roles, refiner, pad_in_plane, tiling, memory_gib, dtype, threads, round_trip,
-        private, refresh=refresh, repair=repair, dry_run=dry_run,
+        private, refresh=refresh, repair=repair, dry_run=dry_run, augment=augment,
     )  # fmt: skip
     with counting_bar("encoding") as show:
         summary = run(job, show)

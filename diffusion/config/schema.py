@@ -23,6 +23,8 @@ class DataConfig:
         alignment: ``pixel``: the thick HU interpolated, then encoded; ``latent``: the thick latent, interpolated.
         start: ``interpolated``: the condition is as ``alignment`` says; ``refined``: the latent of the refiner's slices
             (role ``refined_on_thin``), which lie on the thin grid already.
+        augment: ``flip-x``, ``flip-y`` or both by comma: a training sample is drawn from the pair as it is and as it
+            was cached mirrored (`ctpipe encode --augment`), with equal chances.
         window: Depth of random windows; none trains on whole volumes, cropped to a multiple of ``depth_bucket``.
         crop: Side of a random in-plane crop; none takes the whole plane.
         windows_per_volume: Samples that a pair gives in an epoch.
@@ -34,6 +36,7 @@ class DataConfig:
     encode_key: str | None = None
     alignment: Literal["pixel", "latent"] = "pixel"
     start: Literal["interpolated", "refined"] = "interpolated"
+    augment: str = ""
     window: int | None = None
     depth_bucket: int = 8
     crop: int | None = None

@@ -9,6 +9,7 @@ import math
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,24 @@ class Sample:
         return LatentGrid.of_row(thin).positions(thin.shape[1])[self.depth]
 
 
+@dataclass(frozen=True)
+class Mirrored:
+    """Pairs that are cached mirrored: ``at[i]`` is the place among them of pair i of the stream, -1 for none."""
+
+    pairs: PlannedPairs
+    at: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, pairs: PlannedPairs, stream: PlannedPairs) -> Mirrored:
+        """Find a stream's pairs among mirrored ones. One whose grid differs (encoded otherwise) counts as absent."""
+        at = pairs.places_among(stream)
+        there = np.flatnonzero(at >= 0)
+        same = (pairs.thin.shape[at[there]] == stream.thin.shape[there]).all(axis=1)
+        same &= (pairs.first[at[there]] == stream.first[there]) & (pairs.depth[at[there]] == stream.depth[there])
+        at[there[~same]] = -1
+        return cls(pairs, at)
+
+
 class BatchReader:
     """Micro-batches of a planned split, from any thread.
 
@@ -101,6 +120,7 @@ class BatchReader:
         shapes: (n, 3) depth, rows and columns of every pair's samples.
         mean, std: (4,) float32, the whitening.
         seed: Windows and noise follow from it, the epoch and the pair's key.
+        mirrored: The same pairs mirrored, to draw from.
         pin_memory: Batches lie in page-locked memory, whence a GPU copies them while it computes.
     """
 
@@ -115,7 +135,9 @@ class BatchReader:
         std: NDArray[np.float32],
         seed: int,
         pin_memory: bool = False,
+        mirrored: Sequence[Mirrored] = (),
     ) -> None:
+        self.mirrored = tuple(mirrored)
         self.store, self.pairs, self.shapes, self.data = store, pairs, shapes, data
         self.mean, self.std = (values[:, None, None, None] for values in (mean, std))
         self.seed, self.pin_memory = seed, pin_memory
@@ -178,9 +200,16 @@ class BatchReader:
         z = pair.first + int(rng.integers(pair.depth - depth + 1))
         y = int(rng.integers(pair.thin.shape[2] - rows + 1))
         x = int(rng.integers(pair.thin.shape[3] - columns + 1))
+        pair = self._drawn(index // self.data.windows_per_volume, pair, identity)
         return Sample(
             pair, slice(z, z + depth), slice(y, y + rows), slice(x, x + columns), draw_seed("noise", *identity)
         )
+
+    def _drawn(self, row: int, pair: PlannedPair, identity: tuple[object, ...]) -> PlannedPair:
+        """The pair as it is, or mirrored, with equal chances among those cached; validation never asks."""
+        there = [one for one in self.mirrored if one.at[row] >= 0]
+        chosen = draw_seed("mirror", *identity) % (len(there) + 1)
+        return pair if chosen == 0 else there[chosen - 1].pairs[int(there[chosen - 1].at[row])]
 
     def _condition(self, sample: Sample, out: Tensor) -> Tensor:
         """Fill in the condition on the thin window's positions; returns the latents that it is made of."""

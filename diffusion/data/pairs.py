@@ -20,6 +20,7 @@ from diffusion.networks import ThickSlices
 from latentcache import (
     ACROSS_FIELDS,
     LATENT_CHANNELS,
+    MIRRORS,
     PAIR_ROLES,
     ROW,
     InputError,
@@ -127,6 +128,10 @@ class PlannedPairs(Sequence[PlannedPair]):
     def __len__(self) -> int:
         return len(self.first)
 
+    def places_among(self, others: PlannedPairs) -> NDArray[np.int64]:
+        """(len(others),) where each of the others is in this sequence, by pair key; -1 for none."""
+        return positions(others._pairs["pair_key"], self._pairs["pair_key"])
+
     @overload
     def __getitem__(self, index: int) -> PlannedPair: ...
 
@@ -166,7 +171,7 @@ def whole_latents_inside(
 
 def choose_encode_key(store: LatentStore, wanted: str | None) -> str:
     """The encode key to train on: the one asked for, else the store's only one with thin latents."""
-    present = [encode_key for encode_key, role in store.encoded() if role == "thin"]
+    present = [key for key, role in store.encoded() if role == "thin" and not store.encoding(key).mirrored]
     if wanted is not None and wanted not in present:
         raise InputError(
             f"encode key {wanted}",
@@ -184,6 +189,29 @@ def choose_encode_key(store: LatentStore, wanted: str | None) -> str:
             remedy="Choose with --set data.encode_key=KEY.",
         )
     return wanted or present[0]
+
+
+def mirrored_keys(store: LatentStore, encode_key: str, augment: str) -> dict[str, str]:
+    """Encode keys of the same volumes mirrored, by the name of the augmentation.
+
+    Raises:
+        InputError: An augmentation of another name, or one that the store does not hold.
+    """
+    found = {}
+    present = {key for key, role in store.encoded() if role == "thin"}
+    for name in filter(None, (part.strip() for part in augment.split(","))):
+        if name not in MIRRORS:
+            raise InputError(
+                f"data.augment {name}", expected=" and ".join(MIRRORS), remedy="For example --set data.augment=flip-x."
+            )
+        found[name] = store.encoding(encode_key).of_mirrored(MIRRORS[name]).encode_key
+        if found[name] not in present:
+            raise InputError(
+                f"data.augment {name} on a store without mirrored latents of encode key {encode_key}",
+                expected=f"those of encode key {found[name]}",
+                remedy=f"Run `ctpipe encode STORE --augment {name}` with the other settings that it was encoded with.",
+            )
+    return found
 
 
 @dataclass(frozen=True)

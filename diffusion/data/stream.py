@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.config import DataConfig
-from diffusion.data.batches import Batch, BatchReader
+from diffusion.data.batches import Batch, BatchReader, Mirrored
 from diffusion.data.epoch_plan import EpochPlan, MicroBatch, plan_epoch, share_of_rank, steps_in_epoch
-from diffusion.data.pairs import PlannedPairs, Tables, choose_encode_key, plan_pairs
+from diffusion.data.pairs import PlannedPairs, Tables, choose_encode_key, mirrored_keys, plan_pairs
 from diffusion.data.prefetch import prefetch
 from latentcache import COMPRESSION, LATENT_CHANNELS, InputError, LatentStore, Split
 
@@ -84,10 +84,12 @@ class PairStream:
         self.mean, self.std = (np.asarray(m, np.float32)[:LATENT_CHANNELS] for m in (moments.mean, moments.std))
         self.pairs, self.left_out = plan_pairs(store, self.encode_key, data, split, tables)
         self._shapes = self._sample_shapes(self.pairs)
+        mirrored = self._mirrored(data, told) if split == "train" else []
         self._buckets = np.repeat(_numbered(self._shapes), data.windows_per_volume)
         self._batches = BatchReader(
-            store, self.pairs, self._shapes, data, mean=self.mean, std=self.std, seed=seed, pin_memory=share.pin_memory
-        )
+            store, self.pairs, self._shapes, data, mean=self.mean, std=self.std, seed=seed, pin_memory=share.pin_memory,
+            mirrored=mirrored,
+        )  # fmt: skip
         self._plans = _Plans(partial(plan_epoch, self._buckets, samples_per_step, seed))
         self.epoch, self.index = 0, 0
 
@@ -166,6 +168,18 @@ class PairStream:
             for m in share_of_rank(plan.step(k), self.data.batch_size, self.rank, self.world)
         ]
         yield from self._prefetch(_Load(self._batches, micro, -1) for micro in micros[:limit])
+
+    def _mirrored(self, data: DataConfig, told: bool) -> list[Mirrored]:
+        """The training pairs that are cached mirrored too; pairs that are not are drawn as they are, and counted."""
+        found = []
+        for name, encode_key in mirrored_keys(self.store, self.encode_key, data.augment).items():
+            tables = Tables.read(self.store, encode_key, data, told)
+            pairs, _ = plan_pairs(self.store, encode_key, data, "train", tables)
+            mirrored = Mirrored.of(pairs, self.pairs)
+            if missing := int((mirrored.at < 0).sum()):
+                self.left_out[f"no {name} latents (only as they are; `ctpipe encode STORE --augment {name}`)"] = missing
+            found.append(mirrored)
+        return found
 
     def _sample_shapes(self, pairs: PlannedPairs) -> NDArray[np.int64]:
         """(n, 3) depth, height and width of every pair's samples: window or bucketed depth, crop or the whole plane."""

@@ -4,6 +4,8 @@ from .store import (
     EncodeSettings as EncodeSettings,
     EncodeSummary as EncodeSummary,
     encode_store as encode_store,
+    parse_augment as parse_augment,
     parse_roles as parse_roles,
+    together as together,
 )
 from .task import PAD_MULTIPLE_ZYX as PAD_MULTIPLE_ZYX, EncodeTask as EncodeTask

@@ -22,10 +22,15 @@ ALL_ROLES: tuple[LatentRole, ...] = ("thin", "thick", "thick_on_thin")
 """Roles that are encoded unless more is asked for; ``refined_on_thin`` needs a refiner."""
 
 
-def missing_latents(store: LatentStore, encode_key: str, roles: Sequence[LatentRole] = ALL_ROLES) -> pa.Table:
+def missing_latents(
+    store: LatentStore, encode_key: str, roles: Sequence[LatentRole] = ALL_ROLES, split: str | None = None
+) -> pa.Table:
     """A row for every pair, or lone series, that lacks a latent under an encode key.
 
     A series that several pairs share is wanted once, by the first of them.
+
+    Args:
+        split: Only pairs of this split, and no lone series; None for all there is.
 
     Returns:
         Columns ``pair_key`` (empty for a lone series), ``thin_key``, ``thick_key`` (empty where there is none) and the
@@ -43,7 +48,9 @@ def missing_latents(store: LatentStore, encode_key: str, roles: Sequence[LatentR
             return np.zeros(len(keys), dtype=bool)
         return ~np.asarray(pc.is_in(keys, value_set=have[role]))
 
-    pairs = store.pairs_table(("pair_key", "thin_key", "thick_key", "status"))
+    pairs = store.pairs_table(("pair_key", "thin_key", "thick_key", "status", "split"))
+    if split is not None:
+        pairs = pairs.filter(pc.equal(pairs["split"], split))
     known = catalog["series_key"].combine_chunks()
     good = pc.and_(pc.is_in(pairs["thin_key"], value_set=known), pc.is_in(pairs["thick_key"], value_set=known))
     pairs = pairs.filter(pc.and_(good, pc.equal(pairs["status"], "ok")))
@@ -59,6 +66,7 @@ def missing_latents(store: LatentStore, encode_key: str, roles: Sequence[LatentR
     )
     claimed = pa.chunked_array([*pairs["thin_key"].chunks, *pairs["thick_key"].chunks], pa.string()).combine_chunks()
     lone = catalog.filter(pc.invert(pc.is_in(catalog["series_key"], value_set=claimed)))
+    lone = lone if split is None else lone.slice(0, 0)
     is_thin = np.asarray(pc.equal(lone["role"], "thin"))
     alone = pa.table(
         {
@@ -96,6 +104,7 @@ class EncodePlan:
     Args:
         pointer: Where a series is, by its key; called only when its task is asked for.
         refiner_sha256: The refiner of ``refined_on_thin`` latents.
+        split: Only pairs of this split.
     """
 
     def __init__(
@@ -105,10 +114,11 @@ class EncodePlan:
         pointer: Callable[[str], SeriesPointer],
         roles: Sequence[LatentRole] = ALL_ROLES,
         refiner_sha256: str = "",
+        split: str | None = None,
     ) -> None:
         self.refiner_sha256 = refiner_sha256
         self.store, self.encode_key, self.pointer = store, encode_key, pointer
-        self.missing = missing_latents(store, encode_key, roles)
+        self.missing = missing_latents(store, encode_key, roles, split)
 
     def __len__(self) -> int:
         return int(self.missing.num_rows)

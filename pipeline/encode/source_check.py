@@ -128,6 +128,7 @@ def _again(vae: Autoencoder, encoding: Encoding, comparison: _Compare, task: Enc
         prepare(task),
         round_trip_fraction=0.0,
         pad_multiple_zyx=encoding.pad_multiple_zyx,
+        mirrored=encoding.mirrored,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from latentcache import (
     COMPRESSION,
     LATENT_ROLES,
+    MIRRORS,
     Encoding,
     InputError,
     LatentRole,
@@ -62,6 +63,8 @@ class EncodeSettings:
         pad_in_plane: Rows and columns are padded to a multiple of this; 64 for U-Nets with latent patch 2.
         tiling: None for the exact encoder; else the blended windows that others use, under a key of their own.
         gpu_share: A worker's share of its GPU's memory, where several share one and ``memory_gib`` is None.
+        mirrored: Axis along which volumes are mirrored first, ``x`` or ``y``, under a key of their own and of the
+            training split's pairs alone; empty for none.
         precision: ``auto`` (bf16 on a GPU, float32 on a CPU), ``fp32`` or ``bf16``.
         torch_threads: Threads of one device's arithmetic; pinned, because the count changes low bits of latents.
     """
@@ -78,6 +81,7 @@ class EncodeSettings:
     reader_threads: int = 2
     precision: str = "auto"
     gpu_share: float = 1.0
+    mirrored: str = ""
 
     @property
     def pad_multiple_zyx(self) -> tuple[int, int, int]:
@@ -85,7 +89,8 @@ class EncodeSettings:
 
     @property
     def extra(self) -> dict[str, Any]:
-        return self.tiling.to_extra() if self.tiling else {}
+        tiling = self.tiling.to_extra() if self.tiling else {}
+        return {**tiling, "mirrored": self.mirrored} if self.mirrored else tiling
 
 
 @dataclass
@@ -107,10 +112,26 @@ class EncodeSummary:
     """Damaged latents that stay because nothing can replace them, and why."""
     pinned: dict[str, int] = field(default_factory=dict)
     """Training runs whose pinned snapshot holds damaged latents that did not come back as they were."""
+    mirrored: dict[str, str] = field(default_factory=dict)
+    """Encode keys of mirrored volumes, by axis; counted with the others."""
     snapshot: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     unpaired_by_pixels: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def together(summaries: Sequence[EncodeSummary]) -> EncodeSummary:
+    """One summary of a store's volumes as they are and mirrored; the first one's key, the last one's snapshot."""
+    first = summaries[0]
+    for other in summaries[1:]:
+        for name in ("planned", "committed", "already", "stale", "retired", "damaged", "restored"):
+            setattr(first, name, getattr(first, name) + getattr(other, name))
+        for name in ("hopeless", "pinned", "failed", "unpaired_by_pixels", "mirrored"):
+            getattr(first, name).update(getattr(other, name))
+        for part, value in other.seconds.items():
+            first.seconds[part] = first.seconds.get(part, 0.0) + value
+        first.snapshot = other.snapshot
+    return first
 
 
 def load_encoder(device: str, settings: EncodeSettings) -> Autoencoder:
@@ -191,6 +212,7 @@ def run_task(worker: EncodeWorker, prepared: Prepared, *, settings: EncodeSettin
         round_trip_fraction=settings.round_trip_fraction,
         pad_multiple_zyx=settings.pad_multiple_zyx,
         refiner=settings.refiner,
+        mirrored=settings.mirrored,
     )
 
 
@@ -225,13 +247,15 @@ def encode_store(
         raise InputError(
             "a store without series", expected="a store that ingest filled", remedy="Run ctpipe ingest first."
         )
-    summary = EncodeSummary(encoding.encode_key)
+    own = {settings.mirrored: encoding.encode_key} if settings.mirrored else {}
+    summary = EncodeSummary(encoding.encode_key, mirrored=own)
     if refresh and not dry_run:
         with store.writer() as writer:
             summary.retired = writer.retire(stale_rows(store, encoding.encode_key, settings.roles, refiner))
     damage = _retire_damaged(store, private, settings, summary, dry_run) if repair else Damage()
     summary.stale = stale_rows(store, encoding.encode_key, settings.roles, refiner).num_rows
-    plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles, refiner or "")
+    only = "train" if settings.mirrored else None
+    plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles, refiner or "", only)
     summary.planned, summary.already, summary.snapshot = len(plan), _held(store, encoding.encode_key), store.snapshot
     if dry_run or not summary.planned:
         return summary
@@ -323,6 +347,18 @@ def _enter(outcome: Outcome[EncodeTask, StagedLatents], summary: EncodeSummary) 
     for part, value in outcome.value.seconds.items():
         summary.seconds[part] = summary.seconds.get(part, 0.0) + value
     return {"latents": len(outcome.value.records)}
+
+
+def parse_augment(text: str) -> tuple[str, ...]:
+    """Axes of a comma-separated list of ``flip-x`` and ``flip-y``; empty for an empty text."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in MIRRORS]:
+        raise InputError(
+            f"augmentation {', '.join(unknown)}",
+            expected=" and ".join(MIRRORS),
+            remedy="For example --augment flip-x.",
+        )
+    return tuple(dict.fromkeys(MIRRORS[name] for name in names))
 
 
 def parse_roles(text: str) -> tuple[LatentRole, ...]:

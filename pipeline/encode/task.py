@@ -137,11 +137,13 @@ def encode_one(
     round_trip_fraction: float = 0.02,
     pad_multiple_zyx: tuple[int, int, int] = PAD_MULTIPLE_ZYX,
     refiner: RefinerFile | None = None,
+    mirrored: str = "",
 ) -> StagedLatents:
     """Encode and stage every latent that the task wants. The only place where the encoder runs.
 
     ``thick_on_thin`` is the thick HU, linearly interpolated by physical position onto the thin grid (in plane too where
-    the fields of view differ), encoded. ``refined_on_thin`` is what ``refiner`` makes of it, encoded.
+    the fields of view differ), encoded. ``refined_on_thin`` is what ``refiner`` makes of it, encoded. ``mirrored``
+    turns what the encoder sees about: along ``x`` (columns) or ``y`` (rows), before it is padded.
     """
     task, thin, thick = prepared.task, prepared.thin, prepared.thick
     seconds: dict[str, float] = {}
@@ -151,6 +153,7 @@ def encode_one(
         if want.role in PAIR_ROLES and proved is not None and proved.status != "ok":
             continue
         unit, geometry = timed(seconds, "window", functools.partial(_input, want.role, thin, thick, window, refiner))
+        unit = mirror(unit, mirrored)
         latent = timed(seconds, "vae", functools.partial(_encoded, vae, unit, pad_multiple_zyx))
         psnr = None
         if _sampled(want, round_trip_fraction):
@@ -193,10 +196,15 @@ def _input(
     return window.to_unit(volume.hu), volume.geometry
 
 
+def mirror(unit: NDArray[np.float32], axis: str) -> NDArray[np.float32]:
+    """A volume (z, y, x) mirrored along ``x`` or ``y``; itself for an empty axis."""
+    return np.flip(unit, {"x": 2, "y": 1}[axis]) if axis else unit
+
+
 def _encoded(
     vae: Autoencoder, unit: NDArray[np.float32], pad_multiple_zyx: tuple[int, int, int]
 ) -> NDArray[np.float32]:
-    return np.asarray(vae.encode(unit, pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
+    return np.asarray(vae.encode(np.ascontiguousarray(unit), pad_multiple_zyx=pad_multiple_zyx), dtype=np.float32)
 
 
 def _prove(task: EncodeTask, thin: Volume | None, thick: Volume | None) -> PairRecord | None:

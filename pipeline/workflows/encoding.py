@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ class EncodeJob:
         vae: ``tiny`` or the path of weights.
         window: ``soft-tissue``, ``maisi``, ``lung``, or ``C:W`` in HU.
         roles: Roles of the latents wanted, separated by commas.
+        augment: ``flip-x``, ``flip-y`` or both, by comma: encode the training pairs mirrored too, each under a key of
+            its own.
         refiner: A refiner's run whose slices are encoded too, as role ``refined_on_thin``.
         pad_in_plane: Rows and columns are padded to a multiple of this.
         tiling: ``exact`` or ``sliding``.
@@ -51,6 +53,7 @@ class EncodeJob:
     refresh: bool = False
     repair: bool = False
     dry_run: bool = False
+    augment: str = ""
 
     def settings(self) -> EncodeSettings:
         """Return the job's settings, parsed; raises InputError where one cannot be."""
@@ -84,7 +87,7 @@ def encode(job: EncodeJob, on_done: Callable[[int, int], None] | None = None) ->
         job: What to encode and how.
         on_done: Called after each study or series with how many are done and how many are planned.
     """
-    from pipeline.encode import encode_store
+    from pipeline.encode import encode_store, parse_augment, together
 
     done = 0
 
@@ -94,13 +97,19 @@ def encode(job: EncodeJob, on_done: Callable[[int, int], None] | None = None) ->
         if on_done is not None:
             on_done(done, planned)
 
-    return encode_store(
-        job.store,
-        job.settings(),
-        job.engine,
-        private_url=job.private,
-        dry_run=job.dry_run,
-        refresh=job.refresh,
-        repair=job.repair,
-        on_outcome=count,
-    )
+    settings, found = job.settings(), []
+    for axis in ("", *parse_augment(job.augment)):
+        done = 0
+        found.append(
+            encode_store(
+                job.store,
+                replace(settings, mirrored=axis),
+                job.engine,
+                private_url=job.private,
+                dry_run=job.dry_run,
+                refresh=job.refresh,
+                repair=job.repair,
+                on_outcome=count,
+            )
+        )
+    return together(found)
