@@ -290,7 +290,7 @@ class Encoding:
         return str(self.extra.get("mirrored", ""))
 
     def of_mirrored(self, axis: str) -> Encoding:
-        """The same of volumes mirrored along ``x`` (columns) or ``y`` (rows); it has a key of its own."""
+        """The same of volumes mirrored along ``x`` (columns) or ``y`` (rows), under another key."""
         return replace(self, extra={**self.extra, "mirrored": axis})
 
     @property

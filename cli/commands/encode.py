@@ -77,8 +77,8 @@ def encode(
     trains on; until then they are counted, no run trains on them, and the exit code is 3. Runs that are pinned to an
     older snapshot keep the latents that they began with.
 
-    The VAE of a mirrored volume is not the mirrored latent of the volume, so mirrored pairs are encoded, each under a
-    key of its own; `ctpipe train --set data.augment=flip-x` draws among them.
+    The VAE of a mirrored volume is not the mirrored latent of the volume, so mirrored pairs are encoded, each under
+    another key; `ctpipe train --set data.augment=flip-x` draws among them.
 
     With --repair, latents whose bytes are damaged or gone are made anew from their archives. One whose archive is not
     at hand stays as it is and is named; so is a run that is pinned to a damaged latent which did not come back as it

@@ -120,7 +120,6 @@ class BatchReader:
         shapes: (n, 3) depth, rows and columns of every pair's samples.
         mean, std: (4,) float32, the whitening.
         seed: Windows and noise follow from it, the epoch and the pair's key.
-        mirrored: The same pairs mirrored, to draw from.
         pin_memory: Batches lie in page-locked memory, whence a GPU copies them while it computes.
     """
 
@@ -135,12 +134,12 @@ class BatchReader:
         std: NDArray[np.float32],
         seed: int,
         pin_memory: bool = False,
-        mirrored: Sequence[Mirrored] = (),
     ) -> None:
-        self.mirrored = tuple(mirrored)
         self.store, self.pairs, self.shapes, self.data = store, pairs, shapes, data
         self.mean, self.std = (values[:, None, None, None] for values in (mean, std))
         self.seed, self.pin_memory = seed, pin_memory
+        self.mirrored: Sequence[Mirrored] = ()
+        """The same pairs mirrored, to draw from."""
         self._own, self._recycled = threading.local(), Recycled(KEPT_PIECES)
 
     def size(self, micro: MicroBatch) -> int:

@@ -84,12 +84,12 @@ class PairStream:
         self.mean, self.std = (np.asarray(m, np.float32)[:LATENT_CHANNELS] for m in (moments.mean, moments.std))
         self.pairs, self.left_out = plan_pairs(store, self.encode_key, data, split, tables)
         self._shapes = self._sample_shapes(self.pairs)
-        mirrored = self._mirrored(data, told) if split == "train" else []
         self._buckets = np.repeat(_numbered(self._shapes), data.windows_per_volume)
         self._batches = BatchReader(
-            store, self.pairs, self._shapes, data, mean=self.mean, std=self.std, seed=seed, pin_memory=share.pin_memory,
-            mirrored=mirrored,
-        )  # fmt: skip
+            store, self.pairs, self._shapes, data, mean=self.mean, std=self.std, seed=seed, pin_memory=share.pin_memory
+        )
+        if split == "train":
+            self._batches.mirrored = self._mirrored(data, told)
         self._plans = _Plans(partial(plan_epoch, self._buckets, samples_per_step, seed))
         self.epoch, self.index = 0, 0
 

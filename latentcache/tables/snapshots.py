@@ -6,10 +6,8 @@ fragments of all tables, with their sizes and SHA-256. Readers hold a snapshot a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -85,23 +83,6 @@ def _kept(fragments: Sequence[Fragment], added: int) -> int:
         if tail == 0:
             return kept
         size *= COMPACT_AT
-
-
-@contextlib.contextmanager
-def arrow_memory_pool() -> Iterator[None]:
-    """Arrow allocates from jemalloc meanwhile, where it was built with it and the user chose nothing else.
-
-    Its default, mimalloc, gives larger blocks back to the system at once; fetching pages again for every column of
-    every row group costs as much as decoding, and more than 100 MB are held besides.
-    """
-    before = pa.default_memory_pool()
-    if "ARROW_DEFAULT_MEMORY_POOL" not in os.environ:
-        with contextlib.suppress(NotImplementedError):
-            pa.set_memory_pool(pa.jemalloc_memory_pool())
-    try:
-        yield
-    finally:
-        pa.set_memory_pool(before)
 
 
 SNAPSHOTS = "snapshots"
@@ -376,12 +357,11 @@ def read_table(
     if wanted is not None:
         schema = pa.schema([schema.field(name) for name in wanted], schema.metadata)
     parts = [schema.empty_table()]
-    with arrow_memory_pool():
-        for fragment in snapshot.fragments[kind]:
-            if keep is None:
-                parts.append(read_fragment(location, kind, fragment, wanted, checked).select(schema.names).cast(schema))
-            else:
-                parts += _rows_kept(_open_fragment(location, kind, fragment, checked), schema, identity, keep)
+    for fragment in snapshot.fragments[kind]:
+        if keep is None:
+            parts.append(read_fragment(location, kind, fragment, wanted, checked).select(schema.names).cast(schema))
+        else:
+            parts += _rows_kept(_open_fragment(location, kind, fragment, checked), schema, identity, keep)
     table = pa.concat_tables(parts)
     if unique and len(parts) > 2 and identity:
         table = unique_rows(table, kind)

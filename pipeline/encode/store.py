@@ -88,6 +88,11 @@ class EncodeSettings:
         return (COMPRESSION, self.pad_in_plane, self.pad_in_plane)
 
     @property
+    def split(self) -> str | None:
+        """The only split that is encoded; None for everything."""
+        return "train" if self.mirrored else None
+
+    @property
     def extra(self) -> dict[str, Any]:
         tiling = self.tiling.to_extra() if self.tiling else {}
         return {**tiling, "mirrored": self.mirrored} if self.mirrored else tiling
@@ -247,15 +252,13 @@ def encode_store(
         raise InputError(
             "a store without series", expected="a store that ingest filled", remedy="Run ctpipe ingest first."
         )
-    own = {settings.mirrored: encoding.encode_key} if settings.mirrored else {}
-    summary = EncodeSummary(encoding.encode_key, mirrored=own)
+    summary = EncodeSummary(encoding.encode_key)
     if refresh and not dry_run:
         with store.writer() as writer:
             summary.retired = writer.retire(stale_rows(store, encoding.encode_key, settings.roles, refiner))
     damage = _retire_damaged(store, private, settings, summary, dry_run) if repair else Damage()
     summary.stale = stale_rows(store, encoding.encode_key, settings.roles, refiner).num_rows
-    only = "train" if settings.mirrored else None
-    plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles, refiner or "", only)
+    plan = EncodePlan(store, encoding.encode_key, private.pointer, settings.roles, refiner or "", settings.split)
     summary.planned, summary.already, summary.snapshot = len(plan), _held(store, encoding.encode_key), store.snapshot
     if dry_run or not summary.planned:
         return summary

@@ -22,8 +22,8 @@ class EncodeJob:
         vae: ``tiny`` or the path of weights.
         window: ``soft-tissue``, ``maisi``, ``lung``, or ``C:W`` in HU.
         roles: Roles of the latents wanted, separated by commas.
-        augment: ``flip-x``, ``flip-y`` or both, by comma: encode the training pairs mirrored too, each under a key of
-            its own.
+        augment: ``flip-x``, ``flip-y`` or both, by comma: encode the training pairs mirrored too, each under another
+            key.
         refiner: A refiner's run whose slices are encoded too, as role ``refined_on_thin``.
         pad_in_plane: Rows and columns are padded to a multiple of this.
         tiling: ``exact`` or ``sliding``.
@@ -100,16 +100,17 @@ def encode(job: EncodeJob, on_done: Callable[[int, int], None] | None = None) ->
     settings, found = job.settings(), []
     for axis in ("", *parse_augment(job.augment)):
         done = 0
-        found.append(
-            encode_store(
-                job.store,
-                replace(settings, mirrored=axis),
-                job.engine,
-                private_url=job.private,
-                dry_run=job.dry_run,
-                refresh=job.refresh,
-                repair=job.repair,
-                on_outcome=count,
-            )
+        summary = encode_store(
+            job.store,
+            replace(settings, mirrored=axis),
+            job.engine,
+            private_url=job.private,
+            dry_run=job.dry_run,
+            refresh=job.refresh,
+            repair=job.repair,
+            on_outcome=count,
         )
+        if axis:
+            summary.mirrored[axis] = summary.encode_key
+        found.append(summary)
     return together(found)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,25 +10,26 @@ import pytest
 
 from latentcache.storage import LocalLocation
 from latentcache.tables import SCHEMAS, Snapshot, read_table, write_fragment
-from latentcache.tables.snapshots import arrow_memory_pool
 
 
-def test_the_programs_own_choice_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ARROW_DEFAULT_MEMORY_POOL", raising=False)
-    before = pa.default_memory_pool().backend_name
-    with arrow_memory_pool():
-        assert pa.default_memory_pool().backend_name in ("jemalloc", before)
-    assert pa.default_memory_pool().backend_name == before
-    with pytest.raises(ValueError, match="broken"), arrow_memory_pool():
-        raise ValueError("broken")
-    assert pa.default_memory_pool().backend_name == before
-
-
-def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")
-    before = pa.default_memory_pool().backend_name
-    with arrow_memory_pool():
-        assert pa.default_memory_pool().backend_name == before
+@pytest.mark.parametrize("chosen", ["", "system"])
+def test_a_process_uses_the_pool_that_the_user_chose_else_one_that_lets_go(chosen: str) -> None:
+    """In processes of their own: whatever imported Arrow first has settled it here."""
+    code = (
+        "import latentcache, pyarrow as pa; latentcache.LatentStore; "
+        "print(pa.default_memory_pool().backend_name, *pa.supported_memory_backends())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ARROW_DEFAULT_MEMORY_POOL"}
+    if chosen:
+        environment["ARROW_DEFAULT_MEMORY_POOL"] = chosen
+    command = "from cli.main import app; app(['phantom', '--help'], standalone_mode=False); import pipeline.identity; "
+    for before in ("", command):
+        done = subprocess.run(
+            [sys.executable, "-c", before + code], env=environment, capture_output=True, text=True, check=True
+        )
+        used, *supported = done.stdout.splitlines()[-1].split()
+        assert used == (chosen or ("jemalloc" if sys.platform == "linux" else supported[0]))
+        assert not done.stderr
 
 
 def test_a_fragments_bytes_are_arrows_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
