@@ -36,7 +36,7 @@ from pipeline.volume import (
 
 if TYPE_CHECKING:
     from pipeline.forward_model import ProtocolFit
-    from pipeline.metrics import TexturePower
+    from pipeline.metrics import Texture
     from pipeline.refiner import RefinerFile
 
 
@@ -88,7 +88,7 @@ class ComposeSettings:
     start: RefinerFile | None = None
     refiner: RefinerFile | None = None
     change_gain: float = 1.0
-    texture: TexturePower | None = None
+    texture: Texture | None = None
 
     def measured(self, thick: Volume, target: Geometry, fit: ProtocolFit | None = None) -> ThickMeasurement:
         """The thick series as seen from ``target``: under the profile and noise asked for, else a pair's fit."""

@@ -1,6 +1,10 @@
 from .case import failed as failed
 from .fabrication import Intervals as Intervals, auc as auc
-from .held_out import HeldOutImages as HeldOutImages, texture_of_pairs as texture_of_pairs
+from .held_out import (
+    HeldOutImages as HeldOutImages,
+    detail_of_draws as detail_of_draws,
+    texture_of_pairs as texture_of_pairs,
+)
 from .methods import CaseWork as CaseWork, EvaluationSettings as EvaluationSettings
 from .results import (
     case_of as case_of,

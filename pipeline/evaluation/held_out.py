@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentcache import LATENT_CHANNELS, CtpipeError, LatentRecord, LatentStore, PairRecord
-from pipeline.decode import ComposeSettings, base_volume, condition_of
+from pipeline.decode import ComposeSettings, base_volume, compose, condition_of
 from pipeline.forward_model import ThickMeasurement
 from pipeline.identity import PrivateStore
-from pipeline.metrics import TexturePower, intensity as metrics, ssim
+from pipeline.metrics import DetailPower, TexturePower, intensity as metrics, ssim
 from pipeline.reading import read_series
 from pipeline.vae import Autoencoder, as_encoded, check_same_vae
 from pipeline.volume import Window, common_slices, onto_field, resample_z
@@ -173,6 +173,47 @@ def texture_of_pairs(
             continue
         found = one if found is None else found + one
     return found, failed
+
+
+def detail_of_draws(
+    store: LatentStore,
+    private: PrivateStore,
+    vae: Autoencoder,
+    encode_key: str,
+    draw: Callable[[PairRecord], NDArray[Any]],
+    start: RefinerFile | None,
+    count: int,
+) -> tuple[DetailPower, DetailPower] | None:
+    """Detail in ker A of held-out pairs' true thin slices, and of draws composed as a decode composes them.
+
+    Of the first ``count`` validation pairs whose condition is at hand; None where there is none.
+
+    Args:
+        draw: A pair's sampled thin latent, raw, (4, d, h, w).
+    """
+    encoding = store.encoding(encode_key)
+    codec, window = as_encoded(vae, encoding.extra), Window.of(encoding)
+    composing = ComposeSettings(start=start)
+    encoded = {record.key for record in store.records(encode_key, "thin")}
+    pairs = [p for p in store.pairs() if p.split == "val" and p.status == "ok" and p.thin_key in encoded]
+    found: tuple[DetailPower, DetailPower] | None = None
+    for pair in sorted(pairs, key=lambda p: p.pair_key)[:count]:
+        given = condition_of(store, pair, encode_key, start)
+        if given is None:
+            continue
+        pointers = private.pointers([pair.thin_key, pair.thick_key])
+        thin = read_series(pointers[pair.thin_key])
+        thick = onto_field(read_series(pointers[pair.thick_key]), thin.geometry)
+        inside = common_slices(thick.geometry, thin.geometry)
+        measured = composing.measured(thick, thin.geometry.with_z(np.array(thin.geometry.z_mm)[inside]))
+        drawn, condition = (
+            window.from_unit(np.asarray(codec.decode(np.asarray(z, np.float32), thin.geometry.shape_zyx))[inside])
+            for z in (draw(pair), _means(store, given))
+        )
+        hu, _ = compose(drawn, window, measured, composing, condition_hu=condition)
+        truth, own = (DetailPower.of(volume, measured.operator) for volume in (thin.hu[inside], hu))
+        found = (truth, own) if found is None else (found[0] + truth, found[1] + own)
+    return found
 
 
 def _means(store: LatentStore, record: LatentRecord) -> NDArray[np.float32]:

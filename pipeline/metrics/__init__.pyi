@@ -37,7 +37,14 @@ from .similarity import (
     ssim as ssim,
     ssim_3d as ssim_3d,
 )
-from .texture import TexturePower as TexturePower, drawn_texture as drawn_texture, lacking as lacking
+from .texture import (
+    DetailPower as DetailPower,
+    Texture as Texture,
+    TexturePower as TexturePower,
+    drawn_texture as drawn_texture,
+    enlarged_detail as enlarged_detail,
+    lacking as lacking,
+)
 from .volumetry import (
     MARGIN_MM as MARGIN_MM,
     Structure as Structure,

@@ -6,10 +6,15 @@ itself is gone; its power is not: how much true thin slices have is measured on 
 by frequency, and an answer is given what it lacks of it, drawn in ker A, so that it agrees with the thick slices as
 before.
 
-Power is measured where the smoothed volume is even, so that it is noise and not anatomy, and in the finest band of the
-slice, v - G v with a Gaussian G of one pixel. Wider bands were tried: on phantoms they hold anatomy that the
-answer lacks, and noise in its place made the answer too rough. Frequencies count in pixels and slices, so the
-figures belong to series of about one pixel size and one kernel.
+Noise is measured where the smoothed volume is even, so that it is no anatomy, and in the finest band of the slice,
+v - G v with a Gaussian G of one pixel. Wider bands were tried: on phantoms they hold anatomy that the answer
+lacks, and noise in its place made the answer too rough. Frequencies count in pixels and slices, so the figures belong
+to series of about one pixel size and one kernel.
+
+Where the volume changes along z, what is in ker A is anatomy, and a draw has too little of it: a share that hardly
+differs from patient to patient, and is measured on held-out pairs by how steep the place is. There N x is enlarged by
+that share. Of all maps that give an answer the power of the truth, such a gain adds the least error (Freirich, Michaeli
+and Meir 2021, "A theory of the distortion-perception tradeoff in Wasserstein space", for Gaussians).
 """
 
 from __future__ import annotations
@@ -38,6 +43,11 @@ EVEN_HU_PER_PIXEL = 8.0
 SMOOTHING_PIXELS, SMOOTHING_SLICES = 1.5, 2.0
 FINE_PIXELS = 1.0
 """Of the Gaussian that is taken away in the slice."""
+STEEP_HU_PER_SLICE = (4.0, 12.0, 30.0)
+"""Slope of the smoothed volume along z, between kinds of places; the flattest gets noise alone."""
+KINDS = len(STEEP_HU_PER_SLICE) + 1
+MOST_GAIN = 1.5
+"""Of detail in ker A: what a draw lacks more of, it does not have."""
 HALO = 8
 """Rows on both sides that a row's tissue and noise depend on: four times the wider Gaussian, and its slope."""
 LEAST_VOXELS = 2000
@@ -88,30 +98,104 @@ class TexturePower:
         total = self.power * self.voxels[:, None] + other.power * other.voxels[:, None]
         return TexturePower(total / np.maximum(voxels, 1)[:, None], voxels)
 
-    def to_json(self) -> str:
-        return json.dumps({"power": np.round(self.power, 4).tolist(), "voxels": self.voxels.tolist()})
+
+@dataclass(frozen=True, eq=False)
+class DetailPower:
+    """Mean square in HU^2 of N x by how steep a place is along z, (KINDS, BANDS), and the voxels measured, (KINDS,)."""
+
+    power: NDArray[np.float64]
+    voxels: NDArray[np.int64]
 
     @classmethod
-    def from_json(cls, text: str) -> TexturePower:
+    def of(cls, hu: NDArray[np.generic], operator: SliceOperator) -> DetailPower:
+        """Measure a volume (z, y, x) HU on the operator's thin positions."""
+        total, voxels = np.zeros((KINDS, BANDS)), np.zeros(KINDS, np.int64)
+        within = np.abs(null_projector(operator).sum(axis=1)) < MOST_MEAN
+        for rows in row_blocks(hu.shape[1]):
+            wide, own = _with_halo(rows, hu.shape[1])
+            block = np.asarray(hu[:, wide], np.float32)
+            kind = _kind(_smooth(block))[within][:, own].ravel()
+            voxels += np.bincount(kind, minlength=KINDS)
+            for band, part in enumerate(_along_z(operator)):
+                seen = np.tensordot(part[within], block[:, own], 1).ravel()
+                total[:, band] += np.bincount(kind, np.square(seen, dtype=np.float64), KINDS)
+        return cls(total / np.maximum(voxels, 1)[:, None], voxels)
+
+    def __add__(self, other: DetailPower) -> DetailPower:
+        """Of both volumes' voxels together."""
+        voxels = self.voxels + other.voxels
+        total = self.power * self.voxels[:, None] + other.power * other.voxels[:, None]
+        return DetailPower(total / np.maximum(voxels, 1)[:, None], voxels)
+
+
+@dataclass(frozen=True, eq=False)
+class Texture:
+    """Of a run's true thin slices: the power of their noise, and by how much its draws fall short of their detail.
+
+    Attributes:
+        noise: Measured when the run began.
+        gain: (KINDS, BANDS) factors of N x, 1 or more; ones until the run's draws were measured.
+    """
+
+    noise: TexturePower
+    gain: NDArray[np.float64]
+
+    @classmethod
+    def of_noise(cls, noise: TexturePower) -> Texture:
+        return cls(noise, np.ones((KINDS, BANDS)))
+
+    def with_detail(self, truth: DetailPower, draws: DetailPower) -> Texture:
+        """The same with the gain that brings draws to the truth's power on the same pairs."""
+        gain = np.sqrt(truth.power / np.maximum(draws.power, 1e-6))
+        gain[np.minimum(truth.voxels, draws.voxels) < LEAST_VOXELS] = 1
+        gain[0] = 1
+        return Texture(self.noise, np.clip(gain, 1, MOST_GAIN))
+
+    def to_json(self) -> str:
+        noise = {"power": np.round(self.noise.power, 4).tolist(), "voxels": self.noise.voxels.tolist()}
+        return json.dumps({**noise, "detail_gain": np.round(self.gain, 4).tolist()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Texture:
         """Read what ``to_json`` wrote.
 
         Raises:
-            InputError: Another text, or another division into tissues and bands.
+            InputError: Another text, or another division into tissues, kinds of places and bands.
         """
         try:
             found = json.loads(text)
-            power = np.array(found["power"], np.float64)
+            power, gain = (np.array(found[name], np.float64) for name in ("power", "detail_gain"))
             voxels = np.array(found["voxels"], np.int64)
         except (ValueError, KeyError, TypeError):
-            power, voxels = np.zeros((0, 0)), np.zeros(0, np.int64)
-        sound = power.shape == (TISSUES, BANDS) and voxels.shape == (TISSUES,)
-        if not sound or not np.isfinite(power).all() or power.min() < 0 or voxels.min() < 0:
+            power = gain = np.zeros((0, 0))
+            voxels = np.zeros(0, np.int64)
+        sound = power.shape == (TISSUES, BANDS) and voxels.shape == (TISSUES,) and gain.shape == (KINDS, BANDS)
+        sound = sound and bool(np.isfinite(power).all() and power.min() >= 0 and voxels.min() >= 0)
+        if not sound or not ((gain >= 1) & (gain <= MOST_GAIN)).all():
             raise InputError(
                 "a texture that is damaged or of another version",
-                expected=f"power of {TISSUES} tissues in {BANDS} bands, finite and not negative, and their voxels",
+                expected=f"power of {TISSUES} tissues in {BANDS} bands, finite and not negative, their voxels, and "
+                f"gains of {KINDS} kinds of places from 1 to {MOST_GAIN}",
                 remedy="Remove texture.json from the run: its samples then keep the texture that the model gives them.",
             )
-        return cls(power, voxels)
+        return cls(TexturePower(power, voxels), gain)
+
+
+def enlarged_detail(
+    hu: NDArray[np.generic], gain: NDArray[np.float64], operator: SliceOperator
+) -> Iterator[tuple[slice, Map]]:
+    """Yield the addition that a gain of the detail in ker A makes to a volume (z, y, x) HU, as rows and their part."""
+    if (gain == 1).all():
+        return
+    projector, along_z = null_projector(operator).astype(np.float32), _along_z(operator)
+    for rows in row_blocks(hu.shape[1]):
+        wide, own = _with_halo(rows, hu.shape[1])
+        block = np.asarray(hu[:, wide], np.float32)
+        kind = _kind(_smooth(block))[:, own]
+        more = np.zeros(kind.shape, np.float32)
+        for band, part in enumerate(along_z):
+            more += (gain[:, band] - 1).astype(np.float32)[kind] * np.tensordot(part, block[:, own], 1)
+        yield rows, np.tensordot(projector, more, 1)
 
 
 def lacking(wanted: TexturePower, found: TexturePower, operator: SliceOperator) -> NDArray[np.float64]:
@@ -166,6 +250,11 @@ def _with_halo(rows: slice, height: int) -> tuple[slice, slice]:
 def _smooth(hu: Map) -> Map:
     sigmas = (SMOOTHING_SLICES, SMOOTHING_PIXELS, SMOOTHING_PIXELS)
     return np.asarray(gaussian_filter(hu, sigmas, mode="nearest"), np.float32)
+
+
+def _kind(smooth: Map) -> NDArray[np.int64]:
+    """(z, y, x) number of a voxel's kind, by how steep the smoothed volume is along z."""
+    return np.asarray(np.digitize(np.abs(np.gradient(smooth, axis=0)), STEEP_HU_PER_SLICE))
 
 
 def _tissue(smooth: Map) -> NDArray[np.int64]:

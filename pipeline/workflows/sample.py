@@ -77,7 +77,7 @@ TEXTURE_NAME = "texture.json"
 
 
 def texture_of(run: Path, asked: bool | None, steps: int | None, *, draws: bool, answer: str = "mean") -> Any:
-    """The texture that a run's single draws are brought to, `pipeline.metrics.TexturePower`; None for none.
+    """The texture that a run's single draws are brought to, `pipeline.metrics.Texture`; None for none.
 
     Args:
         run: The training run's folder.
@@ -91,7 +91,7 @@ def texture_of(run: Path, asked: bool | None, steps: int | None, *, draws: bool,
     """
     from diffusion.runs import RunCard
     from latentcache import InputError
-    from pipeline.metrics import TexturePower
+    from pipeline.metrics import Texture
 
     if asked is False or (asked is None and answer == "mean"):
         return None
@@ -108,7 +108,7 @@ def texture_of(run: Path, asked: bool | None, steps: int | None, *, draws: bool,
             expected="a run that looked at its pairs' thin series in HU when it began",
             remedy="Train where the archives are at hand (--private), or leave --texture away.",
         )
-    return None if mean or not path.is_file() else TexturePower.from_json(path.read_text(encoding="utf-8"))
+    return None if mean or not path.is_file() else Texture.from_json(path.read_text(encoding="utf-8"))
 
 
 def sampling_facts(model: Any, options: dict[str, Any], samples: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def run_training(
     """Train in this process, which may be one of several. Picklable, so that Ray can send it."""
     from diffusion.training import check_gpus, join, leave, train as train_model
     from latentcache import LatentStore
+    from pipeline.workflows.training.texture import measure_draws, measure_noise
 
     if settings["gpus"] == 0:
         import os
@@ -36,7 +37,7 @@ def run_training(
     first = world.rank == 0
     decoder, validate = image_side(settings, config, latents, str(world.device), first=first, on_note=on_note)
     if first:
-        keep_texture(settings, config, latents, on_note)
+        measure_noise(settings, config, latents, on_note)
     try:
         summary = train_model(
             latents,
@@ -50,6 +51,8 @@ def run_training(
         )
     finally:
         leave()
+    if first and validate is not None:  # the other processes need not wait for it
+        measure_draws(settings, config, latents, str(world.device), on_note)
     return {**asdict(summary), "run": settings["run"], "rank": world.rank}
 
 
@@ -142,36 +145,6 @@ def own_start(settings: dict[str, Any], config: TrainConfig, *, first: bool) -> 
         # What an attempt left that never began is replaced; a run that has begun keeps its own.
         file.copy_to(kept)
     return file.sha256
-
-
-def keep_texture(
-    settings: dict[str, Any], config: TrainConfig, latents: LatentStore, on_note: Callable[[str], None] | None = None
-) -> None:
-    """Measure the texture of the pairs' true thin slices for the run's samples; kept in its folder, once.
-
-    Where the archives are not at hand, or cannot be read, the run does without, and says so.
-    """
-    from diffusion.data import choose_encode_key
-    from latentcache import CtpipeError
-    from latentcache.storage import write_text
-    from pipeline.evaluation import texture_of_pairs
-    from pipeline.identity import PrivateStore
-    from pipeline.workflows.sample import TEXTURE_NAME
-
-    path = Path(settings["run"]) / TEXTURE_NAME
-    if path.exists():
-        return
-    try:
-        private = PrivateStore.open(settings["store"], settings["private"])
-        texture, failed = texture_of_pairs(latents, private, choose_encode_key(latents, config.data.encode_key))
-    except CtpipeError as error:
-        texture, failed = None, {"all": str(error)}
-    for pair, reason in failed.items():
-        if on_note is not None:
-            on_note(f"texture of thin slices, pair {pair}: {reason}")
-    if texture is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, texture.to_json() + "\n")
 
 
 def held_out_pairs(

@@ -171,7 +171,7 @@ def test_a_draw_for_measuring_gets_the_texture_of_true_thin_slices(
     kept = json.loads((run / "texture.json").read_text())
     assert sum(kept["voxels"]) > 0, "measured when the run began"
     # More noise than an untrained model draws.
-    many = {"power": [[900.0, 900.0]] * len(kept["power"]), "voxels": [10**6] * len(kept["voxels"])}
+    many = {**kept, "power": [[900.0, 900.0]] * len(kept["power"]), "voxels": [10**6] * len(kept["voxels"])}
     (run / "texture.json").write_text(json.dumps(many))
     shutil.rmtree(run / "evaluation", ignore_errors=True)
     words = ["decode", site.store, "--checkpoint", run, "--split", "test", *INLINE, "--json"]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pipeline.decode import ComposeSettings, average_samples
 from pipeline.decode.texture import with_texture
 from pipeline.forward_model import ThickMeasurement
-from pipeline.metrics import TexturePower, noise_texture, slice_inconsistency
+from pipeline.metrics import Texture, TexturePower, noise_texture, slice_inconsistency
 from pipeline.phantom import PhantomPatient, make_patient
 from pipeline.volume import Window, common_slices
 
@@ -23,7 +23,7 @@ def pair(seed: int) -> tuple[PhantomPatient, ThickMeasurement, slice]:
 def test_a_phantom_without_noise_gets_the_texture_of_other_patients() -> None:
     """Slice-to-slice inconsistency and the noise power spectrum within 10% of the noisy thin series."""
     other, seen, inside = pair(31)
-    wanted = TexturePower.of(other.thin.hu[inside], seen.operator)
+    wanted = Texture.of_noise(TexturePower.of(other.thin.hu[inside], seen.operator))
     patient, thick, inside = pair(32)
     truth = patient.thin.hu[inside]
     clean = np.rint(patient.thin_truth[inside]).astype(np.int16)
@@ -52,7 +52,7 @@ def test_a_phantom_without_noise_gets_the_texture_of_other_patients() -> None:
 
 def test_a_draw_is_given_texture_and_a_mean_is_not() -> None:
     other, seen, inside = pair(31)
-    wanted = TexturePower.of(other.thin.hu[inside], seen.operator)
+    wanted = Texture.of_noise(TexturePower.of(other.thin.hu[inside], seen.operator))
     patient, thick, inside = pair(32)
     grid = patient.thin.geometry.with_z(np.array(patient.thin.geometry.z_mm)[inside])
     window = Window()

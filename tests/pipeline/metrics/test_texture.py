@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from latentcache import InputError
 from pipeline.forward_model import SliceOperator, ThickMeasurement
-from pipeline.metrics import TexturePower, drawn_texture, lacking
-from pipeline.metrics.texture import BANDS, TISSUES
+from pipeline.metrics import DetailPower, Texture, TexturePower, drawn_texture, enlarged_detail, lacking, null_part
+from pipeline.metrics.texture import BANDS, KINDS, MOST_GAIN, TISSUES
 from pipeline.volume import Geometry, Volume
 
 FAT, SOFT = 2, 3
@@ -87,13 +87,48 @@ def test_borders_and_slices_beyond_the_thick_ones_are_not_noise() -> None:
 
 
 def test_it_is_kept_as_json_and_a_damaged_one_is_refused() -> None:
-    one = TexturePower.of(two_tissues((8.0, 20.0), 0), operator())
-    again = TexturePower.from_json(one.to_json())
-    np.testing.assert_allclose(again.power, one.power, atol=1e-4)
-    np.testing.assert_array_equal(again.voxels, one.voxels)
-    both = one + again
-    np.testing.assert_allclose(both.power, one.power, atol=1e-4)
-    assert both.voxels.sum() == 2 * one.voxels.sum()
-    for text in ("", "{}", '{"power": [[1, 2]], "voxels": [3]}', one.to_json().replace("[[0.0", "[[-1.0", 1)):
+    noise = TexturePower.of(two_tissues((8.0, 20.0), 0), operator())
+    one = Texture(noise, np.full((KINDS, BANDS), 1.25))
+    again = Texture.from_json(one.to_json())
+    np.testing.assert_allclose(again.noise.power, noise.power, atol=1e-4)
+    np.testing.assert_array_equal(again.noise.voxels, noise.voxels)
+    np.testing.assert_array_equal(again.gain, one.gain)
+    both = noise + again.noise
+    np.testing.assert_allclose(both.power, noise.power, atol=1e-4)
+    assert both.voxels.sum() == 2 * noise.voxels.sum()
+    damaged = [one.to_json().replace("[[0.0", "[[-1.0", 1), one.to_json().replace("1.25", "NaN", 1)]
+    for text in ("", "{}", '{"power": [[1, 2]], "voxels": [3], "detail_gain": [[1, 1]]}', *damaged):
         with pytest.raises(InputError, match="texture that is damaged"):
-            TexturePower.from_json(text)
+            Texture.from_json(text)
+
+
+def wavy(share: float, n: int = 40) -> NDArray[np.float32]:
+    """Steps along z of unlike height, whose part in ker A has so much of its size."""
+    steps = np.repeat(np.random.default_rng(3).normal(0, 400, (n // 4, 64, 64)), 4, axis=0).astype(np.float32)
+    return steps + np.float32(share - 1) * null_part(steps, operator(n))
+
+
+def test_detail_is_enlarged_by_what_draws_lack_of_it_and_stays_in_ker_a() -> None:
+    a = operator()
+    truth, draw = wavy(1.0), wavy(0.8)
+    texture = Texture.of_noise(TexturePower.of(truth, a)).with_detail(DetailPower.of(truth, a), DetailPower.of(draw, a))
+    assert texture.gain[0] == pytest.approx([1, 1]), "flat places get noise alone"
+    # A draw with less detail is less steep, so that its places are not quite the same.
+    assert texture.gain[-1] == pytest.approx([1.25, 1.25], rel=0.06)
+    out = draw.copy()
+    for rows, more in enlarged_detail(draw, texture.gain, a):
+        assert np.abs(a.matrix @ more.reshape(len(more), -1)).max() < 1e-3 * np.abs(more).max()
+        out[:, rows] += more
+    assert np.abs(out - truth).mean() < 0.3 * np.abs(draw - truth).mean()
+    assert (Texture.of_noise(texture.noise).gain == 1).all()
+    assert not list(enlarged_detail(draw, np.ones((KINDS, BANDS)), a))
+
+
+def test_a_gain_stays_within_bounds_and_needs_voxels() -> None:
+    a = operator()
+    truth, nothing = DetailPower.of(wavy(1.0), a), DetailPower.of(wavy(0.1), a)
+    noise = TexturePower.of(wavy(1.0), a)
+    assert Texture.of_noise(noise).with_detail(truth, nothing).gain.max() == MOST_GAIN
+    assert (Texture.of_noise(noise).with_detail(nothing, truth).gain == 1).all(), "a draw is never blurred"
+    few = DetailPower(truth.power, np.full(KINDS, 5))
+    assert (Texture.of_noise(noise).with_detail(truth, few).gain == 1).all()
