@@ -1,6 +1,6 @@
 """Fabrication alarm: nodules of 3 to 8 mm planted in, or deleted from, the null space of A on phantoms.
 
-    python infra/bench/alarm.py [--quick] [--phantoms 8] [--samples 8]
+    python infra/bench/alarm.py [--quick] [--phantoms 8] [--samples 8] [--work DIR]
 
 Per phantom, sites are drawn in even lung (the same for the same seed). At half of the empty ones a nodule's part in ker
 A is added to one sample; at half of those where the truth holds a nodule (which the thick series sees) its part in ker
@@ -9,13 +9,17 @@ is read at every site: AUC of planted against empty sites, and of deleted agains
 plants in every sample show what no alarm can find. Intervals (mean +- scale * spread) are calibrated on other phantoms;
 their 90% coverage of the noisy true thin series is measured, overall and by tissue.
 
-The samples are a STAND-IN, not a diffusion model's: a mean, made consistent, and Gaussian errors about it, whose size
-at a voxel follows the steps between thick slices and the noise, correlated along z and in-plane, conditioned on the
-thick slices by the same solver as consistency. The mean is cubic interpolation's or the shipped model's slices
+With ``--work`` the samples are those of a diffusion model too, over [-1000, 1000] HU from the shipped model's slices
+(wide_model.py, trained there where it is not yet). Trained for minutes, it changes little: its samples agree more than
+they are right, which the intervals' scale shows, and which makes what is planted in one of them easy to find.
+
+The other samples are a STAND-IN, not a diffusion model's: a mean, made consistent, and Gaussian errors about it, whose
+size at a voxel follows the steps between thick slices and the noise, correlated along z and in-plane, conditioned on
+the thick slices by the same solver as consistency. The mean is cubic interpolation's or the shipped model's slices
 (phantoms that it did not learn from); the errors are as large as that mean's are on the calibration phantoms. So what
 is shown is that the alarm finds what differs from samples whose spread is about right, the better the more the
 mean knows, and that intervals can be calibrated. How a diffusion model's samples spread, and how much they invent
-alike, is not shown. Prints a table for either mean, then one JSON object, also kept in infra/bench/results/ (not with
+alike, is not shown by them. Prints a table for each, then one JSON object, also kept in infra/bench/results/ (not with
 --quick).
 """
 
@@ -34,9 +38,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
+from wide_model import WideModel, add_options, trained
 
 from pipeline.evaluation import Intervals, auc
-from pipeline.forward_model import SliceProfile, ThickMeasurement, enforce_data_consistency
+from pipeline.forward_model import ProtocolFit, SliceProfile, ThickMeasurement, enforce_data_consistency
 from pipeline.forward_model.column_solver import ColumnSolver, hat_correlation
 from pipeline.forward_model.error_prior import error_prior, steps
 from pipeline.metrics import OtherSamples, alarm_map, null_part, score_at
@@ -50,6 +55,7 @@ SITES = {"planted": 34, "empty": 34, "deleted": 34, "kept": 34}
 CALIBRATION_SEED, TEST_SEED = 700, 800
 TISSUES_HU = {"lung": (-1000.0, -700.0), "fat": (-150.0, -50.0), "soft tissue": (0.0, 100.0), "bone": (300.0, 1500.0)}
 MEANS = {"cubic": "cubic interpolation made consistent", "shipped": "the shipped model's slices made consistent"}
+DRAW_STEPS = 4
 DIAMETERS = ((3.0, 4.5), (4.5, 6.0), (6.0, 8.0))
 
 
@@ -70,35 +76,45 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--size", type=int, default=176)
     parser.add_argument("--slices", type=int, default=110)
+    parser.add_argument("--work", type=Path, help="folder of wide_model.py: a trained model's samples too")
+    parser.add_argument("--only-trained", action="store_true", help="keep the figures of the stand-ins as they are")
+    add_options(parser)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     counts = dict(SITES)
     if options.quick:
         options.phantoms, options.size, options.slices, options.samples = 1, 112, 70, 4
         counts = dict.fromkeys(SITES, 4)
-    found = {mean: measured_about(mean, options, counts) for mean in MEANS}
-    kept = {"bench": "alarm", **found["shipped"], "about_cubic": found["cubic"]}
+    path = Path(__file__).parent / "results" / "alarm-cpu.json"
+    kept = json.loads(path.read_text()) if options.only_trained else {}
+    if not options.only_trained:
+        found = {mean: measured_about(stand_in(mean, options, counts), options, counts) for mean in MEANS}
+        kept = {"bench": "alarm", **found["shipped"], "about_cubic": found["cubic"]}
+    if options.work is not None:
+        run = trained(options.work, options, quick=options.quick)
+        kept["trained"] = measured_about(Trained(WideModel.load(run)), options, counts)
     if not options.quick:
-        (Path(__file__).parent / "results" / "alarm-cpu.json").write_text(json.dumps(kept, indent=1) + "\n")
+        path.write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps(kept))
 
 
-def measured_about(mean: str, options: argparse.Namespace, counts: dict[str, int]) -> dict[str, Any]:
-    """The table of samples about one of the means."""
+def measured_about(source: Source, options: argparse.Namespace, counts: dict[str, int]) -> dict[str, Any]:
+    """The table of one source of samples."""
     start = time.process_time()
-    stand_in, intervals = calibrated(mean, options, counts)
+    intervals = calibrated(source, options, counts)
     scores: dict[str, list[float]] = {kind: [] for kind in (*SITES, "planted in every sample")}
     diameters: dict[str, list[float]] = {kind: [] for kind in SITES}
     coverage: dict[str, list[float]] = {}
     for number in range(options.phantoms):
         one = scene(TEST_SEED + number, options, counts)
-        drawn = stand_in.samples(one, options.samples, number)
+        drawn = source.samples(one, options.samples, number)
         for name, share in covered(one, drawn, intervals).items():
             coverage.setdefault(name, []).append(share)
         judge(one, drawn, scores, diameters)
-        print(f"{mean}, phantom {number + 1}: {time.process_time() - start:.0f} CPU s", flush=True)
+        print(f"{source.described}, phantom {number + 1}: {time.process_time() - start:.0f} CPU s", flush=True)
     found = summary(scores, diameters, coverage, intervals, options) | {
-        "samples": f"stand-in: Gaussian errors about {MEANS[mean]}, conditioned on the thick slices",
-        "error_over_prior": round(stand_in.error_over_prior, 3),
+        "samples": source.described,
+        **({"error_over_prior": round(source.error_over_prior, 3)} if isinstance(source, StandIn) else {}),
         "cpu_s": round(time.process_time() - start, 1),
     }
     show(found)
@@ -144,6 +160,10 @@ class StandIn:
     mean: str
     error_over_prior: float
 
+    @property
+    def described(self) -> str:
+        return f"stand-in: Gaussian errors about {MEANS[self.mean]}, conditioned on the thick slices"
+
     def centre(self, one: Scene) -> Array:
         """The mean, made consistent, (z, y, x) HU."""
         measured = one.measured
@@ -184,6 +204,29 @@ class StandIn:
         return out
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Samples of a diffusion model, composed as `ctpipe interpolate` composes them."""
+
+    model: WideModel
+
+    @property
+    def described(self) -> str:
+        return f"a diffusion model's, {DRAW_STEPS} steps each, from the shipped model's slices"
+
+    def samples(self, one: Scene, count: int, seed: int) -> Array:
+        """(count, z, y, x) HU."""
+        measured, target = one.measured, replace_z(one.measured)
+        fit = ProtocolFit(measured.profile, measured.noise_hu)
+        base = self.model.base(measured.volume, target, fit)
+        seeds = range(1000 * seed, 1000 * seed + count)
+        drawn = self.model.answers(measured.volume, target, fit, steps=(DRAW_STEPS,), base=base, seeds=seeds)
+        return np.stack([hu.astype(np.float32) for hu, _ in drawn])
+
+
+Source = StandIn | Trained
+
+
 def replace_z(measured: ThickMeasurement) -> Any:
     """The thin grid of a measurement."""
     geometry = measured.volume.geometry.with_z(measured.thin_z_mm, thickness_mm=measured.spacing_mm)
@@ -213,9 +256,9 @@ def inside_of(one: Scene) -> NDArray[np.bool_]:
     return np.asarray(one.measured.operator.matrix[one.measured.operator.judged].any(axis=0))
 
 
-def calibrated(mean: str, options: argparse.Namespace, counts: dict[str, int]) -> tuple[StandIn, Intervals]:
-    """The size of the mean's errors, and intervals, from phantoms that nothing else is measured on."""
-    scenes = [scene(CALIBRATION_SEED + k, options, counts) for k in range(max(1, options.phantoms // 2))]
+def stand_in(mean: str, options: argparse.Namespace, counts: dict[str, int]) -> StandIn:
+    """Samples about a mean, with errors of the size that it has on the calibration phantoms."""
+    scenes = calibration_scenes(options, counts)
     plain = StandIn(mean, 1.0)
     wrong = prior = 0.0
     for one in scenes:
@@ -223,15 +266,25 @@ def calibrated(mean: str, options: argparse.Namespace, counts: dict[str, int]) -
         expected, noise = plain.prior(one, centre)
         wrong += float(np.mean(np.square((one.truth - centre)[inside], dtype=np.float64))) - noise**2
         prior += float(np.mean(np.square(expected.reshape(centre.shape)[inside], dtype=np.float64)))
-    stand_in = StandIn(mean, float(np.sqrt(max(wrong, 0.0) / prior)))
+    return StandIn(mean, float(np.sqrt(max(wrong, 0.0) / prior)))
+
+
+def calibration_scenes(options: argparse.Namespace, counts: dict[str, int]) -> list[Scene]:
+    """Phantoms that nothing else is measured on."""
+    return [scene(CALIBRATION_SEED + k, options, counts) for k in range(max(1, options.phantoms // 2))]
+
+
+def calibrated(source: Source, options: argparse.Namespace, counts: dict[str, int]) -> Intervals:
+    """Intervals from the calibration phantoms."""
+    scenes = calibration_scenes(options, counts)
     errors, spreads, means = [], [], []
     for number, one in enumerate(scenes):
-        drawn = stand_in.samples(one, options.samples, 1000 + number)
+        drawn = source.samples(one, options.samples, 1000 + number)
         inside, middle = inside_of(one), drawn.mean(axis=0)
         errors.append((one.truth - middle)[inside, ::3, ::3].ravel())
         spreads.append(drawn.std(axis=0, ddof=1)[inside, ::3, ::3].ravel())
         means.append(middle[inside, ::3, ::3].ravel())
-    return stand_in, Intervals.calibrated(np.concatenate(errors), np.concatenate(spreads), np.concatenate(means))
+    return Intervals.calibrated(np.concatenate(errors), np.concatenate(spreads), np.concatenate(means))
 
 
 def covered(one: Scene, drawn: Array, intervals: Intervals) -> dict[str, float]:
@@ -278,7 +331,7 @@ def summary(
             for name, v in coverage.items()
         },
         "interval_scale": np.round(intervals.scale, 3).tolist(),
-        "settings": {k: v for k, v in vars(options).items() if k != "quick"},
+        "settings": {k: vars(options)[k] for k in ("phantoms", "samples", "size", "slices")},
         "device": f"cpu-{platform.machine()}",
         "versions": {name: version(name) for name in ("numpy", "scipy", "torch")},
     }

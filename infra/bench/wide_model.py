@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -152,16 +153,23 @@ class WideModel:
         return np.asarray(base_volume(thick, np.asarray(target.z_mm), self._composing(fit), WINDOW), np.float32)
 
     def answers(
-        self, thick: Volume, target: Geometry, fit: ProtocolFit, *, steps: Sequence[int], base: Array
+        self,
+        thick: Volume,
+        target: Geometry,
+        fit: ProtocolFit,
+        *,
+        steps: Sequence[int],
+        base: Array,
+        seeds: Sequence[int] = (0,),
     ) -> Iterator[tuple[NDArray[np.int16], dict[str, Any]]]:
-        """Answers as `ctpipe interpolate` composes them, (z, y, x) HU and figures, one for each number of steps."""
+        """Answers as `ctpipe interpolate` composes them, (z, y, x) HU and figures, by number of steps, then by seed."""
         composing = self._composing(fit)
         measured = composing.measured(thick, target)
         condition = condition_latent(thick, target, WINDOW, self.vae, self.model.alignment, start=self.start)
         told = told_of(thick, LatentGrid.of(target).positions())
         given = self._decoded(condition, target)
-        for number in steps:
-            latent = self.model.generate_latent(condition, **told, seed=0, num_inference_steps=number)
+        for number, seed in product(steps, seeds):
+            latent = self.model.generate_latent(condition, **told, seed=seed, num_inference_steps=number)
             how = replace(composing, change_gain=change_gain(self.run, number))
             hu, figures = compose(
                 self._decoded(latent, target), WINDOW, measured, how, condition_hu=given, base_hu=base
