@@ -2,8 +2,9 @@
 
     python infra/bench/deidentification.py [--patients 4] [--processes] [--quick]
 
-Prints a table and keeps infra/bench/results/deidentification.json. Commands run in the modes normal, --json and --debug
---log-json: in this process, where logs of every level are searched too, or with --processes in one of their own each. A
+Prints a table and keeps infra/bench/results/deidentification.json (deidentification-processes.json). Commands run in
+the modes normal, --json and --debug --log-json: in this process, where logs of every level are searched too, or with
+--processes in one of their own each. Ray's own logs, of workers, raylets and drivers, are searched like any output. A
 leak, or a share below 99.95 %, ends with exit code 1.
 """
 
@@ -68,7 +69,8 @@ def main() -> int:
     print(*score.leaks[:20], *score.wrong[:20], sep="\n")
     print(json.dumps(result))
     if not options.quick:
-        out = Path(__file__).parent / "results" / "deidentification.json"
+        name = "deidentification-processes.json" if options.processes else "deidentification.json"
+        out = Path(__file__).parent / "results" / name
         out.write_text(json.dumps(result, indent=1) + "\n")
     return int(bool(score.leaks) or score.share < LEAST)
 

@@ -12,9 +12,13 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +165,12 @@ def steps(made: PlantedArchive, work: Path, train: bool) -> Iterator[tuple[str, 
         yield "report of a run", ["report", run, "--split", "train"], (0,)
         sampled = ["decode", store, str(out / "sampled"), "--checkpoint", run, "--steps", "1", *INLINE]
         yield "sample and decode", sampled, (0, 3)
+        spread = str(work / "store-ray")
+        yield "ingest for Ray", ["ingest", data, spread, "--workers", "1"], (3,)
+        words = ["encode", spread, "--engine", "ray", "--workers", "2", "--threads", "1"]
+        yield "encode on Ray", [*debug, *words], (0, 3)
+        words = ["decode", spread, str(out / "decoded-ray"), "--engine", "ray", "--workers", "2", "--threads", "1"]
+        yield "decode on Ray", [*debug, *words], (0, 3)
 
 
 def _written(out: Path) -> list[str]:
@@ -183,10 +193,11 @@ def errors(made: PlantedArchive, work: Path) -> Iterator[tuple[str, list[str]]]:
 def worked(made: PlantedArchive, work: Path, run: Run, train: bool = True) -> dict[str, str]:
     """Run every step; what each said, by its name. Asserts that each ended as it should."""
     said: dict[str, str] = {}
-    for name, words, fine in steps(made, work, train):
-        spoken = run(words)
-        assert spoken.code in fine, f"{name} ended with {spoken.code}: {spoken.text[-2000:]}"
-        said[name] = spoken.text
+    with rays_logs(work / RAY_LOGS):
+        for name, words, fine in steps(made, work, train):
+            spoken = run(words)
+            assert spoken.code in fine, f"{name} ended with {spoken.code}: {spoken.text[-2000:]}"
+            said[name] = spoken.text
     before, *rest = list(errors(made, work))
     said[before[0]] = run(before[1]).text
     hidden = made.root.rename(made.root.with_name("gone"))
@@ -196,9 +207,34 @@ def worked(made: PlantedArchive, work: Path, run: Run, train: bool = True) -> di
     return said
 
 
+RAY_LOGS = "ray-logs"
+
+
+@contextmanager
+def rays_logs(folder: Path) -> Iterator[None]:
+    """Let Ray log to a folder of the caller's, where it is moved at the end: workers, drivers, raylets, dashboard.
+
+    In between it is in a short place, since the paths of Ray's sockets may have 107 characters.
+    """
+    before = os.environ.get("RAY_TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="r") as short:
+        os.environ["RAY_TMPDIR"] = short
+        try:
+            yield
+        finally:
+            os.environ.pop("RAY_TMPDIR")
+            if before is not None:
+                os.environ["RAY_TMPDIR"] = before
+        for number, logs in enumerate(sorted(Path(short).rglob("session_*/logs"))):
+            if not logs.parent.is_symlink():  # session_latest
+                shutil.copytree(logs, folder / str(number))
+
+
 def channel_of(path: Path) -> str:
     """Which kind of output a file is."""
     name = path.name
+    if RAY_LOGS in path.parts:
+        return "Ray logs"
     if name.endswith((".dcm", ".html", ".parquet", ".nii", ".nii.gz")):
         kinds = {"dcm": "DICOM", "html": "report", "parquet": "catalog or manifest"}
         return kinds.get(name.rpartition(".")[2], "NIfTI")
