@@ -6,7 +6,8 @@ The run is that of wide_model.py (window [-1000, 1000] HU, started from the ship
 ``--work`` where no ``--run`` is given. Cases: a human chest of 1.5 mm, thick slices of 5 mm simulated by a box, with
 profile and noise fitted on a phantom simulated alike; and a scanned head phantom, 28 x 5 mm beside 140 x 1 mm, each
 half with profile and noise fitted on the other. Methods: cubic interpolation, the same made consistent, the shipped
-model's slices made consistent (``refined``), the model's mean (one step of the bridge) and a sample (ten steps).
+model's slices made consistent (``refined``), the model's mean (one step of the bridge), a sample (ten steps), and the
+same with the texture of the run's true thin slices, as `--answer sample` writes it.
 
 Bias is the mean signed error where the truth's local mean (5 voxels a side) is lung, fat or soft tissue, eroded by a
 voxel; LAA-950 in points (1% of the lung) against the true thin series in its own lung mask. Prints a table, then one
@@ -21,6 +22,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,11 +35,12 @@ from refiner import ROOT, Case, chest, figures_of, protocol, simulated
 from wide_model import SAMPLER_STEPS, WINDOW, WideModel, add_options, trained
 
 from latentcache import InputError
-from pipeline.decode import ComposeSettings, finish
+from pipeline.decode import ComposeSettings, finish, textured
 from pipeline.forward_model import certificate, fit_pair
-from pipeline.metrics import LAA_THRESHOLD_HU, lung_mask, ssim
+from pipeline.metrics import LAA_THRESHOLD_HU, Texture, lung_mask, ssim
 from pipeline.phantom import make_patient
 from pipeline.volume import interpolated
+from pipeline.workflows.sample import TEXTURE_NAME
 
 FIT_SEED = 8_000
 Rows = dict[str, dict[str, Any]]
@@ -97,6 +100,11 @@ def scores(case: Case, model: WideModel) -> Rows:
     answers = model.answers(case.thick, target, fit, steps=(1, SAMPLER_STEPS), base=base)
     for name, (hu, figures) in zip(("model, mean", "model, sample"), answers, strict=True):
         found[name] = judged(hu, case, figures)
+    texture = model.run / TEXTURE_NAME
+    if texture.is_file():  # as `--answer sample` writes the last of them
+        how = replace(plain, texture=Texture.from_json(texture.read_text(encoding="utf-8")))
+        finished, stated = textured(hu, figures, measured, how)
+        found["model, sample with texture"] = judged(finished, case, dict(stated))
     return found
 
 
