@@ -77,6 +77,8 @@ def measure_draws(
         def draw(pair: Any) -> Any:
             return generate_for(latents, model, pair, sampler=config.validation.sampler, num_inference_steps=steps)
 
+        if on_note is not None:
+            on_note(f"measuring the detail of draws: {config.validation.pairs} held-out pairs, {steps} steps each")
         private = PrivateStore.open(settings["store"], settings["private"])
         vae = load_vae(settings["vae"] or "tiny", device)
         found = detail_of_draws(
