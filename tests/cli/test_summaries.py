@@ -12,6 +12,7 @@ def encoded(**changes: Any) -> Any:
     plain = {
         "planned": 2, "committed": 3, "already": 1, "encode_key": "k", "snapshot": 4, "retired": 0, "stale": 0,
         "restored": 0, "damaged": 0, "hopeless": {}, "pinned": {}, "failed": {}, "unpaired_by_pixels": {},
+        "mirrored": {},
     }  # fmt: skip
     return SimpleNamespace(**(plain | changes))
 
@@ -25,6 +26,11 @@ def test_a_plain_encoding_takes_two_lines() -> None:
         "encoded 2 studies or series (3 latents committed, 1 already there)",
         "encode key k, snapshot 4",
     ]
+
+
+def test_mirrored_pairs_name_their_encode_keys() -> None:
+    lines = encode_text(encoded(mirrored={"y": "m", "x": "n"}), job()).splitlines()
+    assert lines[2:] == ["mirrored along x: encode key n", "mirrored along y: encode key m"]
 
 
 def test_stale_latents_name_the_option_that_replaces_them() -> None:
