@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from diffusion.config import DataConfig
 from diffusion.data.batches import Batch, BatchReader, Mirrored
 from diffusion.data.epoch_plan import EpochPlan, MicroBatch, plan_epoch, share_of_rank, steps_in_epoch
-from diffusion.data.pairs import PlannedPairs, Tables, choose_encode_key, mirrored_keys, plan_pairs
+from diffusion.data.pairs import PlannedPairs, Tables, choose_encode_key, mirrored_keys, only_refiner, plan_pairs
 from diffusion.data.prefetch import prefetch
 from latentcache import COMPRESSION, LATENT_CHANNELS, InputError, LatentStore, Split
 
@@ -175,6 +175,12 @@ class PairStream:
         for name, encode_key in mirrored_keys(self.store, self.encode_key, data.augment).items():
             tables = Tables.read(self.store, encode_key, data, told)
             pairs, _ = plan_pairs(self.store, encode_key, data, "train", tables)
+            if len(pairs) and (made := only_refiner(pairs)) != (own := only_refiner(self.pairs)):
+                raise InputError(
+                    f"{name} latents of refiner {made[:12]} beside latents of refiner {own[:12]}",
+                    expected="one refiner: a model cannot start from the slices of two",
+                    remedy=f"Run `ctpipe encode STORE --refiner RUN --augment {name} --refresh`.",
+                )
             mirrored = Mirrored.of(pairs, self.pairs)
             if missing := int((mirrored.at < 0).sum()):
                 self.left_out[f"no {name} latents (only as they are; `ctpipe encode STORE --augment {name}`)"] = missing

@@ -19,17 +19,20 @@ def status(store: LatentStore) -> dict[str, Any]:
     pairs = store.pairs_table(("split", "status"))
     manifest = store.manifest_table(("encode_key", "key", "role"))
     whole = pc.is_in(catalog["role"], value_set=pa.array(["thin", "thick"]))
-    wanted = catalog.filter(pc.and_(whole, pc.equal(catalog["status"], "ok")))["series_key"]
+    usable = catalog.filter(pc.and_(whole, pc.equal(catalog["status"], "ok")))
+    training = usable.filter(pc.equal(usable["split"], "train"))["series_key"]
     encodings: dict[str, Any] = {}
     for encode_key in store.encode_keys():
         rows = manifest.filter(pc.equal(manifest["encode_key"], encode_key))
         of_pairs = pc.is_in(rows["role"], value_set=pa.array(PAIR_ROLES, pa.string()))
         own = rows.filter(pc.invert(of_pairs))["key"].combine_chunks()
+        facts = _encoding(store, encode_key)
+        wanted = training if facts.get("mirrored") else usable["series_key"]
         encodings[encode_key] = {
             "latents": _counts(rows["role"]),
             "series_missing": len(wanted) - int(pc.sum(pc.is_in(wanted, value_set=own)).as_py() or 0),
             "stale": int(stale_rows(store, encode_key).num_rows),
-            **_encoding(store, encode_key),
+            **facts,
         }
     return {
         "snapshot": store.snapshot,
@@ -71,4 +74,5 @@ def _encoding(store: LatentStore, encode_key: str) -> dict[str, Any]:
         "window": window,
         "posterior": encoding.posterior,
         "tiling": encoding.extra.get("tiling", {}).get("kind", "exact"),
+        "mirrored": encoding.mirrored,
     }

@@ -14,6 +14,7 @@ from cli.main import app
 from diffusion.config import DataConfig
 from diffusion.data import Batch, PairStream, ProcessShare
 from latentcache import InputError, LatentStore
+from latentcache.maintenance import status
 from pipeline.identity import PrivateStore
 from pipeline.reading import read_series
 from pipeline.vae import load_vae
@@ -136,6 +137,22 @@ def test_a_run_trains_on_them_and_everything_else_goes_on_with_the_volumes_as_th
         ctpipe("decode", site.store, tmp_path / "mirrored", *INLINE, "--encode-key", keys["x"])
     # Made again from the archives they come out the same: nothing is taken for another series' latents.
     assert ctpipe("verify", site.store, "--sources") == 0
+
+
+def test_mirrored_pairs_of_another_refiner_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    refiners = iter(["a" * 64, "b" * 64])
+    monkeypatch.setattr("diffusion.data.stream.only_refiner", lambda pairs: next(refiners))
+    with pytest.raises(
+        InputError, match="flip-x latents of refiner aaaaaaaaaaaa beside latents of refiner bbbbbbbbbbbb"
+    ):
+        stream(site, augment="flip-x")
+
+
+def test_status_counts_what_mirrored_encodings_lack_of_the_training_split(site: Site, keys: dict[str, str]) -> None:
+    found = status(LatentStore.open(site.store))["encodings"]
+    assert {key: (row["mirrored"], row["series_missing"]) for key, row in found.items()} == {
+        key: (axis, 0) for axis, key in keys.items()
+    }
 
 
 def test_what_is_not_there_is_said(trained_site: Site, site: Site) -> None:
