@@ -20,7 +20,7 @@ from pipeline.identity import PrivateStore
 from pipeline.metrics import DetailPower, TexturePower, intensity as metrics, ssim
 from pipeline.reading import read_series
 from pipeline.vae import Autoencoder, as_encoded, check_same_vae
-from pipeline.volume import Window, common_slices, onto_field, resample_z
+from pipeline.volume import Volume, Window, common_slices, onto_field, resample_z
 
 if TYPE_CHECKING:
     from pipeline.refiner import RefinerFile
@@ -72,9 +72,7 @@ class HeldOutImages:
         self.vae: Autoencoder = as_encoded(vae, encoding.extra)
         self.composing = ComposeSettings(start=start)
         self.window = Window.of(encoding)
-        encoded = {record.key for record in store.records(encode_key, "thin")}
-        pairs = [p for p in store.pairs() if p.split == split and p.status == "ok" and p.thin_key in encoded]
-        chosen = sorted(pairs, key=lambda p: p.pair_key)[:count]
+        chosen = _first_pairs(store, encode_key, split, count)
         self.pairs = [self._read(store, private, encode_key, pair) for pair in chosen]
 
     def figures(self, latent_of: Callable[[PairRecord], NDArray[Any]], *, means: bool = False) -> dict[str, float]:
@@ -108,10 +106,7 @@ class HeldOutImages:
         return 1.0 if power == 0 else min(1.0, max(0.0, wanted / power))
 
     def _read(self, store: LatentStore, private: PrivateStore, encode_key: str, pair: PairRecord) -> HeldOutPair:
-        pointers = private.pointers([pair.thin_key, pair.thick_key])
-        thin = read_series(pointers[pair.thin_key])
-        thick = onto_field(read_series(pointers[pair.thick_key]), thin.geometry)
-        inside = common_slices(thick.geometry, thin.geometry)
+        thin, thick, inside = _series(private, pair)
         truth = self._clip(thin.hu[inside])
         z_inside = np.array(thin.geometry.z_mm)[inside]
         linear = self._clip(resample_z(thick.hu, np.array(thick.geometry.z_mm), z_inside))
@@ -156,11 +151,9 @@ def texture_of_pairs(
 
     The first ``count`` pairs by pair key whose thin series are encoded; None where none could be read.
     """
-    encoded = {record.key for record in store.records(encode_key, "thin")}
-    pairs = [p for p in store.pairs() if p.split == "train" and p.status == "ok" and p.thin_key in encoded]
     found: TexturePower | None = None
     failed: dict[str, str] = {}
-    for pair in sorted(pairs, key=lambda p: p.pair_key)[:count]:
+    for pair in _first_pairs(store, encode_key, "train", count):
         try:
             pointers = private.pointers([pair.thin_key, pair.thick_key])
             thin, thick = (read_series(pointers[key]) for key in (pair.thin_key, pair.thick_key))
@@ -194,17 +187,12 @@ def detail_of_draws(
     encoding = store.encoding(encode_key)
     codec, window = as_encoded(vae, encoding.extra), Window.of(encoding)
     composing = ComposeSettings(start=start)
-    encoded = {record.key for record in store.records(encode_key, "thin")}
-    pairs = [p for p in store.pairs() if p.split == "val" and p.status == "ok" and p.thin_key in encoded]
     found: tuple[DetailPower, DetailPower] | None = None
-    for pair in sorted(pairs, key=lambda p: p.pair_key)[:count]:
+    for pair in _first_pairs(store, encode_key, "val", count):
         given = condition_of(store, pair, encode_key, start)
         if given is None:
             continue
-        pointers = private.pointers([pair.thin_key, pair.thick_key])
-        thin = read_series(pointers[pair.thin_key])
-        thick = onto_field(read_series(pointers[pair.thick_key]), thin.geometry)
-        inside = common_slices(thick.geometry, thin.geometry)
+        thin, thick, inside = _series(private, pair)
         measured = composing.measured(thick, thin.geometry.with_z(np.array(thin.geometry.z_mm)[inside]))
         drawn, condition = (
             window.from_unit(np.asarray(codec.decode(np.asarray(z, np.float32), thin.geometry.shape_zyx))[inside])
@@ -214,6 +202,21 @@ def detail_of_draws(
         truth, own = (DetailPower.of(volume, measured.operator) for volume in (thin.hu[inside], hu))
         found = (truth, own) if found is None else (found[0] + truth, found[1] + own)
     return found
+
+
+def _first_pairs(store: LatentStore, encode_key: str, split: str, count: int) -> list[PairRecord]:
+    """The first pairs of a split by pair key whose thin series are encoded."""
+    encoded = {record.key for record in store.records(encode_key, "thin")}
+    pairs = [p for p in store.pairs() if p.split == split and p.status == "ok" and p.thin_key in encoded]
+    return sorted(pairs, key=lambda p: p.pair_key)[:count]
+
+
+def _series(private: PrivateStore, pair: PairRecord) -> tuple[Volume, Volume, slice]:
+    """A pair's thin series, its thick one on the thin pixel grid, and the thin slices that the thick ones cover."""
+    pointers = private.pointers([pair.thin_key, pair.thick_key])
+    thin = read_series(pointers[pair.thin_key])
+    thick = onto_field(read_series(pointers[pair.thick_key]), thin.geometry)
+    return thin, thick, common_slices(thick.geometry, thin.geometry)
 
 
 def _means(store: LatentStore, record: LatentRecord) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,16 +61,21 @@ Map = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class TexturePower:
-    """Mean square in HU^2 of the fine part of N x, and the voxels that it was measured in.
-
-    Attributes:
-        power: (TISSUES, BANDS); 0 in tissues without voxels.
-        voxels: (TISSUES,).
-    """
+class _Power:
+    """Mean square in HU^2 by class and band, (classes, BANDS), 0 in classes without voxels, and the voxels of each."""
 
     power: NDArray[np.float64]
     voxels: NDArray[np.int64]
+
+    def __add__(self, other: Self) -> Self:
+        """Of both volumes' voxels together."""
+        voxels = self.voxels + other.voxels
+        total = self.power * self.voxels[:, None] + other.power * other.voxels[:, None]
+        return type(self)(total / np.maximum(voxels, 1)[:, None], voxels)
+
+
+class TexturePower(_Power):
+    """Power of the fine part of N x in even places, by tissue."""
 
     @classmethod
     def of(cls, hu: NDArray[np.generic], operator: SliceOperator) -> TexturePower:
@@ -92,40 +98,25 @@ class TexturePower:
                 total[:, band] += np.bincount(tissue, np.square(seen, dtype=np.float64), TISSUES)
         return cls(total / np.maximum(voxels, 1)[:, None], voxels)
 
-    def __add__(self, other: TexturePower) -> TexturePower:
-        """Of both volumes' voxels together."""
-        voxels = self.voxels + other.voxels
-        total = self.power * self.voxels[:, None] + other.power * other.voxels[:, None]
-        return TexturePower(total / np.maximum(voxels, 1)[:, None], voxels)
 
-
-@dataclass(frozen=True, eq=False)
-class DetailPower:
-    """Mean square in HU^2 of N x by how steep a place is along z, (KINDS, BANDS), and the voxels measured, (KINDS,)."""
-
-    power: NDArray[np.float64]
-    voxels: NDArray[np.int64]
+class DetailPower(_Power):
+    """Power of N x by how steep a place is along z, (KINDS, BANDS)."""
 
     @classmethod
     def of(cls, hu: NDArray[np.generic], operator: SliceOperator) -> DetailPower:
         """Measure a volume (z, y, x) HU on the operator's thin positions."""
         total, voxels = np.zeros((KINDS, BANDS)), np.zeros(KINDS, np.int64)
         within = np.abs(null_projector(operator).sum(axis=1)) < MOST_MEAN
+        along_z = [part[within] for part in _along_z(operator)]
         for rows in row_blocks(hu.shape[1]):
             wide, own = _with_halo(rows, hu.shape[1])
             block = np.asarray(hu[:, wide], np.float32)
             kind = _kind(_smooth(block))[within][:, own].ravel()
             voxels += np.bincount(kind, minlength=KINDS)
-            for band, part in enumerate(_along_z(operator)):
-                seen = np.tensordot(part[within], block[:, own], 1).ravel()
+            for band, part in enumerate(along_z):
+                seen = np.tensordot(part, block[:, own], 1).ravel()
                 total[:, band] += np.bincount(kind, np.square(seen, dtype=np.float64), KINDS)
         return cls(total / np.maximum(voxels, 1)[:, None], voxels)
-
-    def __add__(self, other: DetailPower) -> DetailPower:
-        """Of both volumes' voxels together."""
-        voxels = self.voxels + other.voxels
-        total = self.power * self.voxels[:, None] + other.power * other.voxels[:, None]
-        return DetailPower(total / np.maximum(voxels, 1)[:, None], voxels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,12 +95,11 @@ def decode(job: DecodeJob, on_progress: OnProgress = silent) -> DecodeSummary:
     engine = job.engine or EngineOptions("inline", devices=(job.device,))
     if job.checkpoint is None:
         return _decode_into_folder(job, latents, engine, composing, answer, None, on_progress)
-    draws = job.samples == 1 or answer != "mean"
     composing = replace(
         composing,
         start=start_of(job.checkpoint, job.device),
         change_gain=change_gain(job.checkpoint, job.steps),
-        texture=texture_of(job.checkpoint, job.texture, job.steps, draws=draws, answer=answer),
+        texture=texture_of(job.checkpoint, job.texture, job.steps, samples=job.samples, answer=answer),
     )
     sampled = _sampled(job, job.checkpoint, latents, engine, answer, on_progress)
     if job.refiner is None:

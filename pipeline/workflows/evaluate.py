@@ -60,7 +60,7 @@ class ScoringJob:
             refiner=own_refiner(run, checkpoint_sha256, self.device) if own else refiner_of(self.refiner, self.device),
             start=start_of(run, self.device),
             change_gain=change_gain(run, self.steps),
-            texture=texture_of(run, self.texture, self.steps, draws=self.samples == 1),
+            texture=texture_of(run, self.texture, self.steps, samples=self.samples),
         )
 
 

@@ -76,14 +76,14 @@ TEXTURE_NAME = "texture.json"
 """In a run's folder: the texture of the true thin slices of its pairs, measured when it began."""
 
 
-def texture_of(run: Path, asked: bool | None, steps: int | None, *, draws: bool, answer: str = "mean") -> Any:
+def texture_of(run: Path, asked: bool | None, steps: int | None, *, samples: int, answer: str = "mean") -> Any:
     """The texture that a run's single draws are brought to, `pipeline.metrics.Texture`; None for none.
 
     Args:
         run: The training run's folder.
         asked: None leaves it to the answer: a sample, which is for measuring, gets it where the run knows it.
         steps: Sampling steps asked for.
-        draws: Whether what is composed is one draw, or several apart, and no mean of latents.
+        samples: Of several, the mean is composed unless the answer is a sample.
         answer: ``mean``, ``sample`` or ``both``.
 
     Raises:
@@ -96,7 +96,7 @@ def texture_of(run: Path, asked: bool | None, steps: int | None, *, draws: bool,
     if asked is False or (asked is None and answer == "mean"):
         return None
     path, mean = run / TEXTURE_NAME, RunCard.read(run).build_objective().steps(steps) == 1
-    if asked and (mean or not draws):
+    if asked and (mean or (samples > 1 and answer == "mean")):
         raise InputError(
             "--texture for " + ("a single step, which gives a mean" if mean else "the mean of several samples"),
             expected="a draw: noise in a mean is an error and nothing else",

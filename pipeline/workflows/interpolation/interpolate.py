@@ -187,9 +187,7 @@ def _settings(job: InterpolateJob, loaded: LoadedModel) -> InterpolateSettings:
             profile=SliceProfile("gaussian", job.fwhm_mm) if job.fwhm_mm else None,
             start=start_of(loaded.run, job.device),
             change_gain=change_gain(loaded.run, steps),
-            texture=texture_of(
-                loaded.run, job.texture, steps, draws=job.sampling.samples == 1 or answer != "mean", answer=answer
-            ),
+            texture=texture_of(loaded.run, job.texture, steps, samples=job.sampling.samples, answer=answer),
             refiner=refiner_of(job.refiner, job.device)
             if job.refiner
             else own_refiner(loaded.run, model.checkpoint_sha256, job.device),
