@@ -29,7 +29,6 @@ from .records import (
     FORMAT_VERSION as FORMAT_VERSION,
     LATENT_CHANNELS as LATENT_CHANNELS,
     LATENT_ROLES as LATENT_ROLES,
-    MIRRORS as MIRRORS,
     PAIR_ROLES as PAIR_ROLES,
     SIMULATED as SIMULATED,
     Encoding as Encoding,
@@ -41,6 +40,7 @@ from .records import (
     SeriesRecord as SeriesRecord,
     SeriesRole as SeriesRole,
     Split as Split,
+    mirror_axes as mirror_axes,
     valid_latents as valid_latents,
 )
 from .shard import METADATA as METADATA, SHARD as SHARD, Layout as Layout, restore_latent as restore_latent

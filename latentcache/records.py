@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from latentcache.errors import InputError
+
 
 def valid_latents(valid_zyx: tuple[int, int, int]) -> tuple[int, int, int]:
     """Latents (d, h, w) that hold at least one true voxel: the padding beyond is left out of statistics."""
@@ -297,3 +299,17 @@ class Encoding:
     def encode_key(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def mirror_axes(names: str) -> dict[str, str]:
+    """Axes by the name of the augmentation, of a comma-separated list of ``flip-x`` and ``flip-y``.
+
+    Raises:
+        InputError: Another name.
+    """
+    found = list(filter(None, (name.strip() for name in names.split(","))))
+    if unknown := [name for name in found if name not in MIRRORS]:
+        raise InputError(
+            f"augmentation {', '.join(unknown)}", expected=" and ".join(MIRRORS), remedy="For example flip-x."
+        )
+    return {name: MIRRORS[name] for name in found}

@@ -20,7 +20,6 @@ from diffusion.networks import ThickSlices
 from latentcache import (
     ACROSS_FIELDS,
     LATENT_CHANNELS,
-    MIRRORS,
     PAIR_ROLES,
     ROW,
     InputError,
@@ -28,6 +27,7 @@ from latentcache import (
     LatentStore,
     Moments,
     Split,
+    mirror_axes,
     moments_of,
 )
 from latentcache.maintenance import pair_digests, refiner_of_digest, sources, unlike
@@ -199,12 +199,8 @@ def mirrored_keys(store: LatentStore, encode_key: str, augment: str) -> dict[str
     """
     found = {}
     present = {key for key, role in store.encoded() if role == "thin"}
-    for name in filter(None, (part.strip() for part in augment.split(","))):
-        if name not in MIRRORS:
-            raise InputError(
-                f"data.augment {name}", expected=" and ".join(MIRRORS), remedy="For example --set data.augment=flip-x."
-            )
-        found[name] = store.encoding(encode_key).of_mirrored(MIRRORS[name]).encode_key
+    for name, axis in mirror_axes(augment).items():
+        found[name] = store.encoding(encode_key).of_mirrored(axis).encode_key
         if found[name] not in present:
             raise InputError(
                 f"data.augment {name} on a store without mirrored latents of encode key {encode_key}",

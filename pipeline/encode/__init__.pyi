@@ -4,7 +4,6 @@ from .store import (
     EncodeSettings as EncodeSettings,
     EncodeSummary as EncodeSummary,
     encode_store as encode_store,
-    parse_augment as parse_augment,
     parse_roles as parse_roles,
     together as together,
 )

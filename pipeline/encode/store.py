@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from latentcache import (
     COMPRESSION,
     LATENT_ROLES,
-    MIRRORS,
     Encoding,
     InputError,
     LatentRole,
@@ -350,18 +349,6 @@ def _enter(outcome: Outcome[EncodeTask, StagedLatents], summary: EncodeSummary) 
     for part, value in outcome.value.seconds.items():
         summary.seconds[part] = summary.seconds.get(part, 0.0) + value
     return {"latents": len(outcome.value.records)}
-
-
-def parse_augment(text: str) -> tuple[str, ...]:
-    """Axes of a comma-separated list of ``flip-x`` and ``flip-y``; empty for an empty text."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in MIRRORS]:
-        raise InputError(
-            f"augmentation {', '.join(unknown)}",
-            expected=" and ".join(MIRRORS),
-            remedy="For example --augment flip-x.",
-        )
-    return tuple(dict.fromkeys(MIRRORS[name] for name in names))
 
 
 def parse_roles(text: str) -> tuple[LatentRole, ...]:

@@ -87,7 +87,8 @@ def encode(job: EncodeJob, on_done: Callable[[int, int], None] | None = None) ->
         job: What to encode and how.
         on_done: Called after each study or series with how many are done and how many are planned.
     """
-    from pipeline.encode import encode_store, parse_augment, together
+    from latentcache import mirror_axes
+    from pipeline.encode import encode_store, together
 
     done = 0
 
@@ -98,7 +99,7 @@ def encode(job: EncodeJob, on_done: Callable[[int, int], None] | None = None) ->
             on_done(done, planned)
 
     settings, found = job.settings(), []
-    for axis in ("", *parse_augment(job.augment)):
+    for axis in ("", *mirror_axes(job.augment).values()):
         done = 0
         summary = encode_store(
             job.store,
