@@ -117,7 +117,7 @@ Texture = Annotated[
     bool | None,
     typer.Option(
         "--texture/--no-texture",
-        help="Give a draw the noise texture that true thin slices have; by default where --answer is a sample.",
+        help="Give a draw the fine detail and noise that true thin slices have; by default where --answer is a sample.",
     ),
 ]
 TransferSyntax = Annotated[str, typer.Option(help="explicit, jpegls or htj2k; all lossless.")]

@@ -222,6 +222,8 @@ def drawn_texture(
         tissue = _tissue(_smooth(np.asarray(hu[:, wide], np.float32)))[:, own]
         noise = np.zeros(tissue.shape, np.float32)
         for band, part in enumerate(along_z):
+            if not amplitudes[:, band].any():
+                continue
             white = np.stack([_white(seed, band, row, hu) for row in range(wide.start, wide.stop)], axis=1)
             noise += amplitudes[:, band].astype(np.float32)[tissue] * np.tensordot(part, _fine(white)[:, own], 1)
         yield rows, np.tensordot(projector, noise, 1)

@@ -73,7 +73,8 @@ def start_of(checkpoint: Path, device: str) -> Any:
 
 
 TEXTURE_NAME = "texture.json"
-"""In a run's folder: the texture of the true thin slices of its pairs, measured when it began."""
+"""In a run's folder: noise of the true thin slices of its pairs, measured when it began, and how
+much more detail they have than its draws, measured at its end."""
 
 
 def texture_of(run: Path, asked: bool | None, steps: int | None, *, samples: int, answer: str = "mean") -> Any:

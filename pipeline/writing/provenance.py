@@ -105,7 +105,7 @@ class Provenance:
         if "change_gain" in self.consistency:
             parts.append(f"{self.consistency['change_gain']:g} of the model's change")
         if added := self.consistency.get("texture_added_hu", 0):
-            parts.append(f"{added:g} HU RMS of drawn noise, texture of true thin slices")
+            parts.append(f"{added:g} HU RMS of enlarged detail and drawn noise, the texture of true thin slices")
         if "rms_after_hu" in self.consistency:
             parts.append(f"agreement with the measured slices {self.consistency['rms_after_hu']:.1f} HU RMS")
         if said := str(self.consistency.get("certificate", {}).get("said", "")):

@@ -186,7 +186,7 @@ def test_a_draw_for_measuring_gets_the_texture_of_true_thin_slices(
             written[name, folder[len(key) :]] = pydicom.dcmread(tmp_path / name / folder / "00020.dcm")
     added = read_provenance(written["with", "-sample"])["consistency"]["texture_added_hu"]
     assert added > 0
-    assert f"{added:g} HU RMS of drawn noise" in written["with", "-sample"].DerivationDescription
+    assert f"{added:g} HU RMS of enlarged detail and drawn noise" in written["with", "-sample"].DerivationDescription
     assert written["with", "-sample"].PixelData != written["without", "-sample"].PixelData
     assert "texture_added_hu" not in read_provenance(written["without", "-sample"])["consistency"]
     assert written["with", ""].PixelData == written["without", ""].PixelData, "the mean is as it was"
