@@ -27,6 +27,11 @@ SHORTEST_MM, LONGEST_MM = 8.0, 512.0
 """Wavelengths of positions: two latent slices of 1 mm thin slices, and a scan."""
 
 
+def _on_default_device(constants: Tensor) -> Tensor:
+    """Constants that were computed on the CPU: on the meta device PyTorch would import all of its compiler for it."""
+    return constants.to(torch.get_default_device())
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of t in [0, 1] (Vaswani et al. 2017, section 3.5, over 1000 t) through a two-layer MLP."""
 
@@ -35,9 +40,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, features: int, embedding: int) -> None:
         super().__init__()
         half = features // 2
-        self.register_buffer(
-            "frequencies", 1000.0 * torch.exp(-math.log(10000.0) * torch.arange(half) / half), persistent=False
-        )
+        exponents = -math.log(10000.0) * torch.arange(half, device="cpu") / half
+        self.register_buffer("frequencies", _on_default_device(1000.0 * torch.exp(exponents)), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * half, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
 
     def forward(self, t_B: Tensor) -> Tensor:
@@ -120,8 +124,8 @@ class DepthAttention(nn.Module):
     def __init__(self, channels: int, groups: int, heads: int, positions: bool = False) -> None:
         super().__init__()
         pairs = channels // heads // 2 if positions else 0
-        waves = SHORTEST_MM * (LONGEST_MM / SHORTEST_MM) ** (torch.arange(pairs) / max(1, pairs - 1))
-        self.register_buffer("wave_numbers", 2 * math.pi / waves, persistent=False)
+        waves = SHORTEST_MM * (LONGEST_MM / SHORTEST_MM) ** (torch.arange(pairs, device="cpu") / max(1, pairs - 1))
+        self.register_buffer("wave_numbers", _on_default_device(2 * math.pi / waves), persistent=False)
         self.heads = heads
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)

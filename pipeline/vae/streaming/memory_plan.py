@@ -58,7 +58,14 @@ class _AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.place = 0
         self.known: dict[int, Any] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import all of its compiler to keep it out of here: two seconds of each process's start."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs and isinstance(kwargs.get("out"), Tensor) and kwargs["out"].is_meta:
+            return kwargs["out"]  # writes where memory is already; PyTorch's own answer, too, imports the compiler
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_meta:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -84,3 +86,22 @@ def test_workers_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPat
     assert share_gib(torch.device("cuda", 0), 0.5) == pytest.approx(36)
     assert share_gib(torch.device("cuda", 0), 1.0) is None
     assert share_gib(torch.device("cpu"), 0.5) is None
+
+
+def test_neither_a_plan_nor_a_described_network_loads_the_compiler() -> None:
+    """PyTorch imports it, seconds of a worker's start, for what it computes on the meta device in Python."""
+    code = """
+import sys, torch
+from diffusion.networks import UNetConfig, parameter_count
+from pipeline.vae import VaeArchitecture
+from pipeline.vae.streaming import make_plan
+for part, shape in (("encoder", (44, 32, 32, 1)), ("decoder", (11, 8, 8, 4))):
+    for device in ("cpu", "cuda"):
+        limits = {"slab_bytes": 1 << 20, "budget_bytes": 1 << 34}
+        make_plan(VaeArchitecture(), part, shape, torch.float32, torch.device(device), **limits)
+parameter_count(UNetConfig(told=True))
+print(sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
