@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import sys
 import warnings
@@ -72,10 +73,43 @@ def repo_root() -> Path:
 
 
 @pytest.fixture(scope="module")
-def ray_session() -> Iterator[None]:
-    """Whatever Ray session a module's tests start, ended after them."""
-    ray = pytest.importorskip("ray")
-    yield
+def ray_session() -> None:
+    """A Ray session of two workers. Tests that ask for it share one, see `pytest_runtest_setup`."""
+    pytest.importorskip("ray")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that short ones fill up the workers' ends; those on Ray next to each other."""
+    places = {ROOT / "tests" / "end_to_end": 1, ROOT / "tests" / "docs": 1}
+    items.sort(key=lambda item: 0 if "ray_session" in _fixtures(item) else places.get(item.path.parent, 2))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Ray takes ten seconds of a core to start: it is started before the first test that needs it, and ended before the
+    first that does not."""
+    if "ray_session" not in _fixtures(item):
+        _end_ray()
+    elif importlib.util.find_spec("ray") is not None:
+        from pipeline.engines import EngineOptions
+        from pipeline.engines.ray_cluster import connect
+
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        connect(EngineOptions(name="ray", devices=("cpu", "cpu")))
+
+
+def pytest_sessionfinish() -> None:
+    _end_ray()
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return getattr(item, "fixturenames", [])
+
+
+def _end_ray() -> None:
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return
     with warnings.catch_warnings():
         # Ray leaves the handles of its processes to the collector, which complains of them.
         warnings.simplefilter("ignore", ResourceWarning)

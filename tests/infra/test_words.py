@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,13 @@ CODE = re.compile(r"``[^`]*``|^\s*\w+(, \w+)*:", re.MULTILINE)
 OPENINGS = ("That", "What", "Which", "Who", "Where", "How")
 
 
-def docstrings() -> Iterator[tuple[str, str]]:
+@cache
+def docstrings() -> tuple[tuple[str, str], ...]:
     """(where, text) of every docstring, and of every string that documents a constant, of the library."""
+    return tuple(_docstrings())
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
     for package in LIBRARY:
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
