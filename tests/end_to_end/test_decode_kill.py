@@ -85,7 +85,9 @@ def folders(out: Path) -> dict[str, int]:
     return {p.name: len(os.listdir(p)) for p in out.iterdir() if not p.name.startswith(".")}
 
 
-@pytest.mark.parametrize("after", [1, 46, 47, 100])
+@pytest.mark.parametrize(
+    "after", [pytest.param(1, marks=pytest.mark.slow), 46, 47, pytest.param(100, marks=pytest.mark.slow)]
+)
 def test_decode_killed_at_any_file(world: World, tmp_path: Path, repo_root: Path, after: int) -> None:
     said = {"tests": str(repo_root), "out": str(tmp_path), "url": world.url}
     assert run(_DECODE.format(after=after, **said), repo_root) == -signal.SIGKILL
@@ -96,7 +98,7 @@ def test_decode_killed_at_any_file(world: World, tmp_path: Path, repo_root: Path
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("after", [1, 30, 60])
+@pytest.mark.parametrize("after", [1, pytest.param(30, marks=pytest.mark.slow), 60])
 def test_interpolate_killed_at_any_file(world: World, tmp_path: Path, repo_root: Path, after: int) -> None:
     zipped = sorted(Path(world.url).parent.rglob("*.zip"))[0]
     said = {"tests": str(repo_root), "out": str(tmp_path), "zipped": str(zipped)}
