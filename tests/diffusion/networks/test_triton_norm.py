@@ -43,7 +43,7 @@ def shapes() -> list[tuple[int, int, bool, bool]]:
 
 
 def cases() -> list[Any]:
-    """All of them; `make test` runs the narrowest and the widest of each kind, the others are slow in the interpreter."""
+    """All of them; `make test` runs the narrowest and the widest of each kind: the interpreter is slow."""
     found = shapes()
     kinds = [[shape for shape in found if shape[2:] == kind] for kind in sorted({shape[2:] for shape in found})]
     ends = {shape for kind in kinds for shape in (kind[0], kind[-1])}
