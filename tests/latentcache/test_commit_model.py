@@ -6,7 +6,19 @@ from itertools import combinations_with_replacement
 
 import pytest
 
-from tests.support.commit_model import Keys, Kind, Process, Rules, World, budget_of, explore, faults, sets_of, steps
+from tests.support.commit_model import (
+    Keys,
+    Kind,
+    Process,
+    Rules,
+    World,
+    budget_of,
+    explore,
+    faults,
+    odd_budget_of,
+    sets_of,
+    steps,
+)
 
 KINDS: tuple[Kind, ...] = ("add", "merge", "gc", "pin")
 
@@ -72,6 +84,14 @@ def test_states_of_one_key_lead_to_the_same(kinds: tuple[Kind, ...], rules: Rule
 def test_three_processes_in_every_order(kinds: tuple[Kind, ...], rules: Rules, budget: dict[str, int]) -> None:
     """Some millions of states in all; of two processes with a put that arrives twice and a listing that lags too."""
     found = explore(kinds, rules, **budget)
+    assert found.fault == "", "\n".join(found.way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", list(combinations_with_replacement(("add", "merge"), 3)), ids="-".join)
+def test_three_writers_with_all_that_two_processes_are_given(kinds: tuple[Kind, ...]) -> None:
+    """Two crashes, a lost answer, two sleeps, a put that arrives twice and a listing that lags: 642,000 states."""
+    found = explore(kinds, Rules(), **odd_budget_of(Rules()))
     assert found.fault == "", "\n".join(found.way)
 
 
