@@ -5,9 +5,8 @@
 Prints a line a set of processes and keeps infra/bench/results/commit_model.json after each. --odd gives three processes
 what else two are given (two sleeps, a put that arrives twice, a listing that lags) on a store with conditional puts, up
 to a number of states a set, sets without gc first, and keeps commit_model_odd.json, which says of each set whether it
-was cut; --resume leaves out the sets that it has, cut at no fewer. The model is
-tests/support/commit_model.py; what it holds and what it leaves out is in infra/docs/store-guarantees.md. A fault ends
-with exit code 1 and the way to it.
+was cut; --resume leaves out the sets that it has, cut at no fewer. The model is tests/support/commit_model.py; what it
+holds and what it leaves out is in infra/docs/store-guarantees.md. A fault ends with exit code 1 and the way to it.
 """
 
 from __future__ import annotations
@@ -45,31 +44,29 @@ def main() -> int:
     rows = [row for row in kept if not row.get("cut") or row["states"] >= options.most]
     known = {(row["store"], row["processes"]) for row in rows}
     for chosen, rules, budget in sets:
-        if (STORES[rules.conditional], " + ".join(chosen)) in known:
+        store, processes = STORES[rules.conditional], " + ".join(chosen)
+        if (store, processes) in known:
             continue
         started = time.perf_counter()
         found = explore(chosen, rules, most=options.most if options.odd else None, **budget)
-        store = STORES[rules.conditional]
         seconds = round(time.perf_counter() - started, 1)
-        row = {"store": store, "processes": " + ".join(chosen), **budget, "states": found.states, "s": seconds}
+        row = {"store": store, "processes": processes, **budget, "states": found.states, "s": seconds}
         cut = options.odd and found.states >= options.most
         rows.append({**row, "cut": cut} if options.odd else row)
-        print(f"{store}: {row['processes']}: {found.states:,} states, {seconds} s{', cut' if cut else ''}", flush=True)
+        print(f"{store}: {processes}: {found.states:,} states, {seconds} s{', cut' if cut else ''}", flush=True)
         if found.fault:
             print(found.fault, *found.way, sep="\n  ")
             return 1
-        result = {
-            "states": sum(row["states"] for row in rows),
-            "seconds": round(sum(row["s"] for row in rows), 1),
-            "faults": 0,
-            "sets_done": len(rows),
-            "sets": len(sets),
-            "rows": rows,
-        }
         if not options.quick:
-            out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"states": sum(row["states"] for row in rows), "sets": len(rows)}))
+            out.write_text(json.dumps({**totals(rows, len(sets)), "rows": rows}, indent=1) + "\n")
+    print(json.dumps(totals(rows, len(sets))))
     return 0
+
+
+def totals(rows: list[dict[str, Any]], sets: int) -> dict[str, Any]:
+    """Of the sets that were explored, without a fault."""
+    states, seconds = sum(row["states"] for row in rows), round(sum(row["s"] for row in rows), 1)
+    return {"states": states, "seconds": seconds, "faults": 0, "sets_done": len(rows), "sets": sets}
 
 
 if __name__ == "__main__":

@@ -104,14 +104,16 @@ def gain(rows: dict[str, dict[str, dict[str, float]]], figure: str) -> dict[str,
 def table(found: dict[str, Any]) -> str:
     """Gains over cubic made consistent: of then, and those that quality.py found last."""
     kept = json.loads((RESULTS / "quality-x86_64-2cpu.json").read_text(encoding="utf-8"))
-    rows = {
-        f"regression network of {found['settings']['commit']}": found,
-        **dict.fromkeys(("regression", "model_mean"), kept),
-    }
+    gains = [
+        {
+            f"regression network of {found['settings']['commit']}": found[f"{figure}_gain_over_consistent"],
+            **{name: kept[f"{figure}_gain_over_consistent"][name] for name in ("regression", "model_mean")},
+        }
+        for figure in ("psnr", "ssim")
+    ]
     lines = [f"{'over cubic made consistent':36s} {'PSNR':>18s} {'SSIM':>20s}"]
-    for name, source in rows.items():
-        psnr, ssim = (source[f"{figure}_gain_over_consistent"] for figure in ("psnr", "ssim"))
-        psnr, ssim = (psnr, ssim) if source is found else (psnr[name], ssim[name])
+    for name, psnr in gains[0].items():
+        ssim = gains[1][name]
         lines.append(f"{name:36s} {psnr['mean']:+9.2f} ± {psnr['sd']:.2f} dB {ssim['mean']:+11.4f} ± {ssim['sd']:.4f}")
     return "\n".join(lines)
 

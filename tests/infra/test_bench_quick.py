@@ -32,11 +32,10 @@ def test_quick_ends_with_a_json_object(name: str, tmp_path: Path) -> None:
     if name in ON_GPU and not pytest.importorskip("torch").cuda.is_available():
         pytest.skip("no GPU here")
     history = str(ROOT / ".git")
-    if (
-        name in OF_AN_EARLIER_COMMIT
-        and subprocess.run(["git", "--git-dir", history, "cat-file", "-e", EARLIER]).returncode
-    ):
-        pytest.skip(f"no {EARLIER} in this clone")
+    if name in OF_AN_EARLIER_COMMIT:
+        looked = subprocess.run(["git", "--git-dir", history, "cat-file", "-e", EARLIER], check=False)
+        if looked.returncode:
+            pytest.skip(f"no {EARLIER} in this clone")
     for entry in ROOT.iterdir():
         if entry.name != "infra" and not entry.name.startswith("."):
             (tmp_path / entry.name).symlink_to(entry)

@@ -575,7 +575,7 @@ def budget_of(rules: Rules) -> dict[str, int]:
 
 
 def odd_budget_of(rules: Rules) -> dict[str, int]:
-    """For two processes: two sleeps, a put that arrives twice and a listing that lags as well, where that is safe."""
+    """More of what may go wrong: two sleeps, a put that arrives twice and a listing that lags, where that is safe."""
     if rules.conditional:
         return {"crashes": 2, "lost": 1, "sleeps": 2, "repeats": 1, "lags": 1}
     return {"crashes": 2, "lost": 1, "sleeps": 0, "repeats": 0, "lags": 1}

@@ -64,8 +64,9 @@ class _AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kwargs and isinstance(kwargs.get("out"), Tensor) and kwargs["out"].is_meta:
-            return kwargs["out"]  # writes where memory is already; PyTorch's own answer, too, imports the compiler
+        out = (kwargs or {}).get("out")
+        if isinstance(out, Tensor) and out.is_meta:
+            return out  # writes where memory is already; PyTorch's own answer, too, imports the compiler
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_meta:
