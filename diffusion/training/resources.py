@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,7 @@ def count_image_losses(config: TrainConfig, shape_dhw: tuple[int, int, int], dec
     return sum(kept.values())
 
 
+@lru_cache(maxsize=32)
 def count_forward(
     model: UNetConfig, batch: int, shape_dhw: tuple[int, int, int], bf16: bool, *, fused: bool = False
 ) -> tuple[int, float, int, int]:
@@ -149,9 +151,11 @@ def count_forward(
         if fused:
             x = x.contiguous(memory_format=torch.channels_last_3d)
         t = torch.zeros(batch)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(x, t)
-        with saved_bytes(net) as kept, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with (
+            FlopCounterMode(display=False) as counter,
+            saved_bytes(net) as kept,
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
             net(x, t)
         largest = 0
         if model.activation_checkpointing:

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from cli.main import app
-from tests.support.small_site import Phantoms
+from tests.support.small_site import BRIEF, Phantoms
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "infra" / "docs"
@@ -35,7 +35,7 @@ PARSED = [
 OTHER_PROGRAMS = {"python", "pip", "ray", "docker", "kubectl", "make"}
 
 NETWORK = ["model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.groups=4", "model.heads=2",
-           "model.time_embedding=16", "data.readers=0", "optimiser.samples_per_step=2"]  # fmt: skip
+           "model.time_embedding=16", "data.readers=0", "optimiser.samples_per_step=2", *BRIEF]  # fmt: skip
 SMALL = {
     "phantom": ["--size", "32", "--thin-slices", "46"],
     "ingest": ["--workers", "1"],

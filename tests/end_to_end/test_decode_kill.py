@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.pipeline.decode.test_task import World
+from tests.support.prepared import Script
 
 _COMMON = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
+import os, signal
 from pathlib import Path
 from tests.support.average_codec import AverageCodec
 from pipeline.writing import ct_image as dicom_write
@@ -74,10 +72,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
-def run(code: str, root: Path) -> int:
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
-    return done.returncode
+def run(code: str) -> int:
+    process = Script(code)
+    _, said = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), said[-2000:]
+    return process.returncode
 
 
 def folders(out: Path) -> dict[str, int]:
@@ -85,27 +84,25 @@ def folders(out: Path) -> dict[str, int]:
     return {p.name: len(os.listdir(p)) for p in out.iterdir() if not p.name.startswith(".")}
 
 
-@pytest.mark.parametrize(
-    "after", [pytest.param(1, marks=pytest.mark.slow), 46, 47, pytest.param(100, marks=pytest.mark.slow)]
-)
-def test_decode_killed_at_any_file(world: World, tmp_path: Path, repo_root: Path, after: int) -> None:
-    said = {"tests": str(repo_root), "out": str(tmp_path), "url": world.url}
-    assert run(_DECODE.format(after=after, **said), repo_root) == -signal.SIGKILL
+@pytest.mark.parametrize("after", [1, 46, 47, 100])
+def test_decode_killed_at_any_file(world: World, tmp_path: Path, after: int) -> None:
+    said = {"out": str(tmp_path), "url": world.url}
+    assert run(_DECODE.format(after=after, **said)) == -signal.SIGKILL
     whole = (after - 1) // 46
     assert list(folders(tmp_path).values()) == [46] * whole
-    assert run(_DECODE.format(after=0, **said), repo_root) == 0
+    assert run(_DECODE.format(after=0, **said)) == 0
     assert list(folders(tmp_path).values()) == [46] * 4
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("after", [1, pytest.param(30, marks=pytest.mark.slow), 60])
-def test_interpolate_killed_at_any_file(world: World, tmp_path: Path, repo_root: Path, after: int) -> None:
+@pytest.mark.parametrize("after", [1, 30, 60])
+def test_interpolate_killed_at_any_file(world: World, tmp_path: Path, after: int) -> None:
     zipped = sorted(Path(world.url).parent.rglob("*.zip"))[0]
-    said = {"tests": str(repo_root), "out": str(tmp_path), "zipped": str(zipped)}
-    assert run(_INTERPOLATE.format(after=after, **said), repo_root) == -signal.SIGKILL
+    said = {"out": str(tmp_path), "zipped": str(zipped)}
+    assert run(_INTERPOLATE.format(after=after, **said)) == -signal.SIGKILL
     left = folders(tmp_path)
     assert all(name.endswith("-uncertainty") for name in left), "the uncertainty comes first, the series last"
-    assert run(_INTERPOLATE.format(after=0, **said), repo_root) == 0
+    assert run(_INTERPOLATE.format(after=0, **said)) == 0
     found = folders(tmp_path)
     assert len(found) == 2
     assert len(set(found.values())) == 1

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.small_site import BRIEF
+
 ROOT = Path(__file__).resolve().parents[2]
 
 COMMANDS = """
@@ -45,7 +47,8 @@ def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_everything_imports_and_the_commands_work_without_them(tmp_path: Path) -> None:
-    options = [word for value in (*(f"model.{v}" for v in SMALL), "images_every=0") for word in ("--set", value)]
+    settings = (*(f"model.{v}" for v in SMALL), *BRIEF, "images_every=0")
+    options = [word for value in settings for word in ("--set", value)]
     done = python(COMMANDS, str(tmp_path), *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "REFUSED {}" in done.stdout.splitlines()

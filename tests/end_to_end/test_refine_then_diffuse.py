@@ -33,12 +33,12 @@ from pipeline.refiner import (
 from pipeline.volume import Window, geometry_of
 from pipeline.volume.window import BLEND_FRACTION
 from pipeline.workflows import start_of
-from tests.support.small_site import MODEL, Site as SmallSite
+from tests.support.small_site import BRIEF, MODEL, Site as SmallSite
 
 WINDOW = Window()
 INLINE = ("--engine", "inline", "--threads", 1)
 # A rate of nothing: the model gives its condition back, so that what is written is known.
-SETS = (*(f"model.{one}" for one in MODEL), "images_every=0", "optimiser.learning_rate=1e-12")
+SETS = (*(f"model.{one}" for one in MODEL), *BRIEF, "images_every=0", "optimiser.learning_rate=1e-12")
 SMALL = tuple(word for key in SETS for word in ("--set", key))
 
 

@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from cli.main import app
 from diffusion.config import load_config
 from pipeline.vae.weights import TINY
-from tests.support.small_site import Phantoms
+from tests.support.small_site import BRIEF, Phantoms
 
 IMAGE_EXTRAS = ("dask", "monai", "ray", "report", "s3", "tensorboard", "zarr")
 """What the image holds besides the smallest set."""
@@ -294,7 +294,7 @@ def archive(phantoms: Phantoms, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 SMALL = ["model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.groups=4", "model.heads=2",
          "model.time_embedding=16", "losses.crop=8", "data.readers=0", "optimiser.samples_per_step=2",
-         "losses.every=1", "validation.images_every=1"]  # fmt: skip
+         "losses.every=1", "validation.images_every=1", *BRIEF]  # fmt: skip
 
 
 def test_the_train_job_begins_a_run_and_goes_on_when_its_pod_is_started_again(

@@ -61,7 +61,7 @@ def every_state(kinds: tuple[Kind, ...], rules: Rules, budget: dict[str, int]) -
         (("add", "add"), Rules(False)),
         (("add", "gc"), Rules(False)),
         (("gc", "gc"), Rules(False)),
-        (("merge", "merge", "pin"), Rules(False)),
+        pytest.param(("merge", "merge", "pin"), Rules(False), marks=pytest.mark.slow),
         (("pin", "pin", "gc"), Rules(False)),
     ],
     ids=as_id,

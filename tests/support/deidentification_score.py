@@ -128,7 +128,7 @@ INLINE = ("--engine", "inline", "--threads", "1")
 SMALL = [
     word
     for key in ("model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.groups=4",
-                "model.heads=2", "model.time_embedding=16", "images_every=0")
+                "model.heads=2", "model.time_embedding=16", "images_every=0", "validation.pairs=1", "losses.probes=1")
     for word in ("--set", key)
 ]  # fmt: skip
 

@@ -13,7 +13,9 @@ import pytest
 from cli.main import app
 
 MODEL = ("width=8", "multipliers=[1,2]", "attention_levels=[1]", "groups=4", "heads=2", "time_embedding=16")
-SMALL = tuple(word for key in (*(f"model.{one}" for one in MODEL), "images_every=0") for word in ("--set", key))
+BRIEF = ("validation.pairs=1", "losses.probes=1")
+"""Of a training: one held-out pair, and one probe of the decoder. More of them are in no test's interest."""
+SMALL = tuple(word for key in (*(f"model.{one}" for one in MODEL), *BRIEF, "images_every=0") for word in ("--set", key))
 
 Phantoms = Callable[[int, int, int], Path]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from pipeline.reading import read_series
 from pipeline.refiner import Refiner, RefinerCard, RefinerConfig, save_refiner
 from pipeline.volume import Window, resample_z
 from pipeline.workflows import compare_runs, write_dataset_report, write_run_report
+from tests.support.prepared import Script
 
 WINDOW = Window()
 SETTINGS = EvaluationSettings(WINDOW, "", ComposeSettings(), views=1, identity="one")
@@ -161,8 +160,7 @@ def test_a_case_that_is_done_is_not_done_again(
 
 
 _KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
+import os, signal
 from pathlib import Path
 from tests.pipeline.evaluation.test_run import BlockVae, SETTINGS, latents_of
 from latentcache.store import LatentStore
@@ -190,9 +188,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     world: World, done: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "e"
-    script = _KILLED.format(tests=str(Path(__file__).parents[3]), url=world.url, out=str(out))
-    killed = subprocess.run([sys.executable, "-c", script], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    script = _KILLED.format(url=world.url, out=str(out))
+    assert Script(script).wait() == -signal.SIGKILL
     first = world.pairs[0].pair_key
     (kept,) = (out / "cases").iterdir()
     assert kept.name == f"{first}.json", "one case was done, and the one in work left nothing"

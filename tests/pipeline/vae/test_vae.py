@@ -61,11 +61,10 @@ def compare(model: nn.Module, vaes: Vae | list[Vae], shape: tuple[int, int, int]
         assert oracle.relative(decoded, theirs) < TOLERANCE
 
 
-@pytest.mark.parametrize("slab_bytes", [1, 150_000, 1 << 30])
 @pytest.mark.parametrize("shape", [(4, 32, 64), (7, 40, 33), (13, 32, 32), (5, 64, 256)])
-def test_equals_monai_unsplit(narrow: tuple[nn.Module, Path], shape: tuple[int, int, int], slab_bytes: int) -> None:
+def test_equals_monai_unsplit(narrow: tuple[nn.Module, Path], shape: tuple[int, int, int]) -> None:
     model, path = narrow
-    compare(model, Vae(load_weights(path), CPU, slab_bytes=slab_bytes), shape)
+    compare(model, [Vae(load_weights(path), CPU, slab_bytes=n) for n in (1, 150_000, 1 << 30)], shape)
 
 
 @pytest.mark.parametrize("depth", [50, 54])
@@ -83,7 +82,7 @@ def test_any_depth_and_any_slab(narrow: tuple[nn.Module, Path], depth: int, slab
 
 @pytest.mark.parametrize(
     ("shape", "slab_bytes"),
-    [((6, 32, 32), 1), ((13, 32, 32), 1 << 20), ((4, 64, 64), 16 << 20), ((50, 32, 32), 1 << 30)],
+    [((6, 32, 32), 1), ((13, 32, 32), 1 << 20), ((4, 64, 64), 16 << 20), ((9, 32, 32), 1 << 30)],
 )
 def test_full_width_equals_monai(full: tuple[nn.Module, Path], shape: tuple[int, int, int], slab_bytes: int) -> None:
     model, path = full
