@@ -37,7 +37,7 @@ OTHER_PROGRAMS = {"python", "pip", "ray", "docker", "kubectl", "make"}
 NETWORK = ["model.width=8", "model.multipliers=[1,2]", "model.attention_levels=[1]", "model.groups=4", "model.heads=2",
            "model.time_embedding=16", "data.readers=0", "optimiser.samples_per_step=2", *BRIEF]  # fmt: skip
 SMALL = {
-    "phantom": ["--size", "32", "--thin-slices", "46"],
+    "phantom": ["--size", "32", "--thin-slices", "36"],
     "ingest": ["--workers", "1"],
     **{key: ["--threads", "1"] for key in ("encode", "decode", "evaluate")},
     "train": [word for setting in NETWORK for word in ("--set", setting)],
@@ -81,7 +81,7 @@ def parse(words: list[str]) -> None:
 @pytest.fixture(scope="module")
 def archive(phantoms: Phantoms) -> Path:
     """Six phantom patients, as a hospital's export would be."""
-    return phantoms(6, 32, 46)
+    return phantoms(6, 32, 36)
 
 
 @pytest.mark.parametrize("name", SEQUENCES)

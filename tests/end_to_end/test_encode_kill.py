@@ -55,7 +55,7 @@ def encode_until(store: Path, new_paths: int) -> bool:
 
 
 def test_sigkill_at_random_instants_loses_nothing(tmp_path: Path) -> None:
-    run("phantom", tmp_path / "data", "--patients", "4", "--size", "32", "--thin-slices", "44")
+    run("phantom", tmp_path / "data", "--patients", "4", "--size", "32", "--thin-slices", "36")
     run("ingest", tmp_path / "data", tmp_path / "calm")
     shutil.copytree(tmp_path / "calm", tmp_path / "stormy")
     run("encode", tmp_path / "calm", *OPTIONS)

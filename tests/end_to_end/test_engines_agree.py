@@ -113,7 +113,7 @@ def test_decode_writes_equal_files_on_every_engine(ingested: Path, ray_session: 
         done = ctpipe("decode", store, out, "--engine", name, *spread, "--threads", "1", "--consistency")
         assert (len(done["written"]), done["failed"]) == (4, {})
         written[name] = files(out)
-    assert len(written["inline"]) == 4 * 44
+    assert len(written["inline"]) == 4 * 36
     assert written["dask"] == written["inline"]
     assert written["ray"] == written["inline"]
 
@@ -122,7 +122,7 @@ def test_ingest_gives_equal_catalogs_on_every_engine(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CTPIPE_SECRET", "ab" * 32)
-    ctpipe("phantom", tmp_path / "data", "--patients", "3", "--size", "32", "--thin-slices", "44")
+    ctpipe("phantom", tmp_path / "data", "--patients", "3", "--size", "32", "--thin-slices", "36")
     (tmp_path / "data" / "broken.zip").write_bytes(b"PK\x03\x04 cut off")
     found = {}
     for name in ("inline", "ray"):

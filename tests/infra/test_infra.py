@@ -283,7 +283,7 @@ def archive(phantoms: Phantoms, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("cluster")
     store, private = root / "store", root / "private"
     for words in (
-        ["ingest", phantoms(4, 32, 44), store, "--private", private, "--workers", 1],
+        ["ingest", phantoms(4, 32, 36), store, "--private", private, "--workers", 1],
         ["encode", store, "--private", private, "--pad-in-plane", 64, "--threads", 1],
     ):
         assert app([str(word) for word in words] + ["--json"], standalone_mode=False) in (0, None, 3)

@@ -60,7 +60,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Phantoms:
 def ingested_site(phantoms: Phantoms, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """Four patients in a store, not encoded. Take a copy."""
     root = tmp_path_factory.mktemp("ingested-site")
-    site = Site(phantoms(4, 32, 44), root / "store", root / "run")
+    site = Site(phantoms(4, 32, 36), root / "store", root / "run")
     _ctpipe("ingest", site.archive, site.store, "--workers", 1)
     return site
 

@@ -39,7 +39,7 @@ def test_stored_latents_to_dicom_and_again(site: Site, tmp_path: Path, capsys: p
     assert ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", *INLINE, "--json") == Exit.OK
     first = result(capsys)
     assert len(first["written"]) == 4
-    assert {len(list(folder.iterdir())) for folder in (tmp_path / "out").iterdir()} == {44}
+    assert {len(list(folder.iterdir())) for folder in (tmp_path / "out").iterdir()} == {36}
     assert ctpipe("decode", site.store, tmp_path / "out", "--to-dicom", *INLINE, "--json") == Exit.OK
     again = result(capsys)
     assert (again["already"], again["written"]) == (4, {})
@@ -291,5 +291,5 @@ def test_send_reports_what_is_left(site: Site, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     code = ctpipe("send", tmp_path / series, "--stow", "http://127.0.0.1:9/x", "--attempts", 1, "--json")
     assert code == Exit.FAILED
-    assert len(result(capsys)[series]["left"]) == 44
+    assert len(result(capsys)[series]["left"]) == 36
     assert (tmp_path / f"{series}.unsent.json").exists()
