@@ -1,7 +1,8 @@
 # Two commands do everything from a fresh clone: `make demo` and `make test`. Both make .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS ?= 2
+# One more than cores: a third of the tests' seconds are waits, of clients for servers and of parents for children.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, 1 + (os.cpu_count() or 1)))')
 
 .PHONY: demo test test-all test-gpu test-versions lint docs real clean
 
@@ -20,7 +21,7 @@ demo: .venv/.run
 	$(BIN)/ctpipe demo demo-out
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not real" --durations=25
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not real" --durations=25
 
 real: .venv/.dev
 	$(BIN)/python -m pytest -m "real and not slow" --durations=10

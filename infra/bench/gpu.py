@@ -113,6 +113,10 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+LEAST_S = 10
+"""No row begins on a GPU with fewer seconds left."""
+
+
 def measure(rows: list[Row], seconds: float, small: bool, keep: Path | None) -> bool:
     """Run the rows until the time is up; True if every row that began ended well."""
     end = time.monotonic() + seconds
@@ -123,7 +127,7 @@ def measure(rows: list[Row], seconds: float, small: bool, keep: Path | None) -> 
 
     def run(row: Row) -> None:
         limit = min(end - time.monotonic(), row.cpu_share * seconds if small else row.seconds)
-        if limit < (1 if small else 10):
+        if limit < (1 if small else LEAST_S):
             found: dict[str, Any] = {}
             outcome: dict[str, Any] = {"ok": False, "why": "no time left"}
         else:

@@ -75,10 +75,11 @@ def test_a_row_that_hangs_or_crashes_costs_no_other(gpu: ModuleType, tmp_path: P
     )
     monkeypatch.setattr(gpu, "HERE", tmp_path)
     monkeypatch.setattr(gpu, "machine", lambda small: {"device": "Test GPU 80GB"})
-    rows = [gpu.Row(name, "", "", limit) for name, limit in (("hangs", 12), ("crashes", 60), ("ends", 60))]
+    monkeypatch.setattr(gpu, "LEAST_S", 1)
+    rows = [gpu.Row(name, "", "", limit) for name, limit in (("hangs", 3), ("crashes", 60), ("ends", 60))]
     assert gpu.measure(rows, 300.0, False, tmp_path) is False
     kept = json.loads((tmp_path / "gpu-test-gpu-80gb.json").read_text())
-    assert "ended after its 12 s" in kept["rows"]["hangs"]["why"]
+    assert "ended after its 3 s" in kept["rows"]["hangs"]["why"]
     assert kept["before"] == 1
     assert "no such kernel" in kept["rows"]["crashes"]["why"]
     assert kept["rows"]["ends"]["ok"] is True
