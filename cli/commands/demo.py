@@ -26,8 +26,8 @@ def register(app: typer.Typer) -> None:
             "demo-out"
         ),
         patients: Annotated[int, typer.Option(min=4, help="Synthetic patients.")] = 20,
-        size: Annotated[int, typer.Option(min=64, help="In-plane matrix size.")] = 192,
-        slices: Annotated[int, typer.Option(min=40, help="Thin slices per patient.")] = 96,
+        size: Annotated[int, typer.Option(min=32, help="In-plane matrix size.")] = 192,
+        slices: Annotated[int, typer.Option(min=36, help="Thin slices per patient.")] = 96,
         train_seconds: Annotated[float, typer.Option(min=1, help="Seconds of training the model.")] = 180.0,
         seed: Annotated[int, typer.Option(min=1, help="Seed of the patients and the training.")] = 1,
         as_json: AsJson = False,

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusion.runs.ema import PowerEma
+from diffusion.runs.sharding import full_tensor, is_dtensor
 from latentcache import InputError
 from latentcache.storage import sync_file, sync_folder
 
@@ -278,7 +278,7 @@ def _full(tensor: Any, keep: bool) -> Tensor:
     """A CPU copy of a whole tensor, or its shape alone; scalars of an optimiser become tensors."""
     if not isinstance(tensor, Tensor):
         return torch.tensor(float(tensor))
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole = full_tensor(tensor)
     if not keep:
         return torch.empty(whole.shape, dtype=whole.dtype, device="meta")
     return whole.detach().to("cpu", copy=True).contiguous()
@@ -301,7 +301,9 @@ def _like(value: Tensor, parameter: Tensor, fused: bool) -> Tensor:
 
 def _copy(target: Tensor, source: Tensor) -> None:
     """The first rank's ``source`` into ``target``, whatever its strides and placement."""
-    if isinstance(target, DTensor):
+    if is_dtensor(target):
+        from torch.distributed.tensor import distribute_tensor
+
         whole = torch.empty_like(source, device=target.device) if source.is_meta else source.to(target.device)
         target.copy_(distribute_tensor(whole, target.device_mesh, target.placements))  # scattered by the first rank
     else:

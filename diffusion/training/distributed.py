@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.networks import contiguous_weights
+from diffusion.runs import is_fsdp
 from diffusion.training.regional import compile_blocks
 
 COLLECTIVE_TIMEOUT = timedelta(hours=4)
@@ -106,6 +106,8 @@ def shard(module: nn.Module, world: World, *, bf16: bool = False) -> nn.Module:
         bf16: The forward pass runs under bf16 autocast: weights are then gathered in bf16, half the traffic of float32,
             and gradients still summed in float32.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     contiguous_weights(module)
     mesh = init_device_mesh(world.device.type, (world.size,))
     # Inputs keep their precision: times that are rounded to bf16 fall together.
@@ -126,7 +128,7 @@ def compile_after_spreading(module: nn.Module, extent: Literal[True, "blocks", "
     """
     if extent != "whole" and compile_blocks(module, backend):
         return
-    parts = _large_children(module) if isinstance(module, FSDPModule) else [module]
+    parts = _large_children(module) if is_fsdp(module) else [module]
     for part in parts:
         part.compile(backend=backend)
 
@@ -138,7 +140,7 @@ def reshard(module: nn.Module) -> None:
     live ones) would reach the root's shards only, and the next training step would compute with the old ones.
     """
     for part in module.modules():
-        if isinstance(part, FSDPModule):
+        if is_fsdp(part):
             part.reshard()
 
 
@@ -152,7 +154,7 @@ def _large_children(module: nn.Module, at_least: int = 1_000_000) -> list[nn.Mod
 
 def gradients_meet(model: nn.Module, meet: bool) -> AbstractContextManager[None]:
     """Whether this backward pass exchanges gradients between ranks: only the last of a step needs to."""
-    if isinstance(model, FSDPModule):
+    if is_fsdp(model):
         model.set_requires_gradient_sync(meet)
     elif isinstance(model, DistributedDataParallel) and not meet:
         return cast(AbstractContextManager[None], model.no_sync())

@@ -15,11 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from diffusion.config import BudgetConfig, OptimiserConfig, ParallelConfig, ValidationConfig
 from diffusion.data import Batch, Step
-from diffusion.runs import CheckpointFolder, Journal, PowerEma, gather, load_on_first, restore
+from diffusion.runs import CheckpointFolder, Journal, PowerEma, full_tensor, gather, load_on_first, restore
 from diffusion.training.distributed import World, compile_after_spreading, gradients_meet, reshard, spread
 from diffusion.training.early_stopping import Best
 from diffusion.training.failures import non_finite, stop_signals
@@ -172,7 +171,7 @@ class Trainer:
         total[1] = bool(signalled)
         assert len(seen) == step.n_batches, "the stream was closed while a step was under way"
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optimiser.clip_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = full_tensor(norm)
         mean_loss, told, late = self.world.sum(total).tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(float(norm))):
             raise non_finite(self.step, seen, self.module)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from diffusion.networks import DepthAttention, ResidualBlock
+from diffusion.runs import is_fsdp
 
 
 def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
@@ -24,7 +24,7 @@ def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "induc
     """
     blocks = [m for m in module.modules() if isinstance(m, (ResidualBlock, DepthAttention))]
     for block in blocks:
-        if isinstance(block, FSDPModule):  # its hooks gather weights: they stay outside of the graph
+        if is_fsdp(block):  # its hooks gather weights: they stay outside of the graph
             block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
         else:
             block.compile(backend=backend)

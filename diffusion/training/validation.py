@@ -9,14 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from diffusion.config import ValidationConfig
 from diffusion.data import PairStream
 from diffusion.networks import UNet, build_unet, informed
 from diffusion.objectives import LossTerms, Objective
-from diffusion.runs import RunCard
+from diffusion.runs import RunCard, full_tensor, is_fsdp
 from diffusion.sampling import Interpolator
 from diffusion.training.distributed import World
 from diffusion.training.loop import to_device
@@ -120,7 +118,7 @@ def on_first_rank(
     figures_of: Callable[[UNet], dict[str, float]], module: nn.Module, card: RunCard, world: World
 ) -> dict[str, float]:
     """Figures that one rank computes on a whole model while the others wait; all return them."""
-    weights = whole_weights(module, world) if isinstance(module, FSDPModule) else None
+    weights = whole_weights(module, world) if is_fsdp(module) else None
     found: list[Any] = [None]
     if world.rank == 0:
         unet = module
@@ -142,7 +140,7 @@ def whole_weights(module: nn.Module, world: World) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = full_tensor(tensor)
         if world.rank == 0:
             weights[name] = whole
     return weights

@@ -16,7 +16,7 @@ from pipeline.refiner import load_pretrained
 
 def test_every_step_runs_and_leaves_what_it_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    words = ["demo", str(out), "--patients", "4", "--size", "64", "--slices", "40", "--train-seconds", "1", "--json"]
+    words = ["demo", str(out), "--patients", "4", "--size", "32", "--slices", "36", "--train-seconds", "1", "--json"]
     assert (app(words, standalone_mode=False) or 0) == Exit.OK
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert result["psnr_db"].keys() == result["ssim"].keys() >= {"cubic_consistent", "refined", "model", "vae_ceiling"}

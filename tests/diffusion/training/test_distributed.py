@@ -237,7 +237,7 @@ def test_compilation_comes_after_sharding_and_block_by_block(monkeypatch: pytest
     world_module.compile_after_spreading(spread(Net(), World(), "fsdp"), "whole", "eager")
     assert compiled == ["Net"], "one process: nothing is sharded"
     compiled.clear()
-    monkeypatch.setattr(world_module, "FSDPModule", Net)
+    monkeypatch.setattr(world_module, "is_fsdp", lambda module: isinstance(module, Net))
     world_module.compile_after_spreading(Net(), "blocks", "eager")
     assert compiled == ["Block", "Block"], "a graph around a gather would hold the weights of its first call"
 
