@@ -80,8 +80,8 @@ def parse(words: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def archive(phantoms: Phantoms) -> Path:
-    """Six phantom patients, as a hospital's export would be."""
-    return phantoms(6, 32, 36)
+    """Four phantom patients, as a hospital's export would be."""
+    return phantoms(4, 32, 36)
 
 
 @pytest.mark.parametrize("name", SEQUENCES)

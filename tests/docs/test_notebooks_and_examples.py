@@ -22,7 +22,7 @@ EXAMPLES = ROOT / "infra" / "examples"
 TRAIN = " ".join(SMALL["train"] + STEPS)
 TINY = {
     "one_study": "SIZE, SLICES, STUDY, MODEL = 32, 36, '', None",
-    "archive_to_model": f"PATIENTS, SIZE, SLICES, SECONDS, SETTINGS = 6, 32, 36, 60, {TRAIN!r}",
+    "archive_to_model": f"PATIENTS, SIZE, SLICES, SECONDS, SETTINGS = 4, 32, 36, 60, {TRAIN!r}",
     "reading_a_report": "",
 }
 """What replaces a notebook's parameters."""
@@ -91,7 +91,7 @@ def example(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def archive(phantoms: Phantoms) -> Path:
-    return phantoms(6, 32, 36)
+    return phantoms(4, 32, 36)
 
 
 def test_thin_out_a_folder_names_what_it_cannot_use_and_goes_on(
