@@ -79,9 +79,18 @@ def ray_session() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first, so that short ones fill up the workers' ends; those on Ray next to each other."""
-    places = {ROOT / "tests" / "end_to_end": 1, ROOT / "tests" / "docs": 1}
-    items.sort(key=lambda item: 0 if "ray_session" in _fixtures(item) else places.get(item.path.parent, 2))
+    """Long tests first, so that short ones fill up the workers' ends; those on Ray next to each other, and those that
+    fork from one prepared process, which each worker that runs such a test prepares anew."""
+    long = {ROOT / "tests" / "end_to_end", ROOT / "tests" / "docs"}
+
+    def place(item: pytest.Item) -> int:
+        if "ray_session" in _fixtures(item):
+            return 0
+        if {"Script", "on_ranks"} & vars(getattr(item, "module", None) or object).keys():
+            return 1
+        return 2 if item.path.parent in long else 3
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(tryfirst=True)

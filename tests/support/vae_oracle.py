@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
-from monai.networks.nets import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,6 +17,8 @@ FULL = {"channels": [64, 128, 256], "norm_num_groups": 32}
 
 def monai_maisi(channels: list[int], norm_num_groups: int, seed: int = 0, **settings: Any) -> nn.Module:
     """MAISI's class, unsplit, with weights that make every norm, bias and shortcut count."""
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+
     torch.manual_seed(seed)
     model = AutoencoderKlMaisi(
         spatial_dims=3,
@@ -37,6 +37,8 @@ def monai_maisi(channels: list[int], norm_num_groups: int, seed: int = 0, **sett
 
 def monai_kl(channels: list[int], norm_num_groups: int, seed: int = 0) -> nn.Module:
     """MONAI's plain autoencoder in the shape of MAISI's; upsamples to the nearest voxel."""
+    from monai.networks.nets import AutoencoderKL
+
     torch.manual_seed(seed)
     model = AutoencoderKL(
         spatial_dims=3,

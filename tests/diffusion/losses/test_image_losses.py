@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from skimage.metrics import structural_similarity
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from diffusion.losses import DecodedPart, ImageLosses, VGG19Features, load_vgg19, ms_ssim, perceptual_distance
 from diffusion.losses.ms_ssim import scales_for
@@ -31,6 +30,8 @@ def test_ms_ssim_equals_torchmetrics_and_scikit_image_scale_by_scale() -> None:
 
     torchmetrics' own MS-SSIM takes the coarsest scale's SSIM over a mirrored border, which Wang et al. do not.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     first = images(1, 192, 208)
     second = (first + 0.2 * images(1, 192, 208, seed=1)).clamp(-1, 1)
     found = float(ms_ssim(first, second, data_range=2.0))

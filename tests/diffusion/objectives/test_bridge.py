@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
@@ -123,6 +122,8 @@ def test_a_network_that_knows_the_answer_has_no_loss(name: str, residual: bool) 
 
 
 def test_noising_equals_diffusers() -> None:
+    from diffusers import DDPMScheduler
+
     theirs = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     steps = torch.tensor([0, 400, 990])
     seen: list[Tensor] = []

@@ -7,7 +7,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from hypothesis import given, settings, strategies as st
 
 from diffusion.objectives.noise_schedules import CLEAN, CosineSchedule, StraightSchedule, bridge_times, cosine_alpha_bar
@@ -15,6 +14,8 @@ from latentcache import InputError
 
 
 def test_cosine_schedule_equals_diffusers() -> None:
+    from diffusers import DDPMScheduler
+
     theirs = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     assert torch.allclose(cosine_alpha_bar(1000).float(), theirs, rtol=2e-4)
     assert cosine_alpha_bar(1000).dtype == torch.float64

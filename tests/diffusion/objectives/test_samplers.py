@@ -7,12 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
-)
 from torch import Tensor
 
 from diffusion.objectives import DepthNoise
@@ -38,6 +32,8 @@ def from_epsilon(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 
 
 def test_ddim_equals_diffusers_over_fifty_steps() -> None:
+    from diffusers import DDIMScheduler
+
     theirs = DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
@@ -57,6 +53,8 @@ def test_ddim_equals_diffusers_over_fifty_steps() -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_heun_equals_diffusers() -> None:
+    from diffusers import HeunDiscreteScheduler
+
     levels = CosineSchedule(1000).levels(20, least_alpha=0.02)
     theirs = HeunDiscreteScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     theirs.set_timesteps(timesteps=[round(level.t * 1000) for level in levels[:-1]])
@@ -72,6 +70,8 @@ def velocity_predict(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
 
 
 def test_flow_euler_equals_diffusers() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     levels = StraightSchedule().levels(10)
     theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
     theirs.set_timesteps(sigmas=[level.t for level in levels[:-1]])
@@ -82,6 +82,8 @@ def test_flow_euler_equals_diffusers() -> None:
 
 
 def test_flow_heun_equals_diffusers() -> None:
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
     theirs = FlowMatchHeunDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
     theirs.set_timesteps(10)
     sigmas = [float(theirs.sigmas[0]), *[float(s) for s in theirs.sigmas[1:-1:2]], 0.0]

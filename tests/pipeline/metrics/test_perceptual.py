@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torchmetrics.functional.image.lpips import _normalize_tensor, _spatial_average
 
 from diffusion.losses import VGG19Features
 from latentcache import InputError, NonFiniteError
@@ -26,6 +25,8 @@ def maps(seed: int) -> list[np.ndarray]:
 
 
 def test_the_distance_is_that_of_lpips_without_learnt_weights() -> None:
+    from torchmetrics.functional.image.lpips import _normalize_tensor, _spatial_average
+
     a, b = maps(0), maps(1)
     expected = 0.0
     for x, y in zip(a, b, strict=True):

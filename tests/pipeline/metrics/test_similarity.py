@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
-from torchmetrics.functional.image.ssim import _ssim_update
 
 from latentcache import InputError
 from pipeline.metrics import similarities, ssim
@@ -34,6 +33,8 @@ def test_ms_ssim_equals_torchmetrics_and_scikit_image() -> None:
     torchmetrics' own MS-SSIM counts the mirrored border at the last scale, where it is most of an 11x11 image; taken as
     it is, it differs by 5e-5 here.
     """
+    from torchmetrics.functional.image.ssim import _ssim_update
+
     rng = np.random.default_rng(1)
     t = np.cumsum(np.cumsum(rng.normal(0, 1, (1, 177, 190)), 1), 2)
     p = t + rng.normal(0, 0.2 * t.std(), t.shape)

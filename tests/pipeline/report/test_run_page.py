@@ -7,12 +7,11 @@ import io
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page
 
 from pipeline.evaluation import CODE_KNOTS, CODE_KNOTS_HU, CaseView, view_stride
 from pipeline.evaluation.case import CaseScores
@@ -24,6 +23,9 @@ from pipeline.report.tables import spelled
 from pipeline.volume import Geometry, Window
 from pipeline.workflows.report import lead_paragraph
 from tests.support.browser import canvas, chromium, difference, grave_violations, opened
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 SHAPE = (40, 60, 80)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets.autoencoderkl import AutoencoderKL
 from safetensors import safe_open
+from torch import nn
 
 from pipeline.phantom import PhantomPatient, make_patient
 from pipeline.vae import load_vae
@@ -27,7 +27,9 @@ def patient() -> PhantomPatient:
     return make_patient(777, 96, 24, "APE")
 
 
-def _monai(weights: Path) -> AutoencoderKL:
+def _monai(weights: Path) -> nn.Module:
+    from monai.networks.nets.autoencoderkl import AutoencoderKL
+
     with safe_open(weights, "pt") as file:
         settings = json.loads(file.metadata()["architecture"])
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
