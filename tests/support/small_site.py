@@ -1,7 +1,8 @@
-"""Small archives and what is made of them: made once for all tests of a worker, of which each module takes a copy."""
+"""Small archives and what is made of them: made once for all tests of all workers; each module takes a copy."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from cli.main import app
 
@@ -40,18 +42,28 @@ def _ctpipe(*words: Any) -> None:
     assert (app([*map(str, words), "--json"], standalone_mode=False) or 0) == 0
 
 
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first worker that asks for it makes; the others wait, and find it made."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Phantoms:
     """Archives by patients, in-plane size and thin slices."""
-    made: dict[tuple[int, int, int], Path] = {}
 
     def phantoms_of(patients: int, size: int, thin_slices: int) -> Path:
-        wanted = (patients, size, thin_slices)
-        if wanted not in made:
-            made[wanted] = tmp_path_factory.mktemp("phantoms") / "archive"
-            words = ("--patients", patients, "--size", size, "--thin-slices", thin_slices, "--seed", 9)
-            _ctpipe("phantom", made[wanted], *words)
-        return made[wanted]
+        words = ("--patients", patients, "--size", size, "--thin-slices", thin_slices, "--seed", 9)
+        name = f"phantoms-{patients}-{size}-{thin_slices}"
+        made = _once(tmp_path_factory, name, lambda folder: _ctpipe("phantom", folder / "archive", *words))
+        return made / "archive"
 
     return phantoms_of
 
@@ -59,16 +71,21 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Phantoms:
 @pytest.fixture(scope="session")
 def ingested_site(phantoms: Phantoms, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """Four patients in a store, not encoded. Take a copy."""
-    root = tmp_path_factory.mktemp("ingested-site")
-    site = Site(phantoms(4, 32, 36), root / "store", root / "run")
-    _ctpipe("ingest", site.archive, site.store, "--workers", 1)
-    return site
+    archive = phantoms(4, 32, 36)
+    made = _once(
+        tmp_path_factory, "ingested", lambda folder: _ctpipe("ingest", archive, folder / "store", "--workers", 1)
+    )
+    return Site(archive, made / "store", made / "run")
 
 
 @pytest.fixture(scope="session")
 def trained_site(ingested_site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The same, encoded, with a run of one step. Take a copy."""
-    site = ingested_site.copy(tmp_path_factory.mktemp("trained-site"))
-    _ctpipe("encode", site.store, "--vae", "tiny", "--engine", "inline", "--threads", 1)
-    _ctpipe("train", site.store, site.run, "--preset", "tiny", "--max-steps", 1, *SMALL)
-    return site
+
+    def make(folder: Path) -> None:
+        site = ingested_site.copy(folder)
+        _ctpipe("encode", site.store, "--vae", "tiny", "--engine", "inline", "--threads", 1)
+        _ctpipe("train", site.store, site.run, "--preset", "tiny", "--max-steps", 1, *SMALL)
+
+    made = _once(tmp_path_factory, "trained", make)
+    return Site(ingested_site.archive, made / "store", made / "run")

@@ -80,7 +80,7 @@ leave()
 @pytest.mark.parametrize(
     ("options", "save_seconds", "kept"),
     [
-        pytest.param({"shutdown_timeout_s": 1}, 8, False, id="too-short"),
+        pytest.param({"shutdown_timeout_s": 1}, 8, False, id="too-short", marks=pytest.mark.slow),
         pytest.param({"shutdown_timeout_s": 120}, 2, True, id="long-enough"),
         pytest.param({}, 35, True, id="default", marks=pytest.mark.slow),
     ],

@@ -136,6 +136,7 @@ def test_a_pair_that_fails_is_set_aside_by_both_commands(site: Site, tmp_path: P
     assert scored["cases"] == len(pairs)
 
 
+@pytest.mark.slow
 def test_evaluate_over_a_dask_scheduler_gives_the_same_cases(site: Site, tmp_path: Path) -> None:
     """As a user would: a scheduler's address on the command line; its workers are other processes."""
     from distributed import LocalCluster
