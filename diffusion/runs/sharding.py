@@ -7,22 +7,23 @@ or decodes needs nothing. One that has not imported them holds nothing that they
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
-def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
+def is_dtensor(tensor: Any) -> TypeIs[DTensor]:
     """Return whether a tensor is split among processes."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
+def is_fsdp(module: object) -> TypeIs[FSDPModule]:
     """Return whether FSDP2 has split a module's parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)

@@ -52,7 +52,7 @@ def every_state(kinds: tuple[Kind, ...], rules: Rules, budget: dict[str, int]) -
     ("kinds", "rules"),
     [
         (("add", "add"), Rules()),
-        (("add", "gc"), Rules()),
+        pytest.param(("add", "gc"), Rules(), marks=pytest.mark.slow),
         (("add", "gc"), Rules(base=False)),
         (("merge", "gc"), Rules(fence=False)),
         (("gc", "gc"), Rules()),
