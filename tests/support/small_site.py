@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from cli.main import app
 
@@ -44,6 +43,8 @@ def _ctpipe(*words: Any) -> None:
 
 def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that the first worker that asks for it makes; the others wait, and find it made."""
+    from filelock import FileLock  # torch brings it: where there is none (`.ci/versions`), no test asks for a site
+
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
     with FileLock(f"{folder}.lock"):
