@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.small_site import BRIEF
+from tests.support.small_site import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,6 @@ study = next((place / "archive").rglob("*.zip"))
 ctpipe("interpolate", study, place / "thin")
 ctpipe("interpolate", next((place / "out").iterdir()), place / "again", "--spacing-mm", 0.5, "--no-page")
 """
-SMALL = ("width=8", "multipliers=[1,2]", "attention_levels=[1]", "groups=4", "heads=2", "time_embedding=16")
 
 
 def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -47,9 +46,7 @@ def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_everything_imports_and_the_commands_work_without_them(tmp_path: Path) -> None:
-    settings = (*(f"model.{v}" for v in SMALL), *BRIEF, "images_every=0")
-    options = [word for value in settings for word in ("--set", value)]
-    done = python(COMMANDS, str(tmp_path), *options)
+    done = python(COMMANDS, str(tmp_path), *SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "REFUSED {}" in done.stdout.splitlines()
     codes = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("CODE")]
